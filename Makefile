@@ -1,0 +1,50 @@
+# demo: a video from a prompt · test: lint and all tests · lint · bench · venv: only the environment · clean
+# The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: demo test lint bench venv clean
+
+demo: venv
+	mkdir -p out
+	$(BIN)/miga generate "a red balloon over snowy hills at dawn" --num-frames 241 --overwrite \
+		--output out/demo.mp4 --contact-sheet out/demo.png
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test $(VENV)/.installed
+	$(BIN)/miga bench
+
+venv: $(VENV)/.installed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
+		"miga_engine needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: run make PYTHON=python3.11 ..." % v)'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: requirements.lock | $(VENV)/.created
+	$(PIP) install -r requirements.lock
+	@touch $@
+
+$(VENV)/.test: requirements-test.lock $(VENV)/.runtime
+	$(PIP) install -r requirements-test.lock
+	@touch $@
+
+# Editable, without dependencies (the lock has them) and without isolation (so that the C++ kernels see the locked torch).
+$(VENV)/.installed: $(SOURCES) $(VENV)/.runtime
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info miga_engine/*.so

@@ -1,0 +1,372 @@
+"""Engine: load a model, then generate or stream endless video from a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from miga_engine import noise as noise_module
+from miga_engine._version import __version__
+from miga_engine.config import PRESETS, MigaConfig, Preset
+from miga_engine.errors import CheckpointError, ConfigError, DeviceError
+from miga_engine.models.loading import ModelBundle, load_bundle
+from miga_engine.prompts import PromptTimeline
+from miga_engine.runtime.denoise import NEGATIVE_ROW
+from miga_engine.runtime.stages import VideoRun
+from miga_engine.schedule import make_schedule
+
+_TINY_FOLDER = Path(__file__).parent / "tiny" / "weights"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames that left the decoder together: ``frames`` uint8 ``[n, H, W, 3]`` on the engine's device.
+
+    ``index`` counts chunks from 0, ``first_frame`` is the video frame number of ``frames[0]``.
+    """
+
+    index: int
+    first_frame: int
+    frames: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video: ``frames`` uint8 ``[T, H, W, 3]`` on the CPU."""
+
+    frames: torch.Tensor
+    fps: int
+    metadata: Mapping[str, Any]
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write an mp4, mkv (lossless), PNG sequence or raw file, by suffix; OutputError where that cannot be."""
+        from miga_engine.video.sinks import open_sink
+
+        height, width = self.frames.shape[1:3]
+        with open_sink(path, self.fps, width, height, metadata=dict(self.metadata), overwrite=overwrite) as sink:
+            sink.write(self.frames)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run: ``kind`` is score, search_started, search_finished or chunk."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps({"event": self.kind, **self.data})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after each chunk; returning False from the callback ends the run."""
+
+    num_frames_out: int
+    num_frames: int | None
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run with every option resolved; what the metadata of a video records."""
+
+    prompt: Mapping[int, str]
+    negative_prompt: str
+    num_frames: int | None
+    seed: int
+    height: int
+    width: int
+    fps: int
+    solver: str
+    num_inference_steps: int
+    shift: float
+    guidance_scale: float
+    eta: float
+    miga: MigaConfig
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        """JSON-able record: prompt, seed, configuration, model, version."""
+        record = dataclasses.asdict(self)
+        record["prompt"] = self.prompt[0] if len(self.prompt) == 1 else dict(self.prompt)
+        return {"model": model, **record, "miga_engine": __version__}
+
+
+class Engine:
+    """A loaded model and its defaults. Generating leaves no state behind: two runs never influence each other."""
+
+    def __init__(self, bundle: ModelBundle, preset: Preset, *, name: str, device: torch.device) -> None:
+        self.bundle = bundle
+        self.preset = preset
+        self.name = name
+        self.device = device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "tiny",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        *,
+        preset: str | None = None,
+    ) -> Engine:
+        """Load ``"tiny"`` (the embedded model), a model folder, or a file inside one.
+
+        Args:
+            model: name or path; official Wan2.1 folder and ``-Diffusers`` folder layouts are read.
+            device: default "cuda" where there is one, else "cpu".
+            dtype: of the transformer; default bfloat16 on CUDA, float32 on CPU.
+            preset: name of the defaults; "tiny" for the embedded model, else "wan2.1".
+
+        Raises CheckpointError, ConfigError or DeviceError, each with one sentence.
+        """
+        target = _resolve_device(device)
+        compute = _resolve_dtype(dtype, target)
+        is_tiny = str(model) == "tiny" and not Path("tiny").exists()
+        folder = _TINY_FOLDER if is_tiny else Path(model)
+        if not folder.exists():
+            raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder, or a weights file")
+        preset_name = preset or ("tiny" if is_tiny else "wan2.1")
+        if preset_name not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset_name!r}")
+        bundle = load_bundle(folder, device=target, dtype=compute)
+        return cls(bundle, PRESETS[preset_name], name="tiny" if is_tiny else str(model), device=target)
+
+    def resolve(
+        self,
+        prompt: str | Mapping[int, str],
+        *,
+        num_frames: int | None,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        fps: int | None = None,
+        miga: MigaConfig | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        eta: float | None = None,
+    ) -> Request:
+        """Fill in the preset's defaults and refuse what cannot run, before any work is done."""
+        sampling = self.preset.sampling
+        request = Request(
+            prompt=_check_prompt(prompt),
+            negative_prompt=_default(negative_prompt, self.bundle.default_negative_prompt),
+            num_frames=num_frames,
+            seed=seed,
+            height=_default(height, self.preset.height),
+            width=_default(width, self.preset.width),
+            fps=_default(fps, self.preset.fps),
+            solver=_default(solver, sampling.solver),
+            num_inference_steps=_default(num_inference_steps, sampling.num_inference_steps),
+            shift=float(_default(shift, sampling.shift)),
+            guidance_scale=float(_default(guidance_scale, sampling.guidance_scale)),
+            eta=float(_default(eta, sampling.eta)),
+            miga=miga or self.preset.miga,
+        )
+        if num_frames is not None:
+            _check_count("num_frames", num_frames, "video frames")
+        _check_count("fps", request.fps, "frames per second")
+        _check_count("num_inference_steps", request.num_inference_steps, "steps")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ConfigError(f"seed must be a whole number from 0 to 2^64 − 1, got {seed!r}")
+        multiple = self.bundle.size_multiple
+        for name, size in (("height", request.height), ("width", request.width)):
+            _check_count(name, size, "pixels")
+            if size % multiple:
+                below = size // multiple * multiple
+                nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
+                raise ConfigError(f"{name} must be a multiple of {multiple} pixels, got {size}; use {nearest}")
+        if not 0 <= request.guidance_scale < float("inf"):
+            raise ConfigError(f"guidance_scale must be a finite number of at least 0, got {request.guidance_scale}")
+        request.miga.check(request.num_inference_steps, self.bundle.window_frames)
+        return request
+
+    def stream(
+        self,
+        prompt: str | Mapping[int, str],
+        num_frames: int | None = None,
+        *,
+        chunk_frames: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """Yield chunks of video frames while the video is being made; ``num_frames`` None never ends.
+
+        ``chunk_frames`` re-cuts the stream into chunks of that many frames (the last may be shorter); the frames
+        themselves do not depend on it. Other options are those of :meth:`resolve`; they are checked before the
+        first chunk is asked for.
+        """
+        request = self.resolve(prompt, num_frames=num_frames, **options)
+        if chunk_frames is not None:
+            _check_count("chunk_frames", chunk_frames, "video frames")
+        return self.run(request, chunk_frames=chunk_frames, on_event=on_event)
+
+    def generate(
+        self,
+        prompt: str | Mapping[int, str],
+        num_frames: int = 240,
+        *,
+        callback: Callable[[Progress], bool | None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **options: Any,
+    ) -> Video:
+        """Generate exactly ``num_frames`` video frames and return them together.
+
+        ``callback`` is called after each chunk; when it returns False the video so far is returned.
+        """
+        request = self.resolve(prompt, num_frames=num_frames, **options)
+        frames, count = [], 0
+        for chunk in self.run(request, on_event=on_event):
+            frames.append(chunk.frames.cpu())
+            count += len(chunk.frames)
+            if callback is not None and callback(Progress(count, num_frames, chunk)) is False:
+                break
+        return Video(torch.cat(frames), request.fps, request.metadata(self.name))
+
+    def run(
+        self,
+        request: Request,
+        *,
+        chunk_frames: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Iterator[Chunk]:
+        """Stream a resolved request."""
+        chunks = self._decode(request, _emitter(on_event))
+        for index, (first, frames) in enumerate(_rechunk(chunks, chunk_frames)):
+            if on_event is not None:
+                on_event(Event("chunk", {"index": index, "first_frame": first, "num_frames": len(frames)}))
+            yield Chunk(index, first, frames)
+
+    def _decode(self, request: Request, emit: Callable[..., None]) -> Iterator[torch.Tensor]:
+        """Video frames uint8 ``[n,H,W,3]``, one tensor per group of latents that became clean."""
+        remaining = request.num_frames
+        decoder = self.bundle.vae.stream_decoder()
+        run = self._start(request, emit)
+        while remaining is None or remaining > 0:
+            with torch.no_grad():
+                clean = run.tick()
+                if clean is None:
+                    continue
+                parts = [decoder.push(latent[None, :, None]) for latent in clean.latents]
+                frames = torch.cat([_to_uint8(part[0]) for part in parts])
+            if remaining is not None:
+                frames = frames[:remaining]
+                remaining -= len(frames)
+            yield frames
+
+    def _start(self, request: Request, emit: Callable[..., None]) -> VideoRun:
+        bundle = self.bundle
+        schedule = make_schedule(request.solver, request.num_inference_steps, request.shift, eta=request.eta)
+        timeline = PromptTimeline(request.prompt, request.miga.prompt_blend_frames, bundle.first_video_frame)
+        with torch.no_grad():
+            context = bundle.transformer.encode_context(timeline.contexts(request.negative_prompt, bundle.encode_prompts))
+        factor = bundle.spatial_factor
+        frame_shape = (bundle.latent_channels, request.height // factor, request.width // factor)
+        num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
+
+        def network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return bundle.transformer(latents.to(bundle.dtype), timesteps, context, context_index=rows).float()
+
+        def draw(
+            purpose: noise_module.Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0
+        ) -> torch.Tensor:
+            frames, streams = torch.from_numpy(frame_numbers), torch.as_tensor(stream)
+            return noise_module.normal(request.seed, purpose, frames, frame_shape, stream=streams, device=self.device)
+
+        return VideoRun(
+            network,
+            schedule,
+            request.miga,
+            window_frames=bundle.window_frames,
+            frame_shape=frame_shape,
+            noise=draw,
+            num_frames=num_latents,
+            guidance_scale=request.guidance_scale,
+            device=self.device,
+            prompt_row=timeline.row,
+            emit=emit,
+        )
+
+
+def _emitter(on_event: Callable[[Event], None] | None) -> Callable[..., None]:
+    def emit(kind: str, **data: Any) -> None:
+        if on_event is not None:
+            on_event(Event(kind, data))
+
+    return emit
+
+
+def _to_uint8(frames: torch.Tensor) -> torch.Tensor:
+    """``[3,T,H,W]`` in [−1, 1] → uint8 ``[T,H,W,3]``."""
+    return frames.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def _rechunk(chunks: Iterator[torch.Tensor], size: int | None) -> Iterator[tuple[int, torch.Tensor]]:
+    """``(first_frame, frames)``; with a size, cut so that every chunk but the last has that many frames."""
+    first = 0
+    pending: torch.Tensor | None = None
+    for frames in chunks:
+        pending = frames if pending is None else torch.cat([pending, frames])
+        step = len(pending) if size is None else size
+        while step and len(pending) >= step:
+            yield first, pending[:step]
+            first += step
+            pending = pending[step:]
+    if pending is not None and len(pending):
+        yield first, pending
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_count(name: str, value: Any, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1 ({unit}), got {value!r}")
+
+
+def _check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
+    timeline = {0: prompt} if isinstance(prompt, str) else prompt
+    if not isinstance(timeline, Mapping):
+        raise ConfigError(f"prompt must be a text or a timeline {{first_frame: text}}, got {type(prompt).__name__}")
+    if 0 not in timeline:
+        raise ConfigError(f"a prompt timeline must start at frame 0, got frames {sorted(timeline)}")
+    for frame, text in timeline.items():
+        if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
+            raise ConfigError(f"a prompt timeline's keys are video frame numbers from 0 on, got {frame!r}")
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"the prompt is empty at frame {frame}: describe the video in a few words")
+    return {frame: timeline[frame] for frame in sorted(timeline)}
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"device {str(device)!r} is not available here: use 'cpu' or leave the option out") from error
+    return target
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in choices.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in choices:
+        raise ConfigError(f"dtype must be one of {', '.join(choices)}, got {dtype!r}")
+    return choices[dtype]  # type: ignore[index]

@@ -1,0 +1,74 @@
+"""From prompts to the token ids of UMT5, with the cleaning Wan2.1 was trained with."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from miga_engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# The negative prompt of the Wan2.1 release, part of how its checkpoints are meant to be sampled.
+WAN_DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def clean_prompt(text: str) -> str:
+    """Repair broken Unicode, resolve HTML entities (also doubly escaped ones), collapse white space."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """Wraps a `tokenizer.json`; every prompt ends in </s>, also one cut to `text_len` tokens."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, text_len: int = 512) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.text_len = text_len
+        end_id = backend.token_to_id("</s>")
+        if end_id is None:
+            raise CheckpointError("The tokenizer has no </s> token; use the tokenizer.json of google/umt5-xxl.")
+        self.end_id: int = end_id
+        self.pad_id: int = backend.token_to_id("<pad>") or 0
+
+    @classmethod
+    def from_folder(cls, path: str | Path, text_len: int = 512) -> Tokenizer:
+        """Read `tokenizer.json` in the folder `path`, or that file itself. Raises CheckpointError."""
+        import tokenizers
+
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} does not exist; download the tokenizer.json of the model's tokenizer folder."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for every malformed file
+            raise CheckpointError(f"{file} is not a readable tokenizer ({error}); download it again.") from error
+        return cls(backend, text_len)
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> ids and mask, int64 [P, T], padded to the longest; T <= text_len."""
+        rows = []
+        for prompt in prompts:
+            ids = self._backend.encode(clean_prompt(prompt), add_special_tokens=False).ids
+            rows.append([*ids[: self.text_len - 1], self.end_id])
+        length = max(map(len, rows), default=0)
+        ids = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
+        return ids, mask

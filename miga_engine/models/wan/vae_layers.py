@@ -1,0 +1,265 @@
+"""Layers of the Wan2.1 video VAE, causal in time.
+
+Inside the network a clip is [B, T, C, H, W] (frames outside channels), so that a frame is a picture to every 2-D operation and
+a temporal convolution is a 2-D convolution over the channels of neighbouring frames.
+
+Temporal state is a dict of tensors, one entry per layer that looks back, under the layer's name in the state dict. A layer
+replaces its entry and never writes into it, so autograd may keep the old one. An absent entry means "nothing seen yet".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miga_engine.models.attention import attention
+
+FeatureCache = dict[str, Tensor]
+
+
+def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a picture layer to each frame: [B, T, C, H, W] -> [B, T, C', H', W']."""
+    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution over [B, T, C, H, W] that sees the present and `kernel - 1` past frames, zeros before the first.
+
+    The parameters are those of nn.Conv3d. It is computed as one 2-D convolution over the stacked channels of the frames in
+    reach, which a CPU does two to three times faster than a 3-D convolution and a GPU no slower.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), padding=(0, padding, padding))
+        self.cache_name = ""
+        self.current_tap_only = False  # a training that keeps the past taps at zero sets this, and saves their cost
+        self._zero_past: tuple[tuple[int, int], bool] | None = None
+
+    @property
+    def reach(self) -> int:
+        """Past frames the kernel looks at."""
+        return self.kernel_size[0] - 1
+
+    def is_pointwise_in_time(self) -> bool:
+        """True where the taps on past frames contribute exactly nothing, so that they need neither work nor history."""
+        if self.reach == 0 or self.current_tap_only:
+            return True
+        weight = self.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return False
+        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._zero_past is None or self._zero_past[0] != key:
+            self._zero_past = (key, not bool(weight[:, :, :-1].any()))
+        return self._zero_past[1]
+
+    def taps(self, frames: Tensor, num_taps: int) -> Tensor:
+        """Convolve with the last `num_taps` time taps, without padding in time: T -> (T - num_taps) // stride + 1 frames."""
+        stride = self.stride[0]
+        num_out = (frames.shape[1] - num_taps) // stride + 1
+        span = stride * (num_out - 1) + 1
+        if num_taps == 1:
+            stacked = frames[:, :span:stride]
+        else:
+            stacked = torch.cat([frames[:, i : i + span : stride] for i in range(num_taps)], dim=2)
+        kernel = self.weight[:, :, -num_taps:].transpose(1, 2).flatten(1, 2)
+        out = F.conv2d(stacked.flatten(0, 1), kernel, self.bias, padding=self.padding[1:])
+        return out.unflatten(0, (frames.shape[0], num_out))
+
+    def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
+        """x [B, T, C, H, W], any T >= 1, continuing the clip in `cache` -> [B, T, C', H', W']."""
+        if self.is_pointwise_in_time():
+            return self.taps(x, 1)
+        past = None if cache is None else cache.get(self.cache_name)
+        frames = x if past is None else torch.cat([past, x], dim=1)
+        if cache is not None:
+            cache[self.cache_name] = frames[:, -self.reach :].clone()  # a view would keep the whole chunk alive
+        missing = self.reach + x.shape[1] - frames.shape[1]
+        if x.shape[1] == 1:  # taps that would meet only the zeros before the clip are left out
+            return self.taps(frames, self.kernel_size[0] - missing)
+        if missing:
+            frames = F.pad(frames, (0, 0, 0, 0, 0, 0, missing, 0))
+        return self.taps(frames, self.kernel_size[0])
+
+
+class ChannelNorm(nn.Module):
+    """x / ‖x‖ · √C · γ over the channels of [..., C, H, W]."""
+
+    def __init__(self, channels: int, is_video: bool = True) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1) if is_video else torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.gamma.shape[0]
+        return F.normalize(x, dim=-3) * (channels**0.5) * self.gamma.view(channels, 1, 1)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            ChannelNorm(in_channels),
+            nn.SiLU(),
+            CausalConv3d(in_channels, out_channels, (3, 3, 3), padding=1),
+            ChannelNorm(out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in the original, whose place keeps the numbers of the keys
+            CausalConv3d(out_channels, out_channels, (3, 3, 3), padding=1),
+        )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        return self.shortcut(x) + run_sequence(self.residual, x, cache)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention with one head over the positions of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, is_video=False)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        qkv = per_frame(self.to_qkv, self.norm(x)).flatten(0, 1).flatten(2).transpose(1, 2)  # [B·T, H·W, 3C]
+        q, k, v = qkv.unsqueeze(2).chunk(3, dim=-1)
+        out = attention(q, k, v).squeeze(2).transpose(1, 2).unflatten(2, (height, width))
+        return x + self.proj(out).unflatten(0, x.shape[:2])
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and from the second frame on also time when `is_temporal`."""
+
+    def __init__(self, channels: int, is_temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if is_temporal else None
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        name = self.time_conv.cache_name
+        past = None if cache is None else cache.get(name)
+        if cache is not None:
+            cache[name] = x[:, -1:].clone()
+        if past is not None:
+            return self.time_conv.taps(torch.cat([past, x], dim=1), 3)
+        if x.shape[1] == 1:
+            return x
+        return torch.cat([x[:, :1], self.time_conv.taps(x, 3)], dim=1)
+
+
+class Upsample(nn.Module):
+    """Double height and width and halve the channels; double time too, after the first latent, when `is_temporal`."""
+
+    def __init__(self, channels: int, is_temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if is_temporal else None
+
+    def double_time(self, x: Tensor, cache: FeatureCache | None, time_conv: CausalConv3d) -> Tensor:
+        """[B, T, C, H, W] -> [B, 2T, C, H, W]; the clip's first frame stays single and outside the history."""
+        if cache is not None and time_conv.cache_name in cache:
+            return time_conv(x, cache).unflatten(2, (2, -1)).flatten(1, 2)
+        rest = x[:, 1:]
+        if cache is not None:
+            cache[time_conv.cache_name] = rest[:, :0]  # no frames yet, yet no longer at the first
+        if rest.shape[1] == 0:
+            return x
+        return torch.cat([x[:, :1], time_conv(rest, cache).unflatten(2, (2, -1)).flatten(1, 2)], dim=1)
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        if self.time_conv is not None:
+            x = self.double_time(x, cache, self.time_conv)
+        return per_frame(self.resample, x)
+
+
+def run_sequence(layers: nn.Sequential, x: Tensor, cache: FeatureCache | None) -> Tensor:
+    """nn.Sequential that hands the temporal state to the layers that keep one."""
+    for layer in layers:
+        if isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample)):
+            x = layer(x, cache)
+        else:
+            x = layer(x)
+    return x
+
+
+class Encoder(nn.Module):
+    """[B, T, 3, H, W] -> [B, F, out_channels, H/8, W/8] for four levels."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_channels: int,
+        dim_mult: tuple[int, ...],
+        num_res_blocks: int,
+        temporal_downsample: tuple[bool, ...],
+    ) -> None:
+        super().__init__()
+        channels = dim
+        self.conv1 = CausalConv3d(3, channels, (3, 3, 3), padding=1)
+        layers: list[nn.Module] = []
+        for level, mult in enumerate(dim_mult):
+            for _ in range(num_res_blocks):
+                layers.append(ResidualBlock(channels, dim * mult))
+                channels = dim * mult
+            if level != len(dim_mult) - 1:
+                layers.append(Downsample(channels, temporal_downsample[level]))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = middle_block(channels)
+        self.head = head_block(channels, out_channels)
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        x = run_sequence(self.downsamples, self.conv1(x, cache), cache)
+        return run_sequence(self.head, run_sequence(self.middle, x, cache), cache)
+
+
+class Decoder(nn.Module):
+    """[B, F, z_dim, h, w] -> [B, T, 3, 8h, 8w] for four levels."""
+
+    def __init__(
+        self,
+        dim: int,
+        z_dim: int,
+        dim_mult: tuple[int, ...],
+        num_res_blocks: int,
+        temporal_upsample: tuple[bool, ...],
+    ) -> None:
+        super().__init__()
+        channels = dim * dim_mult[-1]
+        self.conv1 = CausalConv3d(z_dim, channels, (3, 3, 3), padding=1)
+        self.middle = middle_block(channels)
+        layers: list[nn.Module] = []
+        for level, mult in enumerate(reversed(dim_mult)):
+            for _ in range(num_res_blocks + 1):
+                layers.append(ResidualBlock(channels, dim * mult))
+                channels = dim * mult
+            if level != len(dim_mult) - 1:
+                layers.append(Upsample(channels, temporal_upsample[level]))
+                channels //= 2
+        self.upsamples = nn.Sequential(*layers)
+        self.head = head_block(channels, 3)
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        x = run_sequence(self.middle, self.conv1(x, cache), cache)
+        return run_sequence(self.head, run_sequence(self.upsamples, x, cache), cache)
+
+
+def middle_block(channels: int) -> nn.Sequential:
+    """Residual, attention, residual at the lowest resolution."""
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+
+
+def head_block(channels: int, out_channels: int) -> nn.Sequential:
+    """Norm, SiLU and the last convolution."""
+    return nn.Sequential(ChannelNorm(channels), nn.SiLU(), CausalConv3d(channels, out_channels, (3, 3, 3), padding=1))

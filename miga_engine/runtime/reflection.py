@@ -1,0 +1,121 @@
+"""Self-reflection: watch the consistency score of the queue, and search again where it falls (DCE, ALGORITHM §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from miga_engine import ops
+from miga_engine.config import MigaConfig
+from miga_engine.noise import Purpose
+from miga_engine.runtime.denoise import Denoiser, Window
+from miga_engine.runtime.window_plan import plan_windows
+
+CANDIDATE_SOLVER_STREAM = 0x100
+"""Solver noise of candidate c in search n uses stream CANDIDATE_SOLVER_STREAM + n·candidates + c."""
+
+
+class Reflection:
+    """Judges one group of latent frames per iteration and replaces the tail by the best of several continuations.
+
+    State: ``previous_score`` C₀ (None before the first judgement) and ``num_searches``.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: MigaConfig,
+        window_frames: int,
+        stride: int,
+        emit: Callable[..., None],
+    ) -> None:
+        self.denoiser = denoiser
+        self.config = config
+        self.window_frames = window_frames
+        self.stride = stride
+        self.emit = emit
+        self.previous_score: float | None = None
+        self.num_searches = 0
+
+    @staticmethod
+    def scratch_frames(config: MigaConfig) -> int:
+        """Scratch slots a search needs: every candidate ends with judge_step groups."""
+        return config.candidates * config.judge_step * config.zigzag_width if config.self_reflection else 0
+
+    def after_pass(self, head: int, tail: int) -> None:
+        """Judge the queue of frames ``head … tail − 1`` after a pass, before anything is popped or pushed."""
+        config, store = self.config, self.denoiser.store
+        width = config.zigzag_width
+        head_step = int(store.step_index[store.slots([head])[0]])
+        group = head_step - config.judge_step
+        if group < config.reference_groups:
+            return
+        judged = range(head + group * width, head + (group + 1) * width)
+        if judged.stop > tail:
+            return
+        reference = store.slots(range(judged.start - config.reference_groups * width, judged.start))
+        score = float(self._score(reference, store.slots(judged)[None])[0])
+        self.emit("score", frame=judged.start, score=score, previous=self.previous_score)
+        if self.previous_score is None or self.previous_score - score <= config.score_drop:
+            self.previous_score = score
+            return
+        self.previous_score = self._search(reference, judged.start, score)
+
+    def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
+        """Scores ``[k]`` of the candidate groups ``slots [k, m]`` against the reference ``slots [n]``."""
+        store = self.denoiser.store
+        values = store.x0 if self.config.judge == "x0" else store.sample
+        return ops.consistency_score(
+            values[store.index(reference)], values[store.index(candidates)], channels=self.config.channels
+        )
+
+    def _search(self, reference: np.ndarray, first: int, score: float) -> float:
+        """Try ``candidates`` continuations of the reference; return the score that becomes C₀.
+
+        A continuation ends with groups at steps judge_step … 1: the shape of the queue from the judged group to its tail.
+        """
+        config, store = self.config, self.denoiser.store
+        width, count = config.zigzag_width, config.candidates
+        length = config.judge_step * width
+        numbers = np.arange(first, first + length)
+        slots = np.stack([store.scratch_slots(c * length, length) for c in range(count)])  # [K, judge_step·Z]
+        self.emit("search_started", frame=first, score=score, previous=self.previous_score, search=self.num_searches)
+        for step in range(config.judge_step):
+            fresh = slice(step * width, (step + 1) * width)
+            for c in range(count):
+                stream = self.num_searches * count + c
+                noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], stream=stream)
+                store.put(slots[c, fresh], noise, step_index=0, numbers=numbers[fresh].tolist())
+                store.prompt_row[slots[c, fresh]] = store.prompt_row[store.slots(numbers[fresh])]
+            for c in range(count) if self.denoiser.schedule.uses_noise else (None,):
+                chosen = slots if c is None else slots[c : c + 1]
+                stream = CANDIDATE_SOLVER_STREAM + self.num_searches * count + (c or 0)
+                self.denoiser.run(self._windows(reference, chosen[:, : fresh.stop]), solver_stream=stream)
+        scores = self._score(reference, slots[:, :width])
+        best = int(scores.argmax())
+        best_score = float(scores[best])
+        adopted = best_score > score
+        if adopted:
+            store.copy(slots[best], store.slots(numbers))
+        self.emit(
+            "search_finished", frame=first, search=self.num_searches, scores=scores.tolist(), score=score, adopted=adopted
+        )
+        self.num_searches += 1
+        return best_score if adopted else score
+
+    def _windows(self, reference: np.ndarray, candidates: np.ndarray) -> list[Window]:
+        """Windows over (reference + candidate frames) of every candidate; reference frames are only read."""
+        num_reference = len(reference)
+        num_frames = num_reference + candidates.shape[1]
+        window = self.window_frames
+        phase = max(num_frames - window, 0) % self.stride
+        windows = []
+        for candidate in candidates:
+            sequence = np.concatenate([reference, candidate])
+            for start, commit_start, commit_stop in plan_windows(num_frames, window, self.stride, phase):
+                first = max(commit_start, num_reference)
+                if first < commit_stop:
+                    windows.append(Window(sequence[start : start + window], first - start, commit_stop - start))
+        return windows

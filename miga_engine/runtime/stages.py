@@ -1,0 +1,305 @@
+"""The stages of a run: seed clip → warm-up → Stage 1 (zigzag queue) → Stage 2 and refine as a wavefront → clean latents.
+
+Everything lives in one ring of latent frames and advances by one kind of pass (denoise.Denoiser). One ``tick`` is one
+step of the seed clip, one warm-up pass, or one Stage-1 pass together with whatever unified windows became ready;
+it returns the latent frames that became clean. Memory does not depend on the length of the video (ALGORITHM §3, §6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from miga_engine.config import MigaConfig
+from miga_engine.noise import Purpose
+from miga_engine.runtime.denoise import Denoiser, Network, NoiseSource, Window
+from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.reflection import Reflection
+from miga_engine.runtime.window_plan import guidance_indices, next_cut, plan_windows
+from miga_engine.schedule import Schedule, add_noise
+
+SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
+_STREAMS = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
+"""Solver-noise streams: stages that visit the same (frame, step) twice must not draw the same noise."""
+
+
+class CleanLatents(NamedTuple):
+    """Finished latent frames ``[n, C, H, W]`` float32, the first of them number ``first_frame`` of the video."""
+
+    first_frame: int
+    latents: torch.Tensor
+
+
+class UnifiedPasses:
+    """Stage 2 and refine as a wavefront over frames that all stand at the hand-off step (ALGORITHM §6).
+
+    Level j is the j-th unified pass. ``done[j]`` is how far it has come: frames before it have finished level j.
+    A block of level j may run as soon as level j − 1 has finished the frames its window reads, which yields exactly
+    what passes over the whole video yield.
+    """
+
+    def __init__(
+        self, stage2_steps: int, refine_steps: int, window: int, stride: int, moving_phase: bool, num_frames: int | None
+    ) -> None:
+        self.stage2_steps = stage2_steps
+        self.num_levels = stage2_steps + refine_steps
+        self.window = window
+        self.stride = stride
+        self.moving_phase = moving_phase
+        self.num_frames = num_frames
+        self.done = [0] * self.num_levels
+
+    def phase(self, level: int) -> int:
+        """The refine pass counts its passes from 0 again."""
+        number = level if level < self.stage2_steps else level - self.stage2_steps
+        return number % self.stride if self.moving_phase else 0
+
+    def ready(self, available: int) -> list[tuple[int, int, int, int]]:
+        """Blocks ``(level, start, stop, commit_stop)`` that can run now; ``available`` frames have been handed over.
+
+        At most one block a level, and none reads what another writes, so they form one pass.
+        """
+        blocks = []
+        for level in range(self.num_levels):
+            finished = available if level == 0 else self.done[level - 1]
+            start = self.done[level]
+            if start == self.num_frames:
+                continue
+            stop = start + self.window if self.num_frames is None else min(start + self.window, self.num_frames)
+            if stop <= finished:
+                commit_stop = next_cut(start, self.num_frames, self.window, self.stride, self.phase(level))
+                blocks.append((level, start, stop, commit_stop))
+        return blocks
+
+
+class VideoRun:
+    """One endless or finite run over a network, as a sequence of ticks.
+
+    Args:
+        network: see :class:`~miga_engine.runtime.denoise.Network`.
+        schedule, config: how frames are denoised and how windows become a video.
+        window_frames: latent frames the network takes at once (its native clip).
+        frame_shape: ``(C, H, W)`` of a latent frame.
+        noise: source of Gaussian noise.
+        num_frames: latent frames to deliver; None = endless.
+        prompt_row: maps a latent frame number to the prompt row the network is given for it.
+        emit: receives events as ``emit(kind, **fields)``.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        schedule: Schedule,
+        config: MigaConfig,
+        *,
+        window_frames: int,
+        frame_shape: tuple[int, int, int],
+        noise: NoiseSource,
+        num_frames: int | None,
+        guidance_scale: float | None,
+        device: torch.device,
+        prompt_row: Callable[[int], int] = lambda frame: 1,
+        emit: Callable[..., None] = lambda kind, **fields: None,
+    ) -> None:
+        config.check(schedule.num_steps, window_frames)
+        self.schedule = schedule
+        self.config = config
+        self.window_frames = window_frames
+        self.noise = noise
+        self.prompt_row = prompt_row
+        self.emit = emit
+        self.num_frames = num_frames
+        self.handoff_step = schedule.num_steps - config.stage2_steps
+        self.stride = config.stride or min(max(1, window_frames // 2), window_frames - config.guidance_frames)
+        # A request shorter than the clip the network was trained on is denoised as a full clip and cut afterwards.
+        unified_frames = None if num_frames is None else max(num_frames, window_frames)
+        self.unified = UnifiedPasses(
+            config.stage2_steps, config.refine_steps, window_frames, self.stride, config.moving_phase, unified_frames
+        )
+        self.padding = window_frames - self.stride if config.commit == "trailing" else 0
+        width = config.zigzag_width
+        queue = width * (self.handoff_step + 1)
+        wavefront = self.unified.num_levels * (window_frames + self.stride) + window_frames + width
+        self.store = FrameStore(
+            queue + wavefront + self.padding, frame_shape, device, scratch=Reflection.scratch_frames(config)
+        )
+        self.denoiser = Denoiser(
+            network, self.store, schedule, noise,
+            guidance_scale=guidance_scale, window_batch=config.window_batch, order=config.window_order,
+        )  # fmt: skip
+        self.reflection = None
+        if config.self_reflection:
+            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit)
+        self.stage = SEED_CLIP
+        self.head = 0
+        self.tail = 0
+        self.num_passes = 0
+        self.emitted = 0
+
+    def __iter__(self) -> Iterator[CleanLatents]:
+        while self.stage != DONE:
+            clean = self.tick()
+            if clean is not None:
+                yield clean
+
+    def tick(self) -> CleanLatents | None:
+        """One unit of work; the latent frames that became clean by it, or None."""
+        if self.stage == SEED_CLIP:
+            self._tick_seed_clip()
+        elif self.stage == WARMUP:
+            self._tick_warmup()
+        elif self.stage == STAGE1:
+            self._tick_stage1()
+        elif self.stage == FLUSH and not self._unified_pass():
+            self.stage = DONE
+        return self._emit_clean()
+
+    # Seed clip and warm-up -------------------------------------------------------------------------------------
+
+    def _tick_seed_clip(self) -> None:
+        """An ordinary clip of ``window_frames`` frames; its clean frames then start the queue."""
+        frames = range(self.window_frames)
+        if self.tail == 0:
+            self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)))
+        slots = self.store.slots(frames)
+        self.denoiser.run([Window(slots, 0, len(slots))], solver_stream=_STREAMS[SEED_CLIP])
+        if self.store.step_index[slots[0]] == self.schedule.num_steps:
+            self._start_queue(self.store.sample[self.store.index(slots)])
+
+    def _start_queue(self, clip: torch.Tensor) -> None:
+        """Re-noise the seed clip to the noisiest levels, one level a group of zigzag_width frames."""
+        width = self.config.zigzag_width
+        if self.config.warmup == "copies":
+            num_groups = self.handoff_step
+            steps = np.arange(num_groups - 1, -1, -1).repeat(width)
+            self.head = min(0, self.window_frames - num_groups * width)
+            self.stage = STAGE1
+        else:
+            num_groups = min(self.window_frames // width, self.handoff_step - 1)
+            steps = np.arange(num_groups, 0, -1).repeat(width)
+            self.head = 0
+            self.stage = WARMUP
+        numbers = np.arange(self.head, self.head + num_groups * width)
+        sources = torch.from_numpy(numbers.clip(0, self.window_frames - 1)).to(clip.device)
+        noise = self.noise(Purpose.WARMUP, numbers)
+        noised = add_noise(self.schedule, clip[sources], noise, torch.from_numpy(steps))
+        self._push(range(self.head, self.head + num_groups * width), noised, step_index=steps)
+        if self.padding:
+            padding = range(self.head - self.padding, self.head)
+            before = torch.from_numpy(np.asarray(padding).clip(0, None)).to(clip.device)
+            slots = self.store.slots(padding)
+            self.store.put(slots, clip[before], step_index=self.schedule.num_steps, numbers=padding)
+            self.store.prompt_row[slots] = self.prompt_row(0)
+
+    def _tick_warmup(self) -> None:
+        """Push one group of noise; unless the queue now holds every level once, advance all of it by one step."""
+        self._push_noise()
+        if self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1:
+            self.stage = STAGE1
+            return
+        num_frames = self.tail - self.head
+        phase = (num_frames - self._local_frames) % self.stride if num_frames >= self._local_frames else 0
+        self._queue_pass(phase, WARMUP)
+
+    # Stage 1 ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _local_frames(self) -> int:
+        return self.window_frames - self.config.guidance_frames
+
+    def _tick_stage1(self) -> None:
+        """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
+        phase = self.num_passes % self.stride if self.config.moving_phase else 0
+        self._queue_pass(phase, STAGE1)
+        self.num_passes += 1
+        popped = self.store.slots(range(self.head, self.head + self.config.zigzag_width))
+        self.store.history_length[popped] = 0
+        self.head += self.config.zigzag_width
+        if self.unified.num_levels and self.unified.stage2_steps == 0:
+            self._renoise(popped)
+        if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
+            self.stage = FLUSH
+            return
+        while self._unified_pass():
+            pass
+        self._push_noise()
+
+    def _queue_pass(self, phase: int, stage: str) -> None:
+        config = self.config
+        num_frames = self.tail - self.head
+        if config.commit == "trailing":
+            first = self.head - self.padding
+            plan = plan_windows(num_frames + self.padding, self.window_frames, self.stride, 0, "trailing")
+        else:
+            first = self.head
+            plan = plan_windows(num_frames, self._local_frames, self.stride, phase)
+        queue = self.store.slots(range(first, self.tail))
+        windows = []
+        for start, commit_start, commit_stop in plan:
+            guidance = guidance_indices(start, config.guidance_frames, config.zigzag_width, config.guidance_offset)
+            length = self._local_frames if guidance else self.window_frames
+            slots = np.concatenate([queue[guidance], queue[start : start + length]]) if guidance else queue[
+                start : start + length
+            ]  # fmt: skip
+            offset = len(guidance) - start
+            windows.append(Window(slots, commit_start + offset, commit_stop + offset))
+        self.denoiser.run(windows, solver_stream=_STREAMS[stage])
+        if self.reflection is not None:
+            self.reflection.after_pass(self.head, self.tail)
+
+    def _push_noise(self) -> None:
+        numbers = range(self.tail, self.tail + self.config.zigzag_width)
+        self._push(numbers, self.noise(Purpose.PUSH, np.asarray(numbers)))
+
+    def _push(self, numbers: range, sample: torch.Tensor, step_index: int | np.ndarray = 0) -> None:
+        slots = self.store.slots(numbers)
+        self.store.put(slots, sample, step_index=step_index, numbers=numbers)
+        self.store.prompt_row[slots] = [self.prompt_row(max(number, 0)) for number in numbers]
+        self.tail = numbers.stop
+
+    # Stage 2 and refine ----------------------------------------------------------------------------------------
+
+    def _unified_pass(self) -> bool:
+        """One pass over the blocks that are ready, at most one a level; False where there is none."""
+        available = self.head if self.unified.num_frames is None else min(self.head, self.unified.num_frames)
+        blocks = self.unified.ready(available)
+        windows = []
+        for level, start, stop, commit_stop in blocks:
+            windows.append(Window(self.store.slots(range(start, stop)), 0, commit_stop - start))
+            self.unified.done[level] = commit_stop
+        if self.schedule.uses_noise:
+            num_stage2 = sum(level < self.config.stage2_steps for level, *_ in blocks)
+            self.denoiser.run(windows[:num_stage2], solver_stream=_STREAMS[FLUSH])
+            self.denoiser.run(windows[num_stage2:], solver_stream=_STREAMS["refine"])
+        else:
+            self.denoiser.run(windows)
+        for (level, *_), window in zip(blocks, windows, strict=True):
+            if level == self.config.stage2_steps - 1 and self.config.refine_steps:
+                self._renoise(window.committed)
+        return bool(blocks)
+
+    def _renoise(self, slots: np.ndarray) -> None:
+        """Refine: noise a clean latent to step T − refine_steps; the noise belongs to its frame number."""
+        store = self.store
+        step = self.schedule.num_steps - self.config.refine_steps
+        index = store.index(slots)
+        noise = self.noise(Purpose.REFINE, store.frame_number[slots])
+        store.sample[index] = add_noise(self.schedule, store.sample[index], noise, step)
+        store.step_index[slots] = step
+        store.history_length[slots] = 0
+
+    def _emit_clean(self) -> CleanLatents | None:
+        """Frames that finished the last level since the previous tick, cut to the length asked for."""
+        finished = self.unified.done[-1] if self.unified.num_levels else self.head
+        if self.num_frames is not None:
+            finished = min(finished, self.num_frames)
+        if self.stage in (SEED_CLIP, WARMUP) or finished <= self.emitted:
+            return None
+        first, self.emitted = self.emitted, finished
+        if self.emitted == self.num_frames:
+            self.stage = DONE
+        index = self.store.index(self.store.slots(range(first, finished)))
+        return CleanLatents(first, self.store.sample[index])

@@ -1,0 +1,128 @@
+"""The pipeline as slow lists: whole-sequence passes, one window and one frame at a time. What the runtime must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from miga_engine import ops
+from miga_engine.config import MigaConfig
+from miga_engine.noise import Purpose, normal
+from miga_engine.runtime.window_plan import guidance_indices, plan_windows
+from miga_engine.schedule import Schedule, add_noise
+
+
+def pseudo_network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The goldens' pseudo model: sees position, mean of the window, timestep and prompt (row 0 = unconditional)."""
+    batch, _, frames = latents.shape[:3]
+    position = torch.arange(frames).view(1, 1, frames, 1, 1) / frames
+    conditional = (rows != 0).float().reshape(batch, 1, -1, 1, 1)
+    mean = latents.mean(dim=2, keepdim=True)
+    level = timesteps.view(batch, 1, frames, 1, 1) / 1000
+    return torch.tanh(0.6 * latents + 0.3 * mean + 0.5 * level + 0.1 * position) + 0.05 * conditional
+
+
+def counter_noise(seed: int, shape: tuple[int, ...]):
+    def draw(purpose: Purpose, frames: np.ndarray, *, stream: int | np.ndarray = 0) -> torch.Tensor:
+        return normal(seed, purpose, torch.from_numpy(frames), shape, stream=torch.as_tensor(stream))
+
+    return draw
+
+
+@dataclass
+class Frame:
+    number: int
+    sample: torch.Tensor
+    step: int = 0
+    history: list[torch.Tensor] = field(default_factory=list)  # newest first
+    last: torch.Tensor | None = None
+
+    def fresh(self, sample: torch.Tensor, step: int) -> Frame:
+        return Frame(self.number, sample, step)
+
+
+class Oracle:
+    def __init__(self, network, schedule: Schedule, config: MigaConfig, window: int, noise, guidance_scale: float):
+        self.network, self.schedule, self.config, self.window = network, schedule, config, window
+        self.noise, self.scale = noise, guidance_scale
+        self.stride = config.stride or window // 2
+        self.handoff = schedule.num_steps - config.stage2_steps
+
+    def step(self, frame: Frame, conditional: torch.Tensor, unconditional: torch.Tensor) -> Frame:
+        state = [frame.sample[None].clone()]
+        state += [torch.zeros_like(state[0]) if t is None else t[None].clone() for t in (frame.last,)]
+        state += [h[None].clone() for h in frame.history] + [torch.zeros_like(state[0])] * (2 - len(frame.history))
+        ops.sampler_update(
+            state[0], state[1], state[2], state[3].clone(), conditional[None], unconditional[None],
+            slots=torch.tensor([0]), coefficients=self.schedule.coefficients.rows,
+            step_index=torch.tensor([frame.step]), history_length=torch.tensor([len(frame.history)]),
+            guidance_scale=self.scale,
+        )  # fmt: skip
+        history = [state[2][0], *frame.history][:2]
+        return Frame(frame.number, state[0][0], frame.step + 1, history, state[1][0])
+
+    def forward(self, frames: list[Frame]) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = torch.stack([f.sample for f in frames], dim=1)[None]
+        t = torch.tensor([[int(self.schedule.timesteps[min(f.step, self.schedule.num_steps - 1)]) for f in frames]])
+        output = self.network(torch.cat([latents] * 2), torch.cat([t] * 2), torch.tensor([1, 0]))
+        return output[0].transpose(0, 1), output[1].transpose(0, 1)
+
+    def one_pass(self, frames: list[Frame], window: int, phase: int, *, guided: bool) -> list[Frame]:
+        config, result = self.config, list(frames)
+        m = config.guidance_frames if guided else 0
+        for start, commit_start, commit_stop in plan_windows(len(frames), window, self.stride, phase):
+            guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset)
+            stop = start + (window if guidance or not guided else self.window)
+            read = [frames[i] for i in guidance] + frames[start:stop]
+            conditional, unconditional = self.forward(read)
+            for i in range(commit_start, commit_stop):
+                at = i - start + len(guidance)
+                result[i] = self.step(frames[i], conditional[at], unconditional[at])
+        return result
+
+    def draw(self, purpose: Purpose, number: int) -> torch.Tensor:
+        return self.noise(purpose, np.array([number]))[0]
+
+    def run(self, num_frames: int) -> torch.Tensor:
+        """Clean latents [num_frames, C, H, W] (no reflection)."""
+        config, width, local = self.config, self.config.zigzag_width, self.window - self.config.guidance_frames
+        clip = [Frame(k, self.draw(Purpose.SEED_CLIP, k)) for k in range(self.window)]
+        for _ in range(self.schedule.num_steps):
+            clip = self.one_pass(clip, self.window, 0, guided=False)
+        groups = min(self.window // width, self.handoff - 1)
+        queue = []
+        for k in range(groups * width):
+            step = groups - k // width
+            noise = self.draw(Purpose.WARMUP, k)
+            queue.append(Frame(k, add_noise(self.schedule, clip[k].sample[None], noise[None], step)[0], step))
+
+        def push() -> None:
+            first = queue[-1].number + 1
+            queue.extend(Frame(k, self.draw(Purpose.PUSH, k)) for k in range(first, first + width))
+
+        push()
+        while queue[0].step < self.handoff - 1:
+            phase = (len(queue) - local) % self.stride if len(queue) >= local else 0
+            queue = self.one_pass(queue, local, phase, guided=True)
+            push()
+        total = max(num_frames, self.window)
+        popped, passes = [], 0
+        while len(popped) < total:
+            queue = self.one_pass(queue, local, passes % self.stride, guided=True)
+            passes += 1
+            popped += [f.fresh(f.sample, f.step) for f in queue[:width]]
+            del queue[:width]
+            push()
+        frames = popped[:total]
+        for level in range(config.stage2_steps):
+            frames = self.one_pass(frames, self.window, level % self.stride, guided=False)
+        if config.refine_steps:
+            step = self.schedule.num_steps - config.refine_steps
+            noises = [self.draw(Purpose.REFINE, f.number) for f in frames]
+            samples = [add_noise(self.schedule, f.sample[None], n[None], step)[0] for f, n in zip(frames, noises, strict=True)]
+            frames = [f.fresh(s, step) for f, s in zip(frames, samples, strict=True)]
+            for level in range(config.refine_steps):
+                frames = self.one_pass(frames, self.window, level % self.stride, guided=False)
+        return torch.stack([f.sample for f in frames[:num_frames]])

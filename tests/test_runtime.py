@@ -1,0 +1,353 @@
+"""The runtime against the goldens' schedules and numbers, and against the list-based oracle, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle, counter_noise, pseudo_network
+from safetensors.torch import load_file
+
+from miga_engine.config import MigaConfig
+from miga_engine.errors import ConfigError
+from miga_engine.runtime.denoise import Denoiser, Window
+from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.stages import VideoRun
+from miga_engine.runtime.window_plan import guidance_indices, iter_windows, next_cut, plan_windows
+from miga_engine.schedule import add_noise, make_schedule
+
+GOLDENS = Path(__file__).parent / "goldens" / "queue_wan"
+CPU = torch.device("cpu")
+
+# Where ALGORITHM.md departs from the release on purpose, and how the replays below switch to the release's way.
+RELEASE_DIFFERENCES = {
+    "guidance_offset": "3 at every zigzag width in the release; ⌊Z/2⌋ here (equal at the official Z = 7)",
+    "warmup_in_place": "the release's warm-up commits window by window; here all windows read the state before the pass",
+    "tail_noise": "the release pushes the last clean seed frame re-noised to σ≈1; here Gaussian noise",
+    "stage2_label": "the release tells Stage 2 a step one too early and stops one step before clean",
+    "early_stage1": "the release enters Stage 1 with an unfilled queue when asked for few iterations",
+    "no_append": "the release stops pushing when at most T − 14 iterations were asked for",
+    "reflection_only_in_warmup": "the release judges in warm-up only, from the second possible group on; here always",
+}
+
+
+# Plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commit", ["leading", "trailing"])
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+def test_every_frame_is_committed_exactly_once_and_read_in_bounds(window, commit):
+    for stride in range(1, window + 1):
+        padding = window - stride if commit == "trailing" else 0
+        for num_frames in range(1 + padding, 3 * window + 3):
+            for phase in range(stride if commit == "leading" else 1):
+                plan = plan_windows(num_frames, window, stride, phase, commit)
+                committed = [frame for _, first, stop in plan for frame in range(first, stop)]
+                assert committed == list(range(padding, num_frames))
+                for start, first, stop in plan:
+                    assert 0 <= start <= first < stop <= min(start + window, num_frames)
+
+
+def test_endless_cuts_are_those_of_a_long_finite_sequence():
+    for window, stride in ((9, 4), (21, 10), (5, 5)):
+        for phase in range(stride):
+            finite = list(iter_windows(1000, window, stride, phase))[:20]
+            start = 0
+            for expected_start, _, expected_stop in finite:
+                assert start == expected_start
+                start = next_cut(start, None, window, stride, phase)
+                assert start == expected_stop
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((0, 9, 4), "num_frames must be at least 1"),
+        ((5, 4, 5), "stride must lie between 1 and the window"),
+        ((5, 4, 2, 2), "phase must lie between 0 and stride"),
+        ((5, 4, 2, 0, "middle"), "commit must be 'leading' or 'trailing'"),
+        ((2, 4, 2, 0, "trailing"), "more than its 2 frames of padding"),
+    ],
+)
+def test_plan_refuses(arguments, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        plan_windows(*arguments)
+
+
+def _planned(event: dict, config: dict) -> list[tuple]:
+    """Our plan of a golden event, in the goldens' terms: (start, committed frames, frames read, guidance)."""
+    stride = config.get("slide", 10)
+    num_frames, is_guided = event["queue_len"], event["phase"] in ("process_1", "stage_1")
+    memory = config["mem"] if is_guided else 0
+    window = config["F"] - memory
+    if event["phase"] in ("process_1", "reflect"):
+        phase = (num_frames - window) % stride if num_frames >= window else 0
+    else:
+        phase = event["iter"] % stride
+    result = []
+    for start, _, stop in plan_windows(num_frames, window, stride, phase):
+        guidance = guidance_indices(start, memory, config["saw"], offset=3)
+        length = window if guidance or not is_guided else config["F"]
+        frames = guidance + list(range(start, min(start + length, num_frames)))
+        result.append((start, stop - start, frames, guidance))
+    return result
+
+
+@pytest.mark.parametrize("name", ["official", "small_append", "small_noappend", "reflect_thr", "reflect_force", "t14"])
+def test_window_plans_equal_the_release(name):
+    golden = json.loads((GOLDENS / f"{name}.json").read_text())
+    events = [event for event in golden["events"] if event.get("windows")]
+    assert events
+    for event in events:
+        recorded = [(w["start"], w["cal_len"], w["frames"], w["guidance"]) for w in event["windows"]]
+        assert _planned(event, golden["cfg"]) == recorded, (event["phase"], event["iter"])
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+class ReleaseReplay:
+    """Drives our denoising pass through a golden's recorded events, with RELEASE_DIFFERENCES the release's way."""
+
+    def __init__(self, name: str, network=pseudo_network, shift: float = 5.0, guidance_scale: float = 5.0):
+        self.golden = json.loads((GOLDENS / f"{name}.json").read_text())
+        self.tensors = load_file(GOLDENS / f"{name}.safetensors")
+        self.config = self.golden["cfg"]
+        self.tape = self.tensors["noise_tape"].transpose(0, 1)
+        self.schedule = make_schedule("unipc", self.config["T"], self.config.get("shift", shift))
+        self.store = FrameStore(4096, tuple(self.tape.shape[1:]), CPU)
+        self.denoiser = Denoiser(network, self.store, self.schedule, None, guidance_scale=guidance_scale)
+        self.queue: list[int] = []
+        self.next_slot = 0
+        self.cursor = 0
+
+    def draw(self, count: int) -> torch.Tensor:
+        self.cursor += count
+        return self.tape[self.cursor - count : self.cursor]
+
+    def add(self, sample: torch.Tensor, step: int) -> list[int]:
+        slots = np.arange(self.next_slot, self.next_slot + len(sample))
+        self.next_slot += len(sample)
+        self.store.put(slots, sample, step_index=step, numbers=slots.tolist())
+        self.store.prompt_row[slots] = 1
+        return slots.tolist()
+
+    def run_event(self, event: dict) -> None:
+        self.denoiser.order = "sequential" if event["phase"] == "process_1" else "parallel"
+        queue = np.array(self.queue)
+        windows = []
+        for start, count, frames, guidance in _planned(event, self.config):
+            offset = len(guidance)
+            windows.append(Window(queue[frames], offset, offset + count))
+            assert start == frames[offset]
+        self.denoiser.run(windows)
+
+    def samples(self, slots: list[int]) -> torch.Tensor:
+        return self.store.sample[torch.tensor(slots)]
+
+    def replay(self) -> dict[str, torch.Tensor]:
+        T, Z, F = self.config["T"], self.config["saw"], self.config["F"]
+        clip = self.add(self.draw(F), 0)
+        for _ in range(T):
+            self.denoiser.run([Window(np.array(clip), 0, F)])
+        seed = self.samples(clip).clone()
+        self.cursor += T * Z  # a draw the release never uses
+        groups = F // Z
+        for g in range(groups):
+            part = seed[g * Z : (g + 1) * Z]
+            self.queue += self.add(add_noise(self.schedule, part, self.draw(Z), groups - g), groups - g)
+
+        def push() -> None:
+            last = seed[groups * Z - 1].expand(Z, -1, -1, -1)
+            self.queue.extend(self.add(add_noise(self.schedule, last, self.draw(Z), 0), 0))
+
+        result: dict[str, torch.Tensor] = {}
+        saved: list[int] = []
+        for event in self.golden["events"]:
+            phase = event["phase"]
+            if phase == "init":
+                continue
+            if phase == "stage_2" and event["iter"] == 0:
+                result["saved_after_stage1"] = self.samples(saved).clone()
+                self._restart(saved, T - 11)
+            if phase == "renoise" and event["iter"] == 0:
+                noise = self.tape[-len(saved) :]
+                self.store.sample[torch.tensor(saved)] = add_noise(self.schedule, self.samples(saved), noise, T - 10)
+                self._restart(saved, T - 10)
+            if phase in ("stage_2", "renoise"):
+                self.queue = saved
+            elif len(self.queue) < event["queue_len"]:
+                push()
+            elif len(self.queue) > event["queue_len"]:
+                self._pop(saved, len(self.queue) - event["queue_len"])
+            if phase == "stage_1" and event["begin_pop_flag"] and event["saved"] > len(saved):
+                self._pop(saved, event["saved"] - len(saved))
+                push()
+            if phase == "stage_1" and event["iter"] == 0:
+                result["queue_after_process1"] = self.samples(self.queue).clone()
+            steps = [int(self.store.step_index[slot]) for slot in self.queue]
+            recorded = [step for step, count in event["queue_steps_rle"] for _ in range(count)]
+            assert steps == recorded, (phase, event["iter"])
+            self.run_event(event)
+            if phase == "stage_1" and self._is_last(event):
+                self._pop(saved, Z)
+        result["final_all"] = self.samples(saved).clone()
+        return result
+
+    def _is_last(self, event: dict) -> bool:
+        stage1 = [e for e in self.golden["events"] if e["phase"] == "stage_1"]
+        return event is stage1[-1]
+
+    def _pop(self, saved: list[int], count: int) -> None:
+        saved += self.queue[:count]
+        self.queue = self.queue[count:]
+
+    def _restart(self, slots: list[int], step: int) -> None:
+        self.store.step_index[slots] = step
+        self.store.history_length[slots] = 0
+
+
+@pytest.mark.parametrize("name", ["small_append", "small_noappend", "official"])
+def test_replay_of_the_release_reproduces_its_latents(name):
+    replay = ReleaseReplay(name)
+    for key, ours in replay.replay().items():
+        golden = replay.tensors[key].transpose(0, 1)
+        assert ours.shape == golden.shape, key
+        assert (ours - golden).abs().max() <= 1e-5, key
+
+
+# Streaming equals whole-sequence passes --------------------------------------------------------------------------
+
+SHAPE = (4, 2, 3)
+
+
+def _run(config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network):
+    return VideoRun(
+        network, make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
+        noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=CPU,
+        emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
+    )  # fmt: skip
+
+
+def _collect(run: VideoRun) -> torch.Tensor:
+    parts, expected = [], 0
+    for clean in run:
+        assert clean.first_frame == expected
+        expected += len(clean.latents)
+        parts.append(clean.latents)
+    return torch.cat(parts)
+
+
+def _config(**options) -> MigaConfig:
+    defaults = {"zigzag_width": 3, "stage2_steps": 5, "guidance_frames": 2, "stride": 4, "self_reflection": False}
+    return MigaConfig(**(defaults | options))
+
+
+@pytest.mark.parametrize("refine_steps", [0, 6])
+@pytest.mark.parametrize("num_frames", [4, 9, 31, 50, 64])
+def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
+    config = _config(refine_steps=refine_steps)
+    oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
+    assert torch.equal(_collect(_run(config, num_frames)), oracle.run(num_frames))
+
+
+@pytest.mark.parametrize("options", [{"zigzag_width": 7}, {"stride": 7, "zigzag_width": 1}, {"guidance_frames": 0},
+                                     {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3}])  # fmt: skip
+def test_streamed_equals_whole_sequence_over_configurations(options):
+    config = _config(**options)
+    oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
+    assert torch.equal(_collect(_run(config, 40)), oracle.run(40))
+
+
+@pytest.mark.parametrize("window_batch", [2, 5])
+def test_window_batch_changes_nothing_but_rounding(window_batch):
+    whole = _collect(_run(_config(refine_steps=4), 40))
+    batched = _collect(_run(_config(refine_steps=4, window_batch=window_batch), 40))
+    assert (whole - batched).abs().max() <= 2e-6
+
+
+def test_endless_stream_begins_like_a_long_video():
+    run = _run(_config(refine_steps=3), None)
+    parts = []
+    for clean in run:
+        parts.append(clean.latents)
+        if clean.first_frame > 60:
+            break
+    endless = torch.cat(parts)
+    finite = _collect(_run(_config(refine_steps=3), 300))
+    assert torch.equal(endless, finite[: len(endless)])
+
+
+def test_seeds_reproduce_and_differ():
+    config = _config(self_reflection=True, judge_step=4, score_drop=0.001, candidates=2)
+    first = _collect(_run(config, 30))
+    assert torch.equal(first, _collect(_run(config, 30)))
+    assert not torch.equal(first, _collect(_run(config, 30, seed=6)))
+
+
+def test_memory_is_bounded_and_first_frames_leave_early():
+    run = _run(_config(refine_steps=4), 400)
+    rows = run.store.sample.shape[0]
+    emitted_at = []
+    for clean in run:
+        emitted_at.append((run.denoiser.num_forwards, clean.first_frame))
+        assert run.tail - run.emitted <= run.store.capacity
+    assert run.store.sample.shape[0] == rows
+    assert emitted_at[0][0] < 0.25 * run.denoiser.num_forwards
+
+
+# Self-reflection -------------------------------------------------------------------------------------------------
+
+
+def test_reflection_adopts_only_better_candidates_and_reports_them():
+    events: list = []
+    config = _config(self_reflection=True, judge_step=4, score_drop=0.0, candidates=3)
+    _collect(_run(config, 40, events=events))
+    searches = [data for kind, data in events if kind == "search_finished"]
+    assert searches
+    for search in searches:
+        assert search["adopted"] == (max(search["scores"]) > search["score"])
+    assert any(s["adopted"] for s in searches)
+    assert [s["search"] for s in searches] == list(range(len(searches)))
+
+
+def test_reflection_with_an_unreachable_threshold_changes_nothing():
+    config = _config(self_reflection=True, judge_step=4, score_drop=10.0)
+    assert torch.equal(_collect(_run(config, 30)), _collect(_run(_config(), 30)))
+
+
+def test_candidates_batch_without_changing_the_result():
+    options = {"self_reflection": True, "judge_step": 4, "score_drop": 0.0, "candidates": 3}
+    alone = _collect(_run(_config(**options), 30))
+    together = _collect(_run(_config(**options, window_batch=6), 30))
+    assert (alone - together).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("judge", ["latent", "x0"])
+@pytest.mark.parametrize("channels", ["mean", "all"])
+def test_every_judge_runs(judge, channels):
+    events: list = []
+    config = _config(self_reflection=True, judge_step=4, score_drop=0.0, judge=judge, channels=channels)
+    latents = _collect(_run(config, 20, events=events))
+    assert latents.isfinite().all()
+    scores = [data["score"] for kind, data in events if kind == "score"]
+    assert scores
+    assert all(-1.001 <= score <= 1.001 for score in scores)
+
+
+# FIFO-Diffusion --------------------------------------------------------------------------------------------------
+
+
+def test_fifo_is_a_configuration():
+    from miga_engine.config import fifo_config
+
+    config = fifo_config(MigaConfig(), 9)
+    run = _run(config, 40, steps=27)
+    latents = _collect(run)
+    assert latents.shape == (40, *SHAPE)
+    assert latents.isfinite().all()
+    # Look-ahead denoising: one window per stride of levels.
+    assert run.store.step_index[run.store.slots([run.head])[0]] <= 27
