@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the mapping of kernels/ to miga_engine.kernels, and the optional C++ CPU kernels.
 
-MIGA_BUILD_EXT=auto (default) builds csrc/ into miga_engine/_C.so where a C++ compiler and torch are found and installs without it
-otherwise; 1 makes a missing extension an error; 0 leaves it out.
+MIGA_BUILD_EXT=auto (default) builds csrc/ into miga_engine/_C.so where a C++ compiler and torch are found and installs
+without it otherwise; 1 makes a missing extension an error; 0 leaves it out.
 """
 
 import os
@@ -21,13 +21,15 @@ FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.subm
 
 
 def find_torch() -> Path | None:
-    """Folder of the torch that will be used at run time; -I sees past pip's build isolation, and torch is never imported."""
-    answer = subprocess.run([sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True, check=False).stdout.strip()
+    """Folder of the torch used at run time; -I sees past pip's build isolation, and torch is never imported."""
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return Path(answer) if answer and (Path(answer) / "include/torch/csrc/stable/library.h").is_file() else None
 
 
 class BuildKernels(build_ext):
-    """Builds one shared library that torch loads (no Python headers needed); in auto mode a failure is reported and survived."""
+    """One shared library for torch to load (no Python headers needed); in auto mode a failure is reported and survived."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

@@ -1,6 +1,6 @@
 """The C++ CPU kernels (csrc/, built by setup.py into _C.so): loading them, and saying whether they are there.
 
-Loading registers them with torch for the CPU; until then, and where they were not built, the ops' eager implementations answer.
+Loading registers them with torch for the CPU; without them the ops' eager implementations answer.
 """
 
 from functools import cache
@@ -29,6 +29,6 @@ def status() -> str:
     if is_loaded:
         return f"C++ CPU kernels are loaded from {LIBRARY}."
     return (
-        "C++ CPU kernels were not built, because no C++ compiler or no torch was found at installation; the ops run in eager "
-        "PyTorch (reinstall with MIGA_BUILD_EXT=1 to see the reason)."
+        "C++ CPU kernels were not built, because no C++ compiler or no torch was found at installation; the ops run in "
+        "eager PyTorch (reinstall with MIGA_BUILD_EXT=1 to see the reason)."
     )

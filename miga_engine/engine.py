@@ -57,7 +57,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run: ``kind`` is score, search_started, search_finished or chunk."""
+    """Something that happened in a run: ``kind`` is stage, score, search_started, search_finished or chunk."""
 
     kind: str
     data: Mapping[str, Any]
@@ -140,6 +140,21 @@ class Engine:
         bundle = load_bundle(folder, device=target, dtype=compute)
         return cls(bundle, PRESETS[preset_name], name="tiny" if is_tiny else str(model), device=target)
 
+    def describe(self) -> dict[str, str]:
+        """What the model is, in a few lines, for ``miga info``."""
+        bundle = self.bundle
+        parts = {"transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        sampling = self.preset.sampling
+        return {
+            "model": self.name,
+            **{name: f"{count / 1e6:.1f} M parameters" for name, count in counts.items()},
+            "window": f"{bundle.window_frames} latent frames = {bundle.num_video_frames(bundle.window_frames)} video frames",
+            "picture": f"{self.preset.width}×{self.preset.height} at {self.preset.fps} fps",
+            "sampling": f"{sampling.solver}, {sampling.num_inference_steps} steps, shift {sampling.shift:g}, "
+            f"guidance {sampling.guidance_scale:g}",
+        }
+
     def resolve(
         self,
         prompt: str | Mapping[int, str],
@@ -169,9 +184,9 @@ class Engine:
             fps=_default(fps, self.preset.fps),
             solver=_default(solver, sampling.solver),
             num_inference_steps=_default(num_inference_steps, sampling.num_inference_steps),
-            shift=float(_default(shift, sampling.shift)),
-            guidance_scale=float(_default(guidance_scale, sampling.guidance_scale)),
-            eta=float(_default(eta, sampling.eta)),
+            shift=_number("shift", _default(shift, sampling.shift)),
+            guidance_scale=_number("guidance_scale", _default(guidance_scale, sampling.guidance_scale)),
+            eta=_number("eta", _default(eta, sampling.eta)),
             miga=miga or self.preset.miga,
         )
         if num_frames is not None:
@@ -187,8 +202,8 @@ class Engine:
                 below = size // multiple * multiple
                 nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
                 raise ConfigError(f"{name} must be a multiple of {multiple} pixels, got {size}; use {nearest}")
-        if not 0 <= request.guidance_scale < float("inf"):
-            raise ConfigError(f"guidance_scale must be a finite number of at least 0, got {request.guidance_scale}")
+        if not isinstance(request.negative_prompt, str):
+            raise ConfigError(f"negative_prompt must be a text, got {type(request.negative_prompt).__name__}")
         request.miga.check(request.num_inference_steps, self.bundle.window_frames)
         return request
 
@@ -199,18 +214,20 @@ class Engine:
         *,
         chunk_frames: int | None = None,
         on_event: Callable[[Event], None] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Iterator[Chunk]:
         """Yield chunks of video frames while the video is being made; ``num_frames`` None never ends.
 
         ``chunk_frames`` re-cuts the stream into chunks of that many frames (the last may be shorter); the frames
-        themselves do not depend on it. Other options are those of :meth:`resolve`; they are checked before the
+        themselves do not depend on it. ``is_cancelled`` is asked between passes; True ends the stream after what was
+        already made. Other options are those of :meth:`resolve`; they are checked before the
         first chunk is asked for.
         """
         request = self.resolve(prompt, num_frames=num_frames, **options)
         if chunk_frames is not None:
             _check_count("chunk_frames", chunk_frames, "video frames")
-        return self.run(request, chunk_frames=chunk_frames, on_event=on_event)
+        return self.run(request, chunk_frames=chunk_frames, on_event=on_event, is_cancelled=is_cancelled)
 
     def generate(
         self,
@@ -240,20 +257,23 @@ class Engine:
         *,
         chunk_frames: int | None = None,
         on_event: Callable[[Event], None] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[Chunk]:
-        """Stream a resolved request."""
-        chunks = self._decode(request, _emitter(on_event))
+        """Stream a resolved request; see :meth:`stream`."""
+        chunks = self._decode(request, _emitter(on_event), is_cancelled or (lambda: False))
         for index, (first, frames) in enumerate(_rechunk(chunks, chunk_frames)):
             if on_event is not None:
                 on_event(Event("chunk", {"index": index, "first_frame": first, "num_frames": len(frames)}))
             yield Chunk(index, first, frames)
 
-    def _decode(self, request: Request, emit: Callable[..., None]) -> Iterator[torch.Tensor]:
+    def _decode(
+        self, request: Request, emit: Callable[..., None], is_cancelled: Callable[[], bool]
+    ) -> Iterator[torch.Tensor]:
         """Video frames uint8 ``[n,H,W,3]``, one tensor per group of latents that became clean."""
         remaining = request.num_frames
         decoder = self.bundle.vae.stream_decoder()
         run = self._start(request, emit)
-        while remaining is None or remaining > 0:
+        while (remaining is None or remaining > 0) and not is_cancelled():
             with torch.no_grad():
                 clean = run.tick()
                 if clean is None:
@@ -329,6 +349,12 @@ def _rechunk(chunks: Iterator[torch.Tensor], size: int | None) -> Iterator[tuple
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
 
 
 def _check_count(name: str, value: Any, unit: str) -> None:

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from miga_engine.config import MigaConfig
 from miga_engine.errors import ConfigError
+from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
 from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.window_plan import guidance_indices, iter_windows, next_cut, plan_windows
 from miga_engine.schedule import add_noise, make_schedule
@@ -110,23 +112,51 @@ def test_window_plans_equal_the_release(name):
 
 
 class ReleaseReplay:
-    """Drives our denoising pass through a golden's recorded events, with RELEASE_DIFFERENCES the release's way."""
+    """Drives our denoising pass through the release's schedule, with RELEASE_DIFFERENCES the release's way."""
 
-    def __init__(self, name: str, network=pseudo_network, shift: float = 5.0, guidance_scale: float = 5.0):
-        self.golden = json.loads((GOLDENS / f"{name}.json").read_text())
-        self.tensors = load_file(GOLDENS / f"{name}.safetensors")
-        self.config = self.golden["cfg"]
-        self.tape = self.tensors["noise_tape"].transpose(0, 1)
-        self.schedule = make_schedule("unipc", self.config["T"], self.config.get("shift", shift))
-        self.store = FrameStore(4096, tuple(self.tape.shape[1:]), CPU)
-        self.denoiser = Denoiser(network, self.store, self.schedule, None, guidance_scale=guidance_scale)
+    def __init__(self, config: dict, events: list[dict], initial: torch.Tensor, tape: torch.Tensor, network=pseudo_network):
+        self.config, self.events, self.initial, self.tape = config, events, initial, tape
+        self.schedule = make_schedule("unipc", config["T"], config.get("shift", 5.0))
+        self.store = FrameStore(2048, tuple(initial.shape[1:]), CPU, scratch=512)
+        scale = config.get("guide", 5.0)
+        self.denoiser = Denoiser(network, self.store, self.schedule, self.candidate_noise, guidance_scale=scale)
         self.queue: list[int] = []
         self.next_slot = 0
         self.cursor = 0
+        self.reports: list[dict] = []
+        self.reflection = None
+        if config.get("resample"):
+            options = MigaConfig(
+                zigzag_width=config["saw"], guidance_frames=config["mem"], stride=config["slide"], candidates=3,
+                judge_step=10, reference_groups=2, score_drop=config["thr"], window_order="sequential",
+            )  # fmt: skip
+            self.reflection = Reflection(self.denoiser, options, config["F"], config["slide"], self.report)
+
+    @classmethod
+    def of_queue(cls, name: str) -> ReleaseReplay:
+        golden = json.loads((GOLDENS / f"{name}.json").read_text())
+        tape = load_file(GOLDENS / f"{name}.safetensors")["noise_tape"].transpose(0, 1)
+        config, F = golden["cfg"], golden["cfg"]["F"]
+        unused = config["T"] * config["saw"]  # a draw the release never uses
+        replay = cls(config, golden["events"], tape[:F], tape[F + unused :])
+        replay.judged = {r["iter"] for r in golden.get("reflection", ()) if r["kind"] == "trigger"}
+        return replay
+
+    def report(self, kind: str, **data) -> None:
+        self.reports.append({"kind": kind, **data})
 
     def draw(self, count: int) -> torch.Tensor:
         self.cursor += count
         return self.tape[self.cursor - count : self.cursor]
+
+    def candidate_noise(self, purpose: Purpose, numbers: np.ndarray, *, stream: int = 0) -> torch.Tensor:
+        """The tape runs candidate by candidate, the search round by round."""
+        length = 10 * self.config["saw"]
+        first = self.cursor + stream % 3 * length + int(numbers[0]) - self.reports[-1]["frame"]
+        return self.tail_noise(self.tape[first : first + len(numbers)])
+
+    def tail_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        return add_noise(self.schedule, self.last_seed_frame.expand_as(noise), noise, 0)
 
     def add(self, sample: torch.Tensor, step: int) -> list[int]:
         slots = np.arange(self.next_slot, self.next_slot + len(sample))
@@ -139,67 +169,58 @@ class ReleaseReplay:
         self.denoiser.order = "sequential" if event["phase"] == "process_1" else "parallel"
         queue = np.array(self.queue)
         windows = []
-        for start, count, frames, guidance in _planned(event, self.config):
-            offset = len(guidance)
-            windows.append(Window(queue[frames], offset, offset + count))
-            assert start == frames[offset]
+        for _, count, frames, guidance in _planned(event, self.config):
+            windows.append(Window(queue[frames], len(guidance), len(guidance) + count))
         self.denoiser.run(windows)
+        if self.reflection is not None and event["phase"] == "process_1" and event["iter"] in self.judged:
+            searches = self.reflection.num_searches
+            self.reflection.after_pass(self.queue[0], self.queue[-1] + 1)
+            self.cursor += (self.reflection.num_searches - searches) * 3 * 10 * self.config["saw"]
 
     def samples(self, slots: list[int]) -> torch.Tensor:
         return self.store.sample[torch.tensor(slots)]
 
     def replay(self) -> dict[str, torch.Tensor]:
         T, Z, F = self.config["T"], self.config["saw"], self.config["F"]
-        clip = self.add(self.draw(F), 0)
+        clip = self.add(self.initial, 0)
         for _ in range(T):
             self.denoiser.run([Window(np.array(clip), 0, F)])
         seed = self.samples(clip).clone()
-        self.cursor += T * Z  # a draw the release never uses
+        result = {"initial_latent": seed}
         groups = F // Z
         for g in range(groups):
             part = seed[g * Z : (g + 1) * Z]
             self.queue += self.add(add_noise(self.schedule, part, self.draw(Z), groups - g), groups - g)
 
-        def push() -> None:
-            last = seed[groups * Z - 1].expand(Z, -1, -1, -1)
-            self.queue.extend(self.add(add_noise(self.schedule, last, self.draw(Z), 0), 0))
-
-        result: dict[str, torch.Tensor] = {}
+        self.last_seed_frame = seed[groups * Z - 1]
         saved: list[int] = []
-        for event in self.golden["events"]:
+        for event in self.events:
             phase = event["phase"]
-            if phase == "init":
+            if phase in ("init", "reflect"):
                 continue
+            if phase == "stage_1" and event["saved"] > len(saved):
+                self._pop(saved, event["saved"] - len(saved))
             if phase == "stage_2" and event["iter"] == 0:
+                self._pop(saved, Z)
                 result["saved_after_stage1"] = self.samples(saved).clone()
                 self._restart(saved, T - 11)
             if phase == "renoise" and event["iter"] == 0:
-                noise = self.tape[-len(saved) :]
-                self.store.sample[torch.tensor(saved)] = add_noise(self.schedule, self.samples(saved), noise, T - 10)
+                result["after_stage2"] = self.samples(saved).clone()
+                noised = add_noise(self.schedule, self.samples(saved), self.tape[-len(saved) :], T - 10)
+                self.store.sample[torch.tensor(saved)] = noised
                 self._restart(saved, T - 10)
             if phase in ("stage_2", "renoise"):
                 self.queue = saved
             elif len(self.queue) < event["queue_len"]:
-                push()
-            elif len(self.queue) > event["queue_len"]:
-                self._pop(saved, len(self.queue) - event["queue_len"])
-            if phase == "stage_1" and event["begin_pop_flag"] and event["saved"] > len(saved):
-                self._pop(saved, event["saved"] - len(saved))
-                push()
+                self.queue += self.add(self.tail_noise(self.draw(Z)), 0)
             if phase == "stage_1" and event["iter"] == 0:
                 result["queue_after_process1"] = self.samples(self.queue).clone()
             steps = [int(self.store.step_index[slot]) for slot in self.queue]
             recorded = [step for step, count in event["queue_steps_rle"] for _ in range(count)]
             assert steps == recorded, (phase, event["iter"])
             self.run_event(event)
-            if phase == "stage_1" and self._is_last(event):
-                self._pop(saved, Z)
         result["final_all"] = self.samples(saved).clone()
         return result
-
-    def _is_last(self, event: dict) -> bool:
-        stage1 = [e for e in self.golden["events"] if e["phase"] == "stage_1"]
-        return event is stage1[-1]
 
     def _pop(self, saved: list[int], count: int) -> None:
         saved += self.queue[:count]
@@ -210,13 +231,24 @@ class ReleaseReplay:
         self.store.history_length[slots] = 0
 
 
-@pytest.mark.parametrize("name", ["small_append", "small_noappend", "official"])
+def _difference(ours: dict[str, torch.Tensor], golden: dict[str, torch.Tensor], prefix: str = "") -> dict[str, float]:
+    shared = {key: golden[prefix + key].transpose(0, 1) for key in ours if prefix + key in golden}
+    assert "final_all" in shared
+    return {key: float((ours[key] - tensor).abs().max()) for key, tensor in shared.items()}
+
+
+@pytest.mark.parametrize("name", ["small_append", "small_noappend", "official", "reflect_thr", "reflect_force"])
 def test_replay_of_the_release_reproduces_its_latents(name):
-    replay = ReleaseReplay(name)
-    for key, ours in replay.replay().items():
-        golden = replay.tensors[key].transpose(0, 1)
-        assert ours.shape == golden.shape, key
-        assert (ours - golden).abs().max() <= 1e-5, key
+    replay = ReleaseReplay.of_queue(name)
+    errors = _difference(replay.replay(), load_file(GOLDENS / f"{name}.safetensors"))
+    assert max(errors.values()) <= 1e-5, errors
+    recorded = json.loads((GOLDENS / f"{name}.json").read_text()).get("reflection", [])
+    scores = [r["score"] for r in recorded]
+    ours = []
+    for report in replay.reports:
+        ours += report["scores"] if report["kind"] == "search_finished" else []
+        ours += [report["score"]] if report["kind"] == "score" else []
+    assert ours == pytest.approx(scores, abs=1e-5)
 
 
 # Streaming equals whole-sequence passes --------------------------------------------------------------------------

@@ -134,6 +134,7 @@ class VideoRun:
         if config.self_reflection:
             self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit)
         self.stage = SEED_CLIP
+        self._announced = ""
         self.head = 0
         self.tail = 0
         self.num_passes = 0
@@ -147,6 +148,9 @@ class VideoRun:
 
     def tick(self) -> CleanLatents | None:
         """One unit of work; the latent frames that became clean by it, or None."""
+        if self.stage != self._announced:
+            self._announced = self.stage
+            self.emit("stage", stage=self.stage, head=self.head, tail=self.tail)
         if self.stage == SEED_CLIP:
             self._tick_seed_clip()
         elif self.stage == WARMUP:

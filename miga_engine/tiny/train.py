@@ -171,12 +171,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"))
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
+    parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.step == "vae":
-        train_vae(args.work, args.minutes, args.lr)
+        train_vae(args.work, args.minutes, args.lr, compile_step=args.compile)
 
 
 if __name__ == "__main__":

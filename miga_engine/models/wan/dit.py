@@ -1,12 +1,13 @@
 """The Wan2.1 text-to-video diffusion transformer, with a noise level and a prompt for every latent frame.
 
-Parameter names are those of the official `WanModel` checkpoints. Source: the Wan2.1 report (arXiv 2503.20314), section 4.2;
-noise levels by frame as in FIFO-Diffusion and MIGA, with the head modulated by each frame's own level.
+Parameter names are those of the official `WanModel` checkpoints. Source: the Wan2.1 report (arXiv 2503.20314),
+section 4.2; noise levels by frame as in FIFO-Diffusion and MIGA, with the head modulated by each frame's own level.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,8 @@ class WanDiTConfig:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(
-                f"A width of {self.dim} does not split into {self.num_heads} heads of even size; correct dim or num_heads."
+                f"A width of {self.dim} does not split into {self.num_heads} heads of even size; "
+                "correct dim or num_heads."
             )
         if self.patch_size[0] != 1:
             raise ConfigError(
@@ -54,10 +56,10 @@ class WanDiTConfig:
 
 
 class WanDiT(nn.Module):
-    """Velocity of the latents of B windows of F frames, each frame with its own timestep and, if wished, its own prompt.
+    """Velocity of B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 
-    Matrix products run in the dtype of the weights; the time path, norms, modulation, rotation, residual stream and head in
-    float32. `keeps_fp32` tells which parameters a loader leaves in float32.
+    Matrix products run in the dtype of the weights; the time path, norms, modulation, rotation, residual stream and
+    head in float32. `keeps_fp32` tells which parameters a loader leaves in float32.
     """
 
     def __init__(self, config: WanDiTConfig) -> None:
@@ -124,11 +126,13 @@ class WanDiT(nn.Module):
         text_len, text_dim = self.config.text_len, self.config.text_dim
         if context.ndim != 3 or context.shape[2] != text_dim or context.shape[1] > text_len:
             raise ConfigError(
-                f"The context has shape {tuple(context.shape)}; give text embeddings [prompts, up to {text_len}, {text_dim}]."
+                f"The context has shape {tuple(context.shape)}; "
+                f"give text embeddings [prompts, up to {text_len}, {text_dim}]."
             )
         padded = F.pad(context.to(self.dtype), (0, 0, 0, text_len - context.shape[1]))
         text = self.text_embedding(padded)
-        return ContextCache(tuple(block.cross_attn.keys_values(text) for block in self.blocks))
+        blocks = (cast(Block, block) for block in self.blocks)
+        return ContextCache(tuple(block.cross_attn.keys_values(text) for block in blocks))
 
     def _check_latents(self, latents: Tensor) -> None:
         in_dim, (_, patch_height, patch_width) = self.config.in_dim, self.config.patch_size
@@ -138,7 +142,7 @@ class WanDiT(nn.Module):
         if height % patch_height or width % patch_width:
             raise ConfigError(
                 f"Latents of {height}x{width} do not divide into patches of {patch_height}x{patch_width}; "
-                f"choose a height and width of the video that are multiples of {8 * patch_height} and {8 * patch_width}."
+                f"choose a video height that is a multiple of {8 * patch_height} and a width of {8 * patch_width}."
             )
 
     def _embed_time(
@@ -152,8 +156,12 @@ class WanDiT(nn.Module):
             )
         t = t if t.ndim == 2 else t.reshape(-1, 1)
         sinusoid = timestep_embedding(t, self.config.freq_dim)
-        time = linear_fp32(self.time_embedding[2], F.silu(linear_fp32(self.time_embedding[0], sinusoid)))
-        modulation = linear_fp32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
+        first, last, projection = (
+            cast(nn.Linear, layer)
+            for layer in (self.time_embedding[0], self.time_embedding[2], self.time_projection[1])
+        )
+        time = linear_fp32(last, F.silu(linear_fp32(first, sinusoid)))
+        modulation = linear_fp32(projection, F.silu(time)).unflatten(-1, (6, -1))
         return time, modulation
 
     def _rotary_table(self, num_frames: int, rows: int, columns: int, device: torch.device) -> RotaryTable:

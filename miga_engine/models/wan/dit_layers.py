@@ -1,7 +1,7 @@
 """Layers of the Wan2.1 diffusion transformer.
 
-Tokens of a window are [B, F, S, D]: F latent frames of S tokens. What depends on a frame's noise level is [B, F, ..., D] or
-[B, 1, ..., D] and is broadcast over the S tokens by indexing, never written out. The residual stream, the norms, the
+Tokens of a window are [B, F, S, D]: F latent frames of S tokens. What depends on a frame's noise level is
+[B, F, ..., D] or [B, 1, ..., D] and is broadcast over the S tokens by indexing, never written out. The residual stream, the norms, the
 modulation and the rotation are float32; matrix products run in the dtype of their weights.
 """
 
@@ -35,8 +35,8 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 def rotary_table(num_frames: int, height: int, width: int, head_dim: int, device: torch.device) -> RotaryTable:
     """Cosine and sine [F·h·w, 1, head_dim/2] in float32 of the positions of an F x h x w grid.
 
-    The channels of a head are shared out as head_dim - 4·(head_dim // 6) to time and 2·(head_dim // 6) each to height and
-    width; angles are position · 10000^(-2i / share), taken in float64.
+    The channels of a head are shared out as head_dim - 4·(head_dim // 6) to time and 2·(head_dim // 6) each to height
+    and width; angles are position · 10000^(-2i / share), taken in float64.
     """
     side = 2 * (head_dim // 6)
     angles = []
@@ -183,7 +183,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], table: RotaryTable) -> Tensor:
         """x [B, F, S, D] float32, time [B, F or 1, 6, D] float32, text keys and values, rotary table -> like x."""
-        dtype = self.ffn[0].weight.dtype
+        dtype = self.self_attn.q.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).split(1, dim=2)
         y = self.self_attn(modulated_norm(x, shift1, scale1, self.eps).to(dtype), table)
         x = torch.addcmul(x, y.float(), gate1)

@@ -66,8 +66,8 @@ class Tokenizer:
         """Prompts -> ids and mask, int64 [P, T], padded to the longest; T <= text_len."""
         rows = []
         for prompt in prompts:
-            ids = self._backend.encode(clean_prompt(prompt), add_special_tokens=False).ids
-            rows.append([*ids[: self.text_len - 1], self.end_id])
+            text_ids = self._backend.encode(clean_prompt(prompt), add_special_tokens=False).ids
+            rows.append([*text_ids[: self.text_len - 1], self.end_id])
         length = max(map(len, rows), default=0)
         ids = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.int64)

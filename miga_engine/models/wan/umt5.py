@@ -1,7 +1,7 @@
 """The UMT5 text encoder of Wan2.1.
 
-Parameter names are those of the official `models_t5_umt5-xxl-enc-bf16.pth`. Source: UniMax (arXiv 2304.09151) and T5 1.1: no
-scaling of q·k, no biases, a relative position bias in every layer, gated GELU, RMS norms.
+Parameter names are those of the official `models_t5_umt5-xxl-enc-bf16.pth`. Source: UniMax (arXiv 2304.09151) and T5
+1.1: no scaling of q·k, no biases, a relative position bias in every layer, gated GELU, RMS norms.
 """
 
 from __future__ import annotations

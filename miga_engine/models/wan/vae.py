@@ -149,7 +149,8 @@ class WanVAE(nn.Module):
             )
         if height % factor or width % factor:
             raise ConfigError(
-                f"encode takes a height and width divisible by {factor} and was given {height}x{width}; crop or resize it."
+                f"encode takes a height and width divisible by {factor} and was given {height}x{width}; "
+                "crop or resize it."
             )
 
 
@@ -164,7 +165,7 @@ class StreamDecoder:
     def push(self, latents: Tensor) -> Tensor:
         """Next latents [B, C, n, h, w], n >= 1 -> their frames [B, 3, t, 8h, 8w] in [-1, 1].
 
-        t = 4n, less 3 in the piece that opens the clip. Raises ConfigError when the sizes differ from the earlier pieces'.
+        t = 4n, less 3 in the piece that opens the clip. Raises ConfigError when the sizes differ from the earlier ones.
         """
         channels = self._vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
@@ -180,7 +181,7 @@ class StreamDecoder:
         return torch.cat(frames, dim=2).clamp(-1.0, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next push depends on: one tensor [B, frames, C, h, w] per layer that looks back, by layer name."""
+        """All that the next push depends on: a tensor [B, frames, C, h, w] by name of each layer that looks back."""
         return dict(self._cache)
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -1,10 +1,11 @@
 """Layers of the Wan2.1 video VAE, causal in time.
 
-Inside the network a clip is [B, T, C, H, W] (frames outside channels), so that a frame is a picture to every 2-D operation and
-a temporal convolution is a 2-D convolution over the channels of neighbouring frames.
+Inside the network a clip is [B, T, C, H, W] (frames outside channels), so that a frame is a picture to every 2-D
+operation and a temporal convolution is a 2-D convolution over the channels of neighbouring frames.
 
-Temporal state is a dict of tensors, one entry per layer that looks back, under the layer's name in the state dict. A layer
-replaces its entry and never writes into it, so autograd may keep the old one. An absent entry means "nothing seen yet".
+Temporal state is a dict of tensors, one entry per layer that looks back, under the layer's name in the module tree. A
+layer replaces its entry and never writes into it, so autograd may keep the old one. An absent entry means "nothing seen
+yet".
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """3-D convolution over [B, T, C, H, W] that sees the present and `kernel - 1` past frames, zeros before the first.
 
-    The parameters are those of nn.Conv3d. It is computed as one 2-D convolution over the stacked channels of the frames in
-    reach, which a CPU does two to three times faster than a 3-D convolution and a GPU no slower.
+    The parameters are those of nn.Conv3d. It is computed as one 2-D convolution over the stacked channels of the frames
+    in reach, which a CPU does two to three times faster than a 3-D convolution.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class CausalConv3d(nn.Conv3d):
         return self._zero_past[1]
 
     def taps(self, frames: Tensor, num_taps: int) -> Tensor:
-        """Convolve with the last `num_taps` time taps, without padding in time: T -> (T - num_taps) // stride + 1 frames."""
+        """Convolve with the last `num_taps` time taps, unpadded in time: T -> (T - num_taps) // stride + 1 frames."""
         stride = self.stride[0]
         num_out = (frames.shape[1] - num_taps) // stride + 1
         span = stride * (num_out - 1) + 1
@@ -187,10 +188,7 @@ class Upsample(nn.Module):
 def run_sequence(layers: nn.Sequential, x: Tensor, cache: FeatureCache | None) -> Tensor:
     """nn.Sequential that hands the temporal state to the layers that keep one."""
     for layer in layers:
-        if isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample)):
-            x = layer(x, cache)
-        else:
-            x = layer(x)
+        x = layer(x, cache) if isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample)) else layer(x)
     return x
 
 

@@ -1,0 +1,330 @@
+"""The ``miga`` command: generate, info."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from miga_engine._version import __version__
+from miga_engine.config import PRESETS, MigaConfig, SamplingConfig, fifo_config, replace_options
+from miga_engine.errors import ConfigError, MigaError, OutputError
+
+if TYPE_CHECKING:
+    from miga_engine.engine import Engine, Event, Request
+
+RELEASED_NAMES = {
+    "saw_width": "zigzag_width",
+    "slide_size": "stride",
+    "mem_frames": "guidance_frames",
+    "index_bias": "guidance_offset",
+    "resample": "self_reflection",
+    "threshold": "score_drop",
+    "adjust_num": "candidates",
+    "sampling_steps": "num_inference_steps",
+    "sample_steps": "num_inference_steps",
+    "sample_solver": "solver",
+    "sample_shift": "shift",
+    "sample_guide_scale": "guidance_scale",
+    "guide_scale": "guidance_scale",
+    "base_seed": "seed",
+    "sample_neg_prompt": "negative_prompt",
+    "ckpt_dir": "model",
+    "save_file": "output",
+    "frame_num": "num_frames",
+    "new_video_length": "num_frames",
+    "video_length": "num_frames",
+    "unconditional_guidance_scale": "guidance_scale",
+    "ddim_eta": "eta",
+}
+"""Option names of the Wan2.1, FIFO-Diffusion and MIGA releases, understood in a --config file."""
+
+_SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(SamplingConfig))
+_MIGA_FIELDS = {f.name: f for f in dataclasses.fields(MigaConfig)}
+_REQUEST_OPTIONS = ("num_frames", "seed", "height", "width", "negative_prompt", "fps", *_SAMPLING_FIELDS)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message} (see: {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``miga``; the exit code. Errors are one sentence on standard error."""
+    arguments = [_hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    try:
+        options = _build_parser().parse_args(arguments)
+        return options.run(options)
+    except MigaError as error:
+        print(f"miga: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def _hyphenate(argument: str) -> str:
+    """--num_frames=240 → --num-frames=240: underscores are accepted in option names."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="miga", description="Endless, consistent video from short-clip diffusion models.")
+    parser.add_argument("--version", action="version", version=f"miga_engine {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    generate = commands.add_parser(
+        "generate", help="make a video from a prompt", argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make a video from a prompt; it is written while it is being made.",
+    )  # fmt: skip
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
+    generate.add_argument("--prompt-at", nargs=2, action="append", metavar=("FRAME", "PROMPT"),
+                          help="from this video frame on, this prompt (repeatable)")  # fmt: skip
+    generate.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
+    model = generate.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME|PATH", help="'tiny' (default), a Wan2.1 folder, or a weights file")
+    model.add_argument("--preset", choices=list(PRESETS), help="set of defaults (default: by model)")
+    model.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
+    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer")
+    video = generate.add_argument_group("video")
+    video.add_argument("--num-frames", type=int, metavar="N", help="video frames, exactly (default: 240)")
+    video.add_argument("--height", type=int, metavar="PX")
+    video.add_argument("--width", type=int, metavar="PX")
+    video.add_argument("--fps", type=int, metavar="N")
+    video.add_argument("--seed", type=int, metavar="N", help="same seed, same video (default: 0)")
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--negative-prompt", metavar="TEXT")
+    sampling.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 = off")
+    sampling.add_argument("--num-inference-steps", type=int, metavar="T")
+    sampling.add_argument("--solver", help="unipc, dpmpp_2m, euler or ddim")
+    sampling.add_argument("--shift", type=float)
+    sampling.add_argument("--eta", type=float, help="ddim only")
+    method = generate.add_argument_group("method")
+    method.add_argument("--method", choices=["miga", "fifo"], help="fifo: FIFO-Diffusion, for comparison")
+    for name, field in _MIGA_FIELDS.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(field.default, bool):
+            method.add_argument(flag, action=argparse.BooleanOptionalAction)
+        elif isinstance(field.default, str):
+            method.add_argument(flag, metavar="NAME")
+        else:
+            method.add_argument(flag, type=float if isinstance(field.default, float) else int, metavar="N")
+    output = generate.add_argument_group("output")
+    output.add_argument("-o", "--output", metavar="FILE", help=".mp4, .mkv (lossless), folder/%%06d.png, .rgb "
+                        "(default: miga.mp4)")  # fmt: skip
+    output.add_argument("-y", "--overwrite", action="store_true", help="replace files that exist")
+    output.add_argument("--contact-sheet", metavar="PNG", help="frames evenly spaced over the video in one picture")
+    output.add_argument("--events", metavar="JSONL", help="scores, searches and chunks as JSON lines")
+    output.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    info = commands.add_parser("info", help="show versions, devices, kernels, and what a model is")
+    info.set_defaults(run=_info)
+    info.add_argument("path", nargs="?", metavar="MODEL|VIDEO", help="'tiny', a model folder, or a video made by miga")
+    return parser
+
+
+# generate --------------------------------------------------------------------------------------------------------
+
+
+def _generate(options: argparse.Namespace) -> int:
+    given = vars(options)
+    settings = _read_config(given.pop("config")) if "config" in given else {}
+    settings.update(given)
+    prompt = _prompt_timeline(settings)
+    output = Path(settings.get("output", "miga.mp4"))
+
+    from miga_engine.engine import Engine
+
+    engine = Engine.from_pretrained(
+        settings.get("model", "tiny"), settings.get("device"), settings.get("dtype"), preset=settings.get("preset")
+    )
+    config = engine.preset.miga
+    if settings.get("method") == "fifo":
+        config = fifo_config(config, engine.bundle.window_frames)
+    config = replace_options(config, {name: settings[name] for name in _MIGA_FIELDS if name in settings})
+    asked = {name: settings[name] for name in _REQUEST_OPTIONS if name in settings}
+    asked.setdefault("num_frames", 240)
+    request = engine.resolve(prompt, miga=config, **asked)
+    return _render(engine, request, output, settings)
+
+
+def _render(engine: Engine, request: Request, output: Path, settings: dict[str, Any]) -> int:
+    """Stream the request into the output files; 130 where it was interrupted, with what was made kept."""
+    from tqdm import tqdm
+
+    from miga_engine.video.contact_sheet import ContactSheet
+    from miga_engine.video.sinks import open_sink
+
+    overwrite = bool(settings.get("overwrite"))
+    sheet_path = _side_file(settings, "contact_sheet", overwrite)
+    events_path = _side_file(settings, "events", overwrite)
+    started = time.perf_counter()
+    first_frame_after: float | None = None
+    num_out = 0
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(_interruptible())
+        sink = stack.enter_context(
+            open_sink(output, request.fps, request.width, request.height,
+                      metadata=request.metadata(engine.name), overwrite=overwrite)
+        )  # fmt: skip
+        events = stack.enter_context(events_path.open("w", buffering=1)) if events_path else None
+        bar = stack.enter_context(
+            tqdm(total=request.num_frames, unit="frame", disable=True if settings.get("quiet") else None, leave=True)
+        )
+        sheet = ContactSheet() if sheet_path else None
+
+        def on_event(event: Event) -> None:
+            if events is not None:
+                print(event.to_json(), file=events)
+            if event.kind == "stage" and first_frame_after is None:
+                bar.set_description_str(event.data["stage"].replace("_", " "))
+
+        for chunk in engine.run(request, on_event=on_event, is_cancelled=interrupted):
+            if first_frame_after is None:
+                first_frame_after = time.perf_counter() - started
+                bar.set_description_str(output.name)
+                bar.set_postfix_str(f"first after {first_frame_after:.1f} s")
+            sink.write(chunk.frames)
+            if sheet is not None:
+                sheet.add(chunk.frames)
+            num_out += len(chunk.frames)
+            bar.update(len(chunk.frames))
+    if sheet is not None and sheet_path is not None and num_out:
+        sheet.save(sheet_path)
+    seconds = time.perf_counter() - started
+    if num_out == 0:
+        print("miga: interrupted before the first frame; nothing was written", file=sys.stderr)
+        return 130
+    print(
+        f"{output}: {num_out} frames, {request.width}×{request.height}, {request.fps} fps; {seconds:.1f} s "
+        f"({num_out / seconds:.1f} frames/s, first after {first_frame_after:.1f} s)",
+        file=sys.stderr,
+    )
+    if interrupted():
+        print(f"miga: interrupted; {output} holds the {num_out} frames made so far", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Any]:
+    """First Ctrl-C or SIGTERM: finish the chunk at hand and close the files; a second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _side_file(settings: dict[str, Any], name: str, overwrite: bool) -> Path | None:
+    """Path of a file beside the video, refused before any work where it could not be written."""
+    if not settings.get(name):
+        return None
+    path = Path(settings[name])
+    flag = "--" + name.replace("_", "-")
+    if not path.parent.is_dir():
+        raise OutputError(f"{flag} {path} cannot be written: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise OutputError(f"{flag} {path} is a folder: give a file name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{flag} {path} exists: add --overwrite to replace it, or give another name")
+    return path
+
+
+def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
+    prompt = settings.get("prompt", settings.get("sample_prompt"))
+    timeline = dict(prompt) if isinstance(prompt, dict) else {} if prompt is None else {0: prompt}
+    for frame, text in settings.get("prompt_at", ()):
+        try:
+            number = int(frame)
+        except ValueError:
+            raise ConfigError(f"--prompt-at needs a video frame number before the prompt, got {frame!r}") from None
+        if number in timeline:
+            raise ConfigError(f"frame {number} has two prompts: {timeline[number]!r} and {text!r}; keep one")
+        timeline[number] = text
+    if not timeline:
+        raise ConfigError("there is no prompt: describe the video in quotes, for instance miga generate \"a red kite\"")
+    return timeline
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Options of a YAML file, by our names; names of the releases are translated, unknown ones refused."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = str(getattr(error, "problem_mark", "") or "").strip()
+        raise ConfigError(f"--config {path} is not valid YAML{' ' + where if where else ''}: mend or leave out") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
+    known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "method", "output", "overwrite", "events",
+             "contact_sheet", "quiet", *_REQUEST_OPTIONS, *_MIGA_FIELDS}  # fmt: skip
+    settings = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        name = RELEASED_NAMES.get(name, name)
+        if name not in known:
+            raise ConfigError(f"--config {path} has an unknown option {key!r}; the options are {', '.join(sorted(known))}")
+        if name in settings:
+            raise ConfigError(f"--config {path} gives {name} twice (as {key!r} again): keep one")
+        settings[name] = value
+    return settings
+
+
+# info ------------------------------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    from miga_engine import _extension
+
+    rows = [
+        ("miga_engine", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("devices", ", ".join(_devices())),
+        ("C++ kernels", _extension.status()),
+    ]
+    if options.path and Path(options.path).is_file() and Path(options.path).suffix in (".mp4", ".mkv"):
+        from miga_engine.video.sinks import read_metadata
+
+        rows += [(key, value) for key, value in read_metadata(options.path).items()]
+    elif options.path:
+        from miga_engine.engine import Engine
+
+        engine = Engine.from_pretrained(options.path, "cpu")
+        rows += [(key, value) for key, value in engine.describe().items()]
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        print(f"{key:<{width}}  {value}")
+    return 0
+
+
+def _devices() -> list[str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [*gpus, f"cpu ({torch.get_num_threads()} threads)"]

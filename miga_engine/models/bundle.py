@@ -1,0 +1,107 @@
+"""A loaded model as the runtime sees it: networks and facts, without the name of their family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miga_engine.models.wan.dit import WanDiT
+from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
+from miga_engine.models.wan.umt5 import UMT5Encoder
+from miga_engine.models.wan.vae import WanVAE
+
+NATIVE_WINDOW_FRAMES = 21  # latent frames of the 81-frame clips that Wan2.1 was trained on
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """Transformer, VAE and, on demand, text encoder and tokenizer of one model.
+
+    `extra` is what the folder's miga.json says; it may set window_frames and default_negative_prompt.
+    """
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    transformer: WanDiT
+    vae: WanVAE
+    extra: dict[str, Any]
+    open_text_encoder: Callable[[], UMT5Encoder] = field(repr=False)
+    open_tokenizer: Callable[[], Tokenizer] = field(repr=False)
+    prediction_type: str = "velocity"
+
+    @cached_property
+    def text_encoder(self) -> UMT5Encoder:
+        """Read from its file at the first use."""
+        return self.open_text_encoder()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read from its file at the first use."""
+        return self.open_tokenizer()
+
+    def release_text_encoder(self) -> None:
+        """Give back the text encoder's memory; the next prompt reads it again."""
+        self.__dict__.pop("text_encoder", None)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
+
+        Each prompt is encoded alone, so that its embedding does not depend on its neighbours.
+        """
+        rows = []
+        for prompt in prompts:
+            ids, mask = (tensor.to(self.device) for tensor in self.tokenizer([prompt]))
+            rows.append(self.text_encoder(ids, mask)[0])
+        length = max(map(len, rows), default=0)
+        return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        return self.vae.config.z_dim
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position, along height and width."""
+        return self.vae.config.spatial_factor
+
+    @property
+    def frame_ratio(self) -> int:
+        """Video frames per latent frame after the first."""
+        return self.vae.config.frame_ratio
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the video, in pixels, are multiples of this."""
+        return self.spatial_factor * max(self.transformer.config.patch_size)
+
+    @property
+    def window_frames(self) -> int:
+        """Latent frames the network was trained to see together."""
+        return int(self.extra.get("window_frames", NATIVE_WINDOW_FRAMES))
+
+    @property
+    def default_negative_prompt(self) -> str:
+        """Negative prompt where the caller gives none."""
+        return str(self.extra.get("default_negative_prompt", WAN_DEFAULT_NEGATIVE_PROMPT))
+
+    def num_video_frames(self, num_latents: int) -> int:
+        """Frames that a clip of `num_latents` >= 1 latent frames decodes to."""
+        return 1 + self.frame_ratio * (num_latents - 1)
+
+    def num_latent_frames(self, num_video_frames: int) -> int:
+        """Latent frames whose decoded clip has at least `num_video_frames` >= 1 frames."""
+        return -(-(num_video_frames - 1) // self.frame_ratio) + 1
+
+    def first_video_frame(self, latent_frame: int) -> int:
+        """Number of the first video frame that latent frame `latent_frame` (from 0) decodes to."""
+        return self.num_video_frames(latent_frame) if latent_frame else 0

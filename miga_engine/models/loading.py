@@ -1,0 +1,160 @@
+"""Load a model, or one network of it, from the layouts its makers publish.
+
+Understood: the official Wan2.1 folder, the `-Diffusers` folder, a component's own folder, and single files. Weights
+load strictly; each failure is a CheckpointError of one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miga_engine.errors import CheckpointError
+from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.checkpoint import Checkpoint, SafetensorsCheckpoint, load_module, open_checkpoint, read_json
+from miga_engine.models.wan import layouts
+from miga_engine.models.wan.dit import WanDiT
+from miga_engine.models.wan.tokenizer import Tokenizer
+from miga_engine.models.wan.umt5 import UMT5Encoder
+from miga_engine.models.wan.vae import WanVAE
+
+Device = torch.device | str | None
+
+EXTRA_FILE = "miga.json"  # facts about a model that no layout has a place for
+
+# File names that hold a component, in the order in which they are looked for.
+_DIFFUSION_FILES = ("diffusion_pytorch_model*.index.json", "diffusion_pytorch_model*.safetensors")
+_TRANSFORMER_FILES = (*_DIFFUSION_FILES, "diffusion_pytorch_model*.bin")
+_VAE_FILES = ("*VAE*.safetensors", "*VAE*.pth", *_DIFFUSION_FILES)
+_TEXT_ENCODER_FILES = ("models_t5*.safetensors", "models_t5*.pth", "model*.index.json", "model*.safetensors")
+_TOKENIZER_FILES = ("tokenizer/tokenizer.json", "google/*/tokenizer.json", "tokenizer.json")
+
+
+def load_transformer(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> WanDiT:
+    """The diffusion transformer under `path`: a model folder, its `transformer` folder, or a weights file.
+
+    device defaults to the CPU, dtype to the file's own; what the network uses in float32 stays float32. Without a
+    config.json beside the weights the sizes follow from the shapes. Raises CheckpointError.
+    """
+    files = _component_files(Path(path), "transformer", _TRANSFORMER_FILES)
+    checkpoint = layouts.official_transformer(_open(files))
+    config = layouts.transformer_config(checkpoint, _stored_config(files[0], {"WanModel", "WanTransformer3DModel"}))
+    return load_module(
+        lambda: WanDiT(config),
+        checkpoint,
+        device=device,
+        dtype=dtype or _stored_dtype(checkpoint, "patch_embedding.bias"),
+        keeps_fp32=WanDiT.keeps_fp32,
+    )
+
+
+def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch.float32) -> WanVAE:
+    """The video VAE under `path`: a model folder, its `vae` folder, or a weights file.
+
+    device defaults to the CPU. The published VAE is meant to run in float32. Raises CheckpointError.
+    """
+    files = _component_files(Path(path), "vae", _VAE_FILES)
+    checkpoint = layouts.official_vae(_open(files))
+    config = layouts.vae_config(checkpoint, _stored_config(files[0], {"AutoencoderKLWan"}))
+    return load_module(lambda: WanVAE(config), checkpoint, device=device, dtype=dtype)
+
+
+def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> UMT5Encoder:
+    """The text encoder under `path`: a model folder, its `text_encoder` folder, or a weights file.
+
+    device defaults to the CPU, dtype to the file's own (bfloat16 as published). Raises CheckpointError.
+    """
+    files = _component_files(Path(path), "text_encoder", _TEXT_ENCODER_FILES)
+    checkpoint = layouts.official_text_encoder(_open(files))
+    config = layouts.text_encoder_config(checkpoint)
+    return load_module(
+        lambda: UMT5Encoder(config),
+        checkpoint,
+        device=device,
+        dtype=dtype or _stored_dtype(checkpoint, "norm.weight"),
+    )
+
+
+def load_tokenizer(path: str | Path, text_len: int = layouts.TEXT_LEN) -> Tokenizer:
+    """The tokenizer under `path`: a model folder, its tokenizer folder, or a `tokenizer.json`.
+
+    Raises CheckpointError.
+    """
+    folder = Path(path)
+    found = next((file for name in _TOKENIZER_FILES for file in sorted(folder.glob(name))), folder)
+    return Tokenizer.from_folder(found, text_len)
+
+
+def load_bundle(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> ModelBundle:
+    """All networks of a model folder, with the facts the runtime asks for.
+
+    path is the folder, or the weights file of its transformer. device defaults to the CPU. dtype is that of transformer and text encoder, by default each file's own; the VAE stays
+    float32. The text encoder and tokenizer are read when the first prompt is encoded. Raises CheckpointError.
+    """
+    root = Path(path).parent if Path(path).is_file() else Path(path)
+    _component_files(root, "text_encoder", _TEXT_ENCODER_FILES)  # read late, but missed at once
+    extra_file = root / EXTRA_FILE
+    extra = read_json(extra_file) if extra_file.is_file() else {}
+    transformer = load_transformer(path, device, dtype)
+    return ModelBundle(
+        path=root,
+        device=torch.device(device or "cpu"),
+        dtype=transformer.dtype,
+        transformer=transformer,
+        vae=load_vae(root, device),
+        extra=extra,
+        open_text_encoder=lambda: load_text_encoder(root, device, dtype),
+        open_tokenizer=lambda: load_tokenizer(root, transformer.config.text_len),
+    )
+
+
+def _component_files(path: Path, component: str, patterns: tuple[str, ...]) -> list[Path]:
+    """The weights files of a component: `path` itself, or what a folder holds of the first pattern that matches."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a model folder or a weights file.")
+    folder = path / component if (path / component).is_dir() else path
+    for pattern in patterns:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise CheckpointError(
+        f"{folder} holds no {component.replace('_', ' ')} weights (none of {', '.join(patterns)}); "
+        "give an official or Diffusers Wan2.1 folder, or the weights file itself."
+    )
+
+
+def _open(files: list[Path]) -> Checkpoint:
+    if len(files) == 1:
+        return open_checkpoint(files[0])
+    stray = next((file for file in files if file.suffix != ".safetensors"), None)
+    if stray is not None:
+        raise CheckpointError(
+            f"{stray.parent} holds {len(files)} weights files, {stray.name} among them; give one of them."
+        )
+    return SafetensorsCheckpoint(files[0].parent, files)
+
+
+def _stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
+    """Dtype a checkpoint's tensors are in, where networks can run in it."""
+    if key not in checkpoint.shapes:
+        return torch.float32  # the missing key will be named when the module is filled
+    dtype = checkpoint.read(key).dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{checkpoint.path} stores {name}, in which it cannot run; choose a dtype such as bfloat16."
+        )
+    return dtype
+
+
+def _stored_config(file: Path, class_names: set[str]) -> Mapping[str, Any]:
+    """The config.json beside a weights file, or nothing where there is none or it belongs to another network."""
+    config_file = file.parent / "config.json"
+    if not config_file.is_file():
+        return {}
+    config = read_json(config_file)
+    return config if config.get("_class_name") in class_names else {}

@@ -1,0 +1,259 @@
+"""How the Wan2.1 checkpoints are laid out: official and Diffusers key names, and sizes read off the shapes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from miga_engine.errors import CheckpointError, ConfigError
+from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint
+from miga_engine.models.wan.dit import WanDiTConfig
+from miga_engine.models.wan.umt5 import UMT5Config
+from miga_engine.models.wan.vae import WanVAEConfig
+
+Config = TypeVar("Config")
+
+HEAD_DIM = 128  # of every published Wan2.1 transformer
+TEXT_LEN = 512
+SINGLE_FILE_PREFIX = "model.diffusion_model."  # under which single-file exports put the official names
+
+# (pattern in Diffusers keys, official replacement), applied one after the other.
+_DIT_RULES = (
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^proj_out\.", "head.head."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"\.norm2\.", ".norm3."),
+)
+_VAE_RULES = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"(samples\.\d+|middle\.[02])\.norm1\.", r"\1.residual.0."),
+    (r"(samples\.\d+|middle\.[02])\.conv1\.", r"\1.residual.2."),
+    (r"(samples\.\d+|middle\.[02])\.norm2\.", r"\1.residual.3."),
+    (r"(samples\.\d+|middle\.[02])\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+)
+_UMT5_RULES = (
+    (r"^shared\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.", "blocks."),
+    (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+    (r"\.layer\.0\.SelfAttention\.", ".attn."),
+    (r"\.layer\.0\.layer_norm\.", ".norm1."),
+    (r"\.layer\.1\.layer_norm\.", ".norm2."),
+    (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+    (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
+    (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
+)
+
+
+def official_transformer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under official transformer keys. Raises CheckpointError when it holds something else."""
+    if any(key.startswith(SINGLE_FILE_PREFIX) for key in checkpoint.shapes):
+        checkpoint = RenamedCheckpoint(checkpoint, lambda key: key.removeprefix(SINGLE_FILE_PREFIX))
+    _require(checkpoint, "a Wan2.1 transformer", "patch_embedding.weight")
+    if "proj_out.weight" in checkpoint.shapes:
+        checkpoint = RenamedCheckpoint(checkpoint, lambda key: _apply(_DIT_RULES, key))
+    return checkpoint
+
+
+def official_vae(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under official VAE keys. Raises CheckpointError when it holds something else."""
+    _require(checkpoint, "a Wan2.1 VAE", "decoder.conv1.weight", "decoder.conv_in.weight")
+    if "decoder.conv_in.weight" not in checkpoint.shapes:
+        return checkpoint
+    slots = [int(m[1]) for key in checkpoint.shapes if (m := re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", key))]
+    per_block = max(slots, default=0) + 2  # the residual blocks of a level and the upsampler behind them
+
+    def rename(key: str) -> str:
+        key = re.sub(
+            r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
+            lambda m: f"decoder.upsamples.{int(m[1]) * per_block + (int(m[2]) if m[2] else per_block - 1)}.",
+            key,
+        )
+        return _apply(_VAE_RULES, key)
+
+    return RenamedCheckpoint(checkpoint, rename)
+
+
+def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under official UMT5 keys. Raises CheckpointError when it holds something else."""
+    _require(
+        checkpoint, "a UMT5 text encoder", "token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"
+    )
+    if "token_embedding.weight" in checkpoint.shapes:
+        return checkpoint
+    has_shared = "shared.weight" in checkpoint.shapes
+
+    def rename(key: str) -> str | None:
+        if key == "encoder.embed_tokens.weight":  # the same table once more
+            return None if has_shared else "token_embedding.weight"
+        return _apply(_UMT5_RULES, key)
+
+    return RenamedCheckpoint(checkpoint, rename)
+
+
+def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanDiTConfig:
+    """Sizes from the shapes under official keys; what a config.json of either layout stores takes precedence.
+
+    Raises CheckpointError for other model types and where the number of heads cannot be known.
+    """
+    if str(stored.get("model_type", "t2v")) != "t2v" or stored.get("image_dim") is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to a {stored.get('model_type', 'image-conditioned')} model; "
+            "give a Wan2.1 text-to-video model."
+        )
+    shapes = _Shapes(checkpoint)
+    dim, in_dim, *patch = shapes.of("patch_embedding.weight", 5)
+    num_heads = stored.get("num_heads", stored.get("num_attention_heads"))
+    if num_heads is None:
+        if dim % HEAD_DIM:
+            raise CheckpointError(
+                f"{checkpoint.path} does not tell its number of heads and its width of {dim} is no multiple of "
+                f"{HEAD_DIM}; put its config.json beside it."
+            )
+        num_heads = dim // HEAD_DIM
+
+    def build() -> WanDiTConfig:
+        width = num_heads * stored["attention_head_dim"] if "attention_head_dim" in stored else dim
+        patch_channels = shapes.of("head.head.weight", 2)[0]
+        sizes = {
+            "dim": stored.get("dim", width),
+            "ffn_dim": stored.get("ffn_dim", shapes.of("blocks.0.ffn.0.weight", 2)[0]),
+            "freq_dim": stored.get("freq_dim", shapes.of("time_embedding.0.weight", 2)[1]),
+            "num_heads": num_heads,
+            "num_layers": stored.get("num_layers", shapes.count(r"blocks\.(\d+)\.")),
+            "text_dim": stored.get("text_dim", shapes.of("text_embedding.0.weight", 2)[1]),
+            "text_len": stored.get("text_len", TEXT_LEN),
+            "in_dim": stored.get("in_dim", stored.get("in_channels", in_dim)),
+            "out_dim": stored.get("out_dim", stored.get("out_channels", patch_channels // math.prod(patch))),
+        }
+        return WanDiTConfig(
+            **{name: int(size) for name, size in sizes.items()},
+            patch_size=(patch[0], patch[1], patch[2]),
+            eps=float(stored.get("eps", 1e-6)),
+            cross_attn_norm="blocks.0.norm3.weight" in checkpoint.shapes,
+            qk_norm="blocks.0.self_attn.norm_q.weight" in checkpoint.shapes,
+        )
+
+    return _checked(checkpoint, build)
+
+
+def vae_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanVAEConfig:
+    """Sizes from the shapes under official keys; statistics of the latents from config.json where it has them."""
+    shapes = _Shapes(checkpoint)
+    dim = shapes.of("encoder.conv1.weight", 5)[0]
+    widths: list[int] = []  # by level
+    blocks_in_level = 0
+    temporal: list[bool] = []
+    for i in range(shapes.count(r"encoder\.downsamples\.(\d+)\.")):
+        prefix = f"encoder.downsamples.{i}."
+        if prefix + "resample.1.weight" in checkpoint.shapes:
+            temporal.append(prefix + "time_conv.weight" in checkpoint.shapes)
+            continue
+        if len(widths) == len(temporal):
+            widths.append(shapes.of(prefix + "residual.6.weight", 5)[0])
+            blocks_in_level = 0
+        blocks_in_level += 1
+
+    def build() -> WanVAEConfig:
+        statistics = {
+            name: tuple(float(value) for value in stored[name])
+            for name in ("latents_mean", "latents_std")
+            if stored.get(name) is not None
+        }
+        return WanVAEConfig(
+            dim=dim,
+            z_dim=shapes.of("conv2.weight", 5)[0],
+            dim_mult=tuple(width // dim for width in widths),
+            num_res_blocks=blocks_in_level,
+            temporal_downsample=tuple(temporal),
+            **statistics,
+        )
+
+    return _checked(checkpoint, build)
+
+
+def text_encoder_config(checkpoint: Checkpoint) -> UMT5Config:
+    """Sizes from the shapes under official keys."""
+    shapes = _Shapes(checkpoint)
+    vocab_size, dim = shapes.of("token_embedding.weight", 2)
+    num_buckets, num_heads = shapes.of("blocks.0.pos_embedding.embedding.weight", 2)
+    return UMT5Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        dim_attn=shapes.of("blocks.0.attn.q.weight", 2)[0],
+        dim_ffn=shapes.of("blocks.0.ffn.fc1.weight", 2)[0],
+        num_heads=num_heads,
+        num_layers=shapes.count(r"blocks\.(\d+)\."),
+        num_buckets=num_buckets,
+    )
+
+
+class _Shapes:
+    """Shapes of a checkpoint, of which a missing or impossible one is a CheckpointError."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def of(self, key: str, rank: int) -> tuple[int, ...]:
+        """Shape of `key`, which must have `rank` dimensions, none of them empty."""
+        shape = self._checkpoint.shapes.get(key)
+        if shape is None:
+            raise CheckpointError(
+                f"{self._checkpoint.path} lacks {key}, from which the model's size is read; give the complete weights."
+            )
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(
+                f"{self._checkpoint.path} holds {key} as {list(shape)} where the model has {rank} dimensions; "
+                "give weights of a Wan2.1 model."
+            )
+        return shape
+
+    def count(self, pattern: str) -> int:
+        """One more than the largest number that `pattern` captures at the start of a key."""
+        return max((int(m[1]) + 1 for key in self._checkpoint.shapes if (m := re.match(pattern, key))), default=0)
+
+
+def _checked(checkpoint: Checkpoint, build: Callable[[], Config]) -> Config:
+    try:
+        return build()
+    except CheckpointError:
+        raise
+    except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} and its config.json do not describe a model ({error}); download both again."
+        ) from error
+
+
+def _require(checkpoint: Checkpoint, what: str, *keys: str) -> None:
+    if not any(key in checkpoint.shapes for key in keys):
+        raise CheckpointError(
+            f"{checkpoint.path} does not hold {what} (no {' or '.join(keys)} in it); give the file or folder that does."
+        )
+
+
+def _apply(rules: tuple[tuple[str, str], ...], key: str) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key

@@ -1,0 +1,37 @@
+"""Refusing an output that cannot be written before any work is done for it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from miga_engine.errors import OutputError
+
+
+def check_output(path: str | os.PathLike[str], suffixes: Sequence[str], *, overwrite: bool = False) -> Path:
+    """The path, if a file can be written there; otherwise OutputError with one sentence."""
+    target = Path(path)
+    if target.is_dir() or os.fspath(path).endswith("/"):
+        raise OutputError(
+            f"cannot write {path}: it is a folder, and a file name ending in {' or '.join(suffixes)} is expected"
+        )
+    if target.suffix.lower() not in suffixes:
+        received = f"the suffix {target.suffix!r} is" if target.suffix else "a name without suffix is"
+        raise OutputError(f"cannot write {path}: {received} not one of {', '.join(suffixes)}")
+    check_folder(target.parent, path)
+    if target.exists() and not overwrite:
+        raise OutputError(f"cannot write {path}: it exists already, and --overwrite (overwrite=True) was not given")
+    return target
+
+
+def check_folder(folder: Path, path: str | os.PathLike[str]) -> None:
+    if not folder.exists():
+        raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: the folder {folder} is not writable")
+
+
+def reason(error: Exception) -> str:
+    """The system's words for a failed write, without errno and file name."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")
