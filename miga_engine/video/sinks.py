@@ -2,7 +2,7 @@
 
 Nothing is created before the first frame. A new file then grows under its own name and is playable at any moment, also
 after a kill: an mp4 is a chain of one-second fragments, a Matroska file one of one-second clusters. An existing file is
-refused, or with `overwrite=True` kept until the new one is closed; meanwhile that grows beside it as `name.part.suffix`.
+refused, or with `overwrite=True` kept until the new one, growing beside it as `name.part.suffix`, is closed.
 """
 
 import json
@@ -24,9 +24,21 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from miga_engine.errors import OutputError
 from miga_engine.video.paths import check_folder, check_output, reason
 from miga_engine.video.png import write_png
+from miga_engine.video.reading import read_metadata
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "CallbackSink",
+    "ImageSequenceSink",
+    "RawFileSink",
+    "Sink",
+    "StreamSink",
+    "VideoFileSink",
+    "open_sink",
+    "read_metadata",
+]
 
 Frames: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
@@ -101,9 +113,9 @@ def open_sink(
 ) -> Sink:
     """Choose a sink by name and check that it can be written, before any frame is made.
 
-    `.mp4` (H.264), `.mkv` (FFV1, lossless), `folder/` or `name_%06d.png` (PNG sequence), `.rgb` (raw rgb24), `-` (raw to
-    standard output), or a function called with each uint8 [n,H,W,3] array. mp4 and mkv carry `metadata`: `prompt` as the
-    title and all of it as JSON in the comment (`miga_engine.video.reading.read_metadata`).
+    `.mp4` (H.264), `.mkv` (FFV1, lossless), `folder/` or `name_%06d.png` (PNG sequence), `.rgb` (raw rgb24), `-` (raw
+    to standard output), or a function called with each uint8 [n,H,W,3] array. mp4 and mkv carry `metadata`: `prompt` as
+    the title and all of it as JSON in the comment, for `read_metadata`.
     """
     if callable(path):
         return CallbackSink(path, width, height)

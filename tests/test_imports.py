@@ -1,0 +1,125 @@
+"""Nobody imports upward: the package's imports, parsed, against the order of its layers."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From low to high. A module may import its own layer and those below it.
+LAYERS = [
+    ["errors", "_version"],
+    ["config", "schedule", "noise", "prompts"],
+    ["kernels", "_extension"],
+    ["ops"],
+    ["models"],
+    ["runtime"],
+    ["tiny"],
+    ["engine"],
+    ["cli"],
+    ["__main__"],
+]
+LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+
+# Stands beside the layers: the parts it may import, the only parts that may import it, and where a layer reaches up or
+# sideways inside a function (imported when called, never when loaded).
+STANDS_ALONE = {"video": {"errors", "_version"}}
+USES_VIDEO = {"engine", "cli", "tiny"}
+LAZY_UPWARD = {("tiny", "engine"), ("__init__", "config"), ("__init__", "engine")}
+BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version when loaded
+
+# Heavy or optional: never when the package is loaded, whatever the module.
+ONLY_IN_FUNCTIONS = {"diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray"}
+
+
+def _modules() -> list[Path]:
+    return sorted([*ROOT.glob("miga_engine/**/*.py"), *ROOT.glob("kernels/*.py")])
+
+
+def _part(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return "kernels" if relative.parts[0] == "kernels" else Path(relative.parts[1]).stem
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(absolute module name, runs when the module is loaded, line)."""
+    package = ("miga_engine", "kernels") if path.parent.name == "kernels" else path.relative_to(ROOT).parent.parts
+
+    def visit(node: ast.AST, is_loaded: bool) -> Iterator[tuple[str, bool, int]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, is_loaded, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (start, node.module)))
+            yield from ((f"{module}.{alias.name}", is_loaded, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                yield from visit(child, is_loaded)
+        else:
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, is_loaded and not is_function)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def _violation(part: str, imported: str, is_loaded: bool) -> str | None:
+    top, *rest = imported.split(".")
+    if top == "kernels":
+        return "the top-level name `kernels` belongs to another package: import miga_engine.kernels"
+    if top in ONLY_IN_FUNCTIONS and is_loaded:
+        return f"{top} is optional: import it inside the function that needs it"
+    if top != "miga_engine" or not rest:
+        return None
+    target = rest[0]
+    if target not in LAYER and target not in STANDS_ALONE:
+        # A name of the package itself, such as __version__; its low parts are all that it loads.
+        return None if not (ROOT / "miga_engine" / target).exists() else f"{target} has no layer: add it to LAYERS"
+    if target == part or (not is_loaded and (part, target) in LAZY_UPWARD):
+        return None
+    if part in STANDS_ALONE:
+        return None if target in STANDS_ALONE[part] else f"{part} may import {sorted(STANDS_ALONE[part])} only"
+    if target in STANDS_ALONE:
+        return None if part in USES_VIDEO else f"{part} may not import {target}"
+    if part in BESIDE_THE_LAYERS:
+        return None if LAYER[target] == 0 else f"{part} may load {LAYERS[0]} only"
+    return f"{part} is below {target}" if LAYER[part] < LAYER[target] else None
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_imports_upward(path: Path) -> None:
+    part = _part(path)
+    assert part in LAYER or part in STANDS_ALONE or part in BESIDE_THE_LAYERS, f"{part} has no layer: add it to LAYERS"
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}: {violation}"
+        for name, is_loaded, line in _imports(path)
+        if (violation := _violation(part, name, is_loaded))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("part", "imported", "is_loaded"),
+    [
+        ("ops", "miga_engine.runtime.denoise.denoise_pass", True),
+        ("ops", "miga_engine.runtime.denoise.denoise_pass", False),
+        ("video", "miga_engine.models.load_vae", True),
+        ("runtime", "miga_engine.video.sinks.open_sink", True),
+        ("tiny", "miga_engine.engine.Engine", True),
+        ("models", "transformers.AutoTokenizer", True),
+        ("ops", "kernels.consistency_score", False),
+        ("__init__", "miga_engine.engine.Engine", True),
+    ],
+)
+def test_the_rules_have_teeth(part: str, imported: str, is_loaded: bool) -> None:
+    assert _violation(part, imported, is_loaded)
+
+
+def test_python_outside_the_package_never_imports_top_level_kernels() -> None:
+    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py"), ROOT / "setup.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "kernels" for name in names), path
