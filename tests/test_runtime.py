@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from oracle import Oracle, counter_noise, pseudo_network
 from safetensors.torch import load_file
 
-from miga_engine.config import MigaConfig
+from miga_engine.config import MigaConfig, fifo_config
 from miga_engine.errors import ConfigError
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
@@ -444,13 +445,60 @@ def test_every_judge_runs(judge, channels):
 # FIFO-Diffusion --------------------------------------------------------------------------------------------------
 
 
-def test_fifo_is_a_configuration():
-    from miga_engine.config import fifo_config
+def _fifo_network(latents, timesteps, rows):
+    text = torch.where(rows == 0, -0.2, 0.1).view(-1, 1, 1, 1, 1)
+    level = timesteps.view(len(latents), 1, -1, 1, 1) / 1000
+    return torch.tanh(0.7 * latents + 0.3 * latents.mean(dim=2, keepdim=True) + 0.6 * level + text)
 
-    config = fifo_config(MigaConfig(), 9)
-    run = _run(config, 40, steps=27)
-    latents = _collect(run)
+
+@pytest.mark.parametrize("lookahead", [1, 0])
+def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
+    """The published run: 4-frame windows, 4 partitions, DDIM eta 1, replayed from its noise tape."""
+    tensors = load_file(GOLDENS.parent / "samplers" / "vc2_trajectories.safetensors")
+    video, tape, expected = (
+        tensors[f"fifo_run_lookahead{lookahead}_{key}"][0].transpose(0, 1)
+        for key in ("video_init", "noise_tape", "frames_out")
+    )
+    config = fifo_config(MigaConfig(), 4)
+    if not lookahead:
+        config = dataclasses.replace(config, commit="leading", stride=4)
+    padding, window, steps = 2 * lookahead, 4, 16
+    stride = window - padding
+    num_windows = steps // stride
+
+    def noise(purpose: Purpose, numbers: np.ndarray, *, stream=0) -> torch.Tensor:
+        if purpose == Purpose.WARMUP:
+            return tape[padding : padding + len(numbers)]
+        iteration_start = padding + steps + run.num_passes * (num_windows * window + 1)
+        if purpose == Purpose.PUSH:
+            return tape[iteration_start - 1 :][:1]
+        position = numbers - run.head
+        plan = position // stride  # the release visits windows from the noisiest to the cleanest
+        index = (num_windows - 1 - plan) * window + position % stride + padding
+        return tape[iteration_start + index]
+
+    run = VideoRun(
+        _fifo_network, make_schedule("ddim", steps, eta=1.0), config, window_frames=window,
+        frame_shape=tuple(video.shape[1:]), noise=noise, num_frames=6, guidance_scale=12.0, device=CPU,
+    )  # fmt: skip
+    run._start_queue(video)
+    # The release pads with frame 0 at its least noisy level, where we keep it clean.
+    padded = run.store.slots(range(run.head - padding, run.head))
+    run.store.sample[torch.from_numpy(padded)] = add_noise(
+        run.schedule, video[:1].expand(padding, -1, -1, -1), tape[:padding], steps - 1
+    )
+    outputs = []
+    for _ in range(len(expected)):
+        head = run.store.slots([run.head])
+        run.tick()
+        outputs.append(run.store.sample[torch.from_numpy(head)].clone())
+    assert (torch.cat(outputs) - expected).abs().max() <= 1e-4
+    assert run.stage == "done"
+    # Of the frames that leave the queue, the copies of frame 0 come first and are not part of the video.
+    assert run.emitted == 6
+
+
+def test_fifo_from_noise_to_video():
+    latents = _collect(_run(fifo_config(MigaConfig(), 9), 40, steps=27))
     assert latents.shape == (40, *SHAPE)
     assert latents.isfinite().all()
-    # Look-ahead denoising: one window per stride of levels.
-    assert run.store.step_index[run.store.slots([run.head])[0]] <= 27
