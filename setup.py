@@ -29,7 +29,7 @@ def find_torch() -> Path | None:
 
 
 class BuildKernels(build_ext):
-    """One shared library for torch to load (no Python headers needed); in auto mode a failure is reported, not fatal."""
+    """One shared library for torch to load (no Python headers needed); in auto mode a failure is only reported."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

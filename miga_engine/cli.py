@@ -10,13 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
 from miga_engine.config import PRESETS, MigaConfig, SamplingConfig, fifo_config, replace_options
-from miga_engine.errors import ConfigError, MigaError, OutputError
+from miga_engine.errors import ConfigError, MigaError
 
 if TYPE_CHECKING:
     from miga_engine.engine import Engine, Event, Request
@@ -143,7 +144,7 @@ def _generate(options: argparse.Namespace) -> int:
     settings = _read_config(given.pop("config")) if "config" in given else {}
     settings.update(given)
     prompt = _prompt_timeline(settings)
-    output = Path(settings.get("output", "miga.mp4"))
+    outputs = _Outputs.check(settings)
 
     from miga_engine.engine import Engine
 
@@ -157,33 +158,52 @@ def _generate(options: argparse.Namespace) -> int:
     asked = {name: settings[name] for name in _REQUEST_OPTIONS if name in settings}
     asked.setdefault("num_frames", 240)
     request = engine.resolve(prompt, miga=config, **asked)
-    return _render(engine, request, output, settings)
+    return _render(engine, request, outputs, quiet=bool(settings.get("quiet")))
 
 
-def _render(engine: Engine, request: Request, output: Path, settings: dict[str, Any]) -> int:
+@dataclass(frozen=True)
+class _Outputs:
+    """Files a run writes, each known to be writable before a model is loaded."""
+
+    video: str
+    sheet: Path | None
+    events: Path | None
+    overwrite: bool
+
+    @classmethod
+    def check(cls, settings: dict[str, Any]) -> _Outputs:
+        from miga_engine.video.paths import check_output
+        from miga_engine.video.sinks import open_sink
+
+        overwrite = bool(settings.get("overwrite"))
+        video = str(settings.get("output", "miga.mp4"))
+        open_sink(video, 16, 16, 16, overwrite=overwrite).abort()  # sinks touch nothing before their first frame
+        sheet, events = (
+            check_output(settings[name], suffixes, overwrite=overwrite) if settings.get(name) else None
+            for name, suffixes in (("contact_sheet", (".png",)), ("events", (".jsonl",)))
+        )
+        return cls(video, sheet, events, overwrite)
+
+
+def _render(engine: Engine, request: Request, outputs: _Outputs, *, quiet: bool) -> int:
     """Stream the request into the output files; 130 where it was interrupted, with what was made kept."""
     from tqdm import tqdm
 
     from miga_engine.video.contact_sheet import ContactSheet
     from miga_engine.video.sinks import open_sink
 
-    overwrite = bool(settings.get("overwrite"))
-    sheet_path = _side_file(settings, "contact_sheet", overwrite)
-    events_path = _side_file(settings, "events", overwrite)
     started = time.perf_counter()
     first_frame_after: float | None = None
     num_out = 0
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interruptible())
         sink = stack.enter_context(
-            open_sink(output, request.fps, request.width, request.height,
-                      metadata=request.metadata(engine.name), overwrite=overwrite)
+            open_sink(outputs.video, request.fps, request.width, request.height,
+                      metadata=request.metadata(engine.name), overwrite=outputs.overwrite)
         )  # fmt: skip
-        events = stack.enter_context(events_path.open("w", buffering=1)) if events_path else None
-        bar = stack.enter_context(
-            tqdm(total=request.num_frames, unit="frame", disable=True if settings.get("quiet") else None, leave=True)
-        )
-        sheet = ContactSheet() if sheet_path else None
+        events = stack.enter_context(outputs.events.open("w", buffering=1)) if outputs.events else None
+        bar = stack.enter_context(tqdm(total=request.num_frames, unit="frame", disable=True if quiet else None))
+        sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
 
         def on_event(event: Event) -> None:
             if events is not None:
@@ -194,26 +214,26 @@ def _render(engine: Engine, request: Request, output: Path, settings: dict[str, 
         for chunk in engine.run(request, on_event=on_event, is_cancelled=interrupted):
             if first_frame_after is None:
                 first_frame_after = time.perf_counter() - started
-                bar.set_description_str(output.name)
+                bar.set_description_str(outputs.video)
                 bar.set_postfix_str(f"first after {first_frame_after:.1f} s")
             sink.write(chunk.frames)
             if sheet is not None:
                 sheet.add(chunk.frames)
             num_out += len(chunk.frames)
             bar.update(len(chunk.frames))
-    if sheet is not None and sheet_path is not None and num_out:
-        sheet.save(sheet_path)
+    if sheet is not None and outputs.sheet is not None and num_out:
+        sheet.save(outputs.sheet)
     seconds = time.perf_counter() - started
     if num_out == 0:
         print("miga: interrupted before the first frame; nothing was written", file=sys.stderr)
         return 130
     print(
-        f"{output}: {num_out} frames, {request.width}×{request.height}, {request.fps} fps; {seconds:.1f} s "
+        f"{outputs.video}: {num_out} frames, {request.width}×{request.height}, {request.fps} fps; {seconds:.1f} s "
         f"({num_out / seconds:.1f} frames/s, first after {first_frame_after:.1f} s)",
         file=sys.stderr,
     )
     if interrupted():
-        print(f"miga: interrupted; {output} holds the {num_out} frames made so far", file=sys.stderr)
+        print(f"miga: interrupted; {outputs.video} holds the {num_out} frames made so far", file=sys.stderr)
         return 130
     return 0
 
@@ -235,21 +255,6 @@ def _interruptible() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _side_file(settings: dict[str, Any], name: str, overwrite: bool) -> Path | None:
-    """Path of a file beside the video, refused before any work where it could not be written."""
-    if not settings.get(name):
-        return None
-    path = Path(settings[name])
-    flag = "--" + name.replace("_", "-")
-    if not path.parent.is_dir():
-        raise OutputError(f"{flag} {path} cannot be written: the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise OutputError(f"{flag} {path} is a folder: give a file name")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{flag} {path} exists: add --overwrite to replace it, or give another name")
-    return path
-
-
 def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
     prompt = settings.get("prompt", settings.get("sample_prompt"))
     timeline = dict(prompt) if isinstance(prompt, dict) else {} if prompt is None else {0: prompt}
@@ -262,7 +267,7 @@ def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
             raise ConfigError(f"frame {number} has two prompts: {timeline[number]!r} and {text!r}; keep one")
         timeline[number] = text
     if not timeline:
-        raise ConfigError("there is no prompt: describe the video in quotes, for instance miga generate \"a red kite\"")
+        raise ConfigError('there is no prompt: describe the video in quotes, for instance miga generate "a red kite"')
     return timeline
 
 
@@ -276,7 +281,9 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(getattr(error, "problem_mark", "") or "").strip()
-        raise ConfigError(f"--config {path} is not valid YAML{' ' + where if where else ''}: mend or leave out") from error
+        raise ConfigError(
+            f"--config {path} is not valid YAML{' ' + where if where else ''}: mend or leave out"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
     known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "method", "output", "overwrite", "events",
@@ -286,7 +293,9 @@ def _read_config(path: str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = RELEASED_NAMES.get(name, name)
         if name not in known:
-            raise ConfigError(f"--config {path} has an unknown option {key!r}; the options are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"--config {path} has an unknown option {key!r}; the options are {', '.join(sorted(known))}"
+            )
         if name in settings:
             raise ConfigError(f"--config {path} gives {name} twice (as {key!r} again): keep one")
         settings[name] = value

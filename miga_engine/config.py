@@ -75,6 +75,13 @@ class MigaConfig:
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
                 raise ConfigError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+        for name in ("self_reflection", "moving_phase"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if isinstance(self.score_drop, bool) or not isinstance(self.score_drop, int | float):
+            raise ConfigError(f"score_drop must be a number, got {self.score_drop!r}")
+        if self.guidance_offset is not None and (not isinstance(self.guidance_offset, int) or self.guidance_offset < 1):
+            raise ConfigError(f"guidance_offset must be a whole number of at least 1, got {self.guidance_offset!r}")
         if self.stride is not None and (not isinstance(self.stride, int) or self.stride < 1):
             raise ConfigError(f"stride must be a whole number of at least 1, got {self.stride!r}")
 
@@ -85,7 +92,7 @@ class MigaConfig:
         problems = (
             (handoff_step < 2, f"stage2_steps {self.stage2_steps} leaves Stage 1 {handoff_step} of {num_steps} steps"
              f"; use at most {num_steps - 2}"),
-            (self.refine_steps > num_steps - 1, f"refine_steps {self.refine_steps} must be below the {num_steps} steps"),
+            (self.refine_steps > num_steps - 1, f"refine_steps {self.refine_steps} must be less than {num_steps}"),
             (self.zigzag_width > window_frames, f"zigzag_width {self.zigzag_width} exceeds the model's window of "
              f"{window_frames} latent frames"),
             (local_frames < 1, f"guidance_frames {self.guidance_frames} leaves no room in the model's window of "
@@ -95,7 +102,7 @@ class MigaConfig:
              f"{self.guidance_frames})"),
             (self.self_reflection and self.judge_step >= handoff_step, f"judge_step {self.judge_step} must lie before "
              f"the hand-off at step {handoff_step}; lower it or use self_reflection off"),
-            (self.commit == "trailing" and self.guidance_frames > 0, "guidance_frames must be 0 with commit 'trailing'"),
+            (self.commit == "trailing" and self.guidance_frames > 0, "commit 'trailing' needs guidance_frames 0"),
         )  # fmt: skip
         for is_wrong, sentence in problems:
             if is_wrong:

@@ -19,9 +19,8 @@ from miga_engine.config import PRESETS, MigaConfig, Preset
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 from miga_engine.models.loading import ModelBundle, load_bundle
 from miga_engine.prompts import PromptTimeline
-from miga_engine.runtime.denoise import NEGATIVE_ROW
 from miga_engine.runtime.stages import VideoRun
-from miga_engine.schedule import make_schedule
+from miga_engine.schedule import Schedule, make_schedule
 
 _TINY_FOLDER = Path(__file__).parent / "tiny" / "weights"
 
@@ -133,7 +132,7 @@ class Engine:
         is_tiny = str(model) == "tiny" and not Path("tiny").exists()
         folder = _TINY_FOLDER if is_tiny else Path(model)
         if not folder.exists():
-            raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder, or a weights file")
+            raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")
         preset_name = preset or ("tiny" if is_tiny else "wan2.1")
         if preset_name not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset_name!r}")
@@ -143,13 +142,14 @@ class Engine:
     def describe(self) -> dict[str, str]:
         """What the model is, in a few lines, for ``miga info``."""
         bundle = self.bundle
+        window = bundle.window_frames
         parts = {"transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         sampling = self.preset.sampling
         return {
             "model": self.name,
             **{name: f"{count / 1e6:.1f} M parameters" for name, count in counts.items()},
-            "window": f"{bundle.window_frames} latent frames = {bundle.num_video_frames(bundle.window_frames)} video frames",
+            "window": f"{window} latent frames = {bundle.num_video_frames(window)} video frames",
             "picture": f"{self.preset.width}×{self.preset.height} at {self.preset.fps} fps",
             "sampling": f"{sampling.solver}, {sampling.num_inference_steps} steps, shift {sampling.shift:g}, "
             f"guidance {sampling.guidance_scale:g}",
@@ -205,6 +205,11 @@ class Engine:
         if not isinstance(request.negative_prompt, str):
             raise ConfigError(f"negative_prompt must be a text, got {type(request.negative_prompt).__name__}")
         request.miga.check(request.num_inference_steps, self.bundle.window_frames)
+        predicted = _schedule(request).coefficients.prediction_type
+        if (predicted == "flow") != (self.bundle.prediction_type == "velocity"):
+            raise ConfigError(
+                f"solver {request.solver!r} does not fit a model that predicts {self.bundle.prediction_type}"
+            )
         return request
 
     def stream(
@@ -287,10 +292,12 @@ class Engine:
 
     def _start(self, request: Request, emit: Callable[..., None]) -> VideoRun:
         bundle = self.bundle
-        schedule = make_schedule(request.solver, request.num_inference_steps, request.shift, eta=request.eta)
+        schedule = _schedule(request)
         timeline = PromptTimeline(request.prompt, request.miga.prompt_blend_frames, bundle.first_video_frame)
         with torch.no_grad():
-            context = bundle.transformer.encode_context(timeline.contexts(request.negative_prompt, bundle.encode_prompts))
+            context = bundle.transformer.encode_context(
+                timeline.contexts(request.negative_prompt, bundle.encode_prompts)
+            )
         factor = bundle.spatial_factor
         frame_shape = (bundle.latent_channels, request.height // factor, request.width // factor)
         num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
@@ -317,6 +324,10 @@ class Engine:
             prompt_row=timeline.row,
             emit=emit,
         )
+
+
+def _schedule(request: Request) -> Schedule:
+    return make_schedule(request.solver, request.num_inference_steps, request.shift, eta=request.eta)
 
 
 def _emitter(on_event: Callable[[Event], None] | None) -> Callable[..., None]:
@@ -392,7 +403,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in choices.values():
-        return dtype  # type: ignore[return-value]
+        return dtype
     if dtype not in choices:
         raise ConfigError(f"dtype must be one of {', '.join(choices)}, got {dtype!r}")
     return choices[dtype]  # type: ignore[index]

@@ -55,9 +55,9 @@ def normal(
 ) -> Tensor:
     """Standard normal noise [n, *shape] float32, one frame of `shape` per frame number.
 
-    seed: any 64-bit integer, signed or not (−1 and 2⁶⁴ − 1 are the same key); stream: 0 … 2³² − 1, one for all frames or
-    one a frame; frame numbers: −2⁵⁵ … 2⁵⁵ − 1 (frames before the video's first are numbered from −1 down). Ranges are not
-    checked where the numbers come as a tensor on a GPU, which would wait for it.
+    seed: any 64-bit integer, signed or not (−1 and 2⁶⁴ − 1 are the same key); stream: 0 … 2³² − 1, one for all
+    frames or one a frame; frame numbers: −2⁵⁵ … 2⁵⁵ − 1 (frames before the video's first are numbered from −1 down).
+    Ranges are not checked where the numbers come as a tensor on a GPU, which would wait for it.
     """
     if not -(1 << 63) <= seed < 1 << 64:
         raise ConfigError(f"seed is {seed}: give an integer of at most 64 bits")

@@ -22,9 +22,7 @@ class PromptTimeline:
         first_video_frame: maps a latent frame number to the first video frame it decodes to.
     """
 
-    def __init__(
-        self, prompts: Mapping[int, str], blend_frames: int, first_video_frame: Callable[[int], int]
-    ) -> None:
+    def __init__(self, prompts: Mapping[int, str], blend_frames: int, first_video_frame: Callable[[int], int]) -> None:
         self.starts = sorted(prompts)
         self.texts = [prompts[start] for start in self.starts]
         self.blend_frames = blend_frames

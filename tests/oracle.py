@@ -1,4 +1,4 @@
-"""The pipeline as slow lists: whole-sequence passes, one window and one frame at a time. What the runtime must equal."""
+"""The pipeline as slow lists: whole-sequence passes, one window and one frame at a time; the runtime equals it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ class Oracle:
         if config.refine_steps:
             step = self.schedule.num_steps - config.refine_steps
             noises = [self.draw(Purpose.REFINE, f.number) for f in frames]
-            samples = [add_noise(self.schedule, f.sample[None], n[None], step)[0] for f, n in zip(frames, noises, strict=True)]
+            samples = [
+                add_noise(self.schedule, f.sample[None], n[None], step)[0] for f, n in zip(frames, noises, strict=True)
+            ]
             frames = [f.fresh(s, step) for f, s in zip(frames, samples, strict=True)]
             for level in range(config.refine_steps):
                 frames = self.one_pass(frames, self.window, level % self.stride, guided=False)

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
 
 import miga_engine
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 

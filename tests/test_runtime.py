@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 # Where ALGORITHM.md departs from the release on purpose, and how the replays below switch to the release's way.
 RELEASE_DIFFERENCES = {
     "guidance_offset": "3 at every zigzag width in the release; ⌊Z/2⌋ here (equal at the official Z = 7)",
-    "warmup_in_place": "the release's warm-up commits window by window; here all windows read the state before the pass",
+    "warmup_in_place": "the release's warm-up commits window by window; here windows read the state before the pass",
     "tail_noise": "the release pushes the last clean seed frame re-noised to σ≈1; here Gaussian noise",
     "stage2_label": "the release tells Stage 2 a step one too early and stops one step before clean",
     "early_stage1": "the release enters Stage 1 with an unfilled queue when asked for few iterations",
@@ -115,7 +115,9 @@ def test_window_plans_equal_the_release(name):
 class ReleaseReplay:
     """Drives our denoising pass through the release's schedule, with RELEASE_DIFFERENCES the release's way."""
 
-    def __init__(self, config: dict, events: list[dict], initial: torch.Tensor, tape: torch.Tensor, network=pseudo_network):
+    def __init__(
+        self, config: dict, events: list[dict], initial: torch.Tensor, tape: torch.Tensor, network=pseudo_network
+    ):
         self.config, self.events, self.initial, self.tape = config, events, initial, tape
         self.schedule = make_schedule("unipc", config["T"], config.get("shift", 5.0))
         self.store = FrameStore(2048, tuple(initial.shape[1:]), CPU, scratch=512)
@@ -264,7 +266,7 @@ def release_events(config: dict) -> list[dict]:
     queue = [step + 1 for step in queue]
     saved, i = 0, 0
     while saved < config["iters"] * Z:
-        queue = queue + [0] if appends else queue
+        queue = [*queue, 0] if appends else queue
         rle = [[step, Z] for step in queue]
         events.append({"phase": "stage_1", "iter": i, "queue_steps_rle": rle, "saved": saved})
         queue = [step + 1 for step in queue]
@@ -328,7 +330,9 @@ def test_whole_line_with_a_network_equals_the_release(name, judged):
 SHAPE = (4, 2, 3)
 
 
-def _run(config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network):
+def _run(
+    config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network
+):
     return VideoRun(
         network, make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
         noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=CPU,

@@ -35,6 +35,10 @@ class Checkpoint(ABC):
     def read(self, key: str) -> Tensor:
         """The tensor under `key`, possibly still mapped from its file."""
 
+    def key_in_file(self, key: str) -> str:
+        """What the file itself calls `key`."""
+        return key
+
 
 class SafetensorsCheckpoint(Checkpoint):
     """One or more safetensors files; the header's sizes are checked against the file's before anything is allocated."""
@@ -103,6 +107,9 @@ class RenamedCheckpoint(Checkpoint):
     def read(self, key: str) -> Tensor:
         return self._source.read(self._names[key])
 
+    def key_in_file(self, key: str) -> str:
+        return self._source.key_in_file(self._names[key])
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a weights file or a `*.index.json`. Raises CheckpointError."""
@@ -165,14 +172,16 @@ def _check_keys(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]])
         )
     unexpected = [name for name in shapes if name not in expected]
     if unexpected:
+        first = unexpected[0]
         raise CheckpointError(
-            f"{path} holds {unexpected[0]} {list(shapes[unexpected[0]])}{_and_more(unexpected)}, "
+            f"{path} holds {checkpoint.key_in_file(first)} {list(shapes[first])}{_and_more(unexpected)}, "
             "which this model has no place for; give weights of the model that its config.json describes."
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
+            key = checkpoint.key_in_file(name)
             raise CheckpointError(
-                f"{path} holds {name} as {list(shapes[name])} where the model has {list(shape)}; "
+                f"{path} holds {key} as {list(shapes[name])} where the model has {list(shape)}; "
                 "give weights and config.json of one and the same model."
             )
 

@@ -83,19 +83,19 @@ def load_tokenizer(path: str | Path, text_len: int = layouts.TEXT_LEN) -> Tokeni
 
     Raises CheckpointError.
     """
-    folder = Path(path)
-    found = next((file for name in _TOKENIZER_FILES for file in sorted(folder.glob(name))), folder)
-    return Tokenizer.from_folder(found, text_len)
+    return Tokenizer.from_folder(_tokenizer_file(Path(path)), text_len)
 
 
 def load_bundle(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> ModelBundle:
     """All networks of a model folder, with the facts the runtime asks for.
 
-    path is the folder, or the weights file of its transformer. device defaults to the CPU. dtype is that of transformer and text encoder, by default each file's own; the VAE stays
-    float32. The text encoder and tokenizer are read when the first prompt is encoded. Raises CheckpointError.
+    path is the folder, or the weights file of its transformer. device defaults to the CPU. dtype is that of the
+    transformer and the text encoder, by default each file's own; the VAE stays float32. The text encoder and the
+    tokenizer are read when the first prompt is encoded. Raises CheckpointError.
     """
     root = Path(path).parent if Path(path).is_file() else Path(path)
     _component_files(root, "text_encoder", _TEXT_ENCODER_FILES)  # read late, but missed at once
+    _tokenizer_file(root)
     extra_file = root / EXTRA_FILE
     extra = read_json(extra_file) if extra_file.is_file() else {}
     transformer = load_transformer(path, device, dtype)
@@ -127,6 +127,18 @@ def _component_files(path: Path, component: str, patterns: tuple[str, ...]) -> l
     )
 
 
+def _tokenizer_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for pattern in _TOKENIZER_FILES:
+        if files := sorted(path.glob(pattern)):
+            return files[0]
+    raise CheckpointError(
+        f"{path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+        "download the tokenizer.json of google/umt5-xxl."
+    )
+
+
 def _open(files: list[Path]) -> Checkpoint:
     if len(files) == 1:
         return open_checkpoint(files[0])
@@ -145,9 +157,7 @@ def _stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
     dtype = checkpoint.read(key).dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{checkpoint.path} stores {name}, in which it cannot run; choose a dtype such as bfloat16."
-        )
+        raise CheckpointError(f"{checkpoint.path} stores {name}, in which it cannot run; choose a dtype like bfloat16.")
     return dtype
 
 

@@ -1,1 +1,1 @@
-"""The runtime: decides in integers (window_plan), moves tensors (frame_queue, denoise), joins them (stages, reflection)."""
+"""The runtime: window_plan decides in integers, frame_queue and denoise move tensors, stages and reflection join them."""

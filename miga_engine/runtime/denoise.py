@@ -23,9 +23,11 @@ NEGATIVE_ROW = 0
 
 
 class Network(Protocol):
-    """What the runtime asks of a model: latents ``[B,C,F,H,W]``, timesteps ``[B,F]``, prompt rows ``[B]`` or ``[B,F]``."""
+    """What the runtime asks of a model: latents [B,C,F,H,W], timesteps [B,F], prompt rows [B] or [B,F] → [B,C,F,H,W]."""
 
-    def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_rows: torch.Tensor) -> torch.Tensor: ...
+    def __call__(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_rows: torch.Tensor, /
+    ) -> torch.Tensor: ...
 
 
 class NoiseSource(Protocol):
@@ -123,9 +125,7 @@ class Denoiser:
             unconditional = output[len(batch) + i, kept] if self.guidance_scale != 1.0 else None
             yield window.committed, output[i, kept], unconditional
 
-    def _update(
-        self, outputs: list[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]], solver_stream: int
-    ) -> None:
+    def _update(self, outputs: list[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]], solver_stream: int) -> None:
         store = self.store
         slots = np.concatenate([out[0] for out in outputs])
         conditional = torch.cat([out[1] for out in outputs])

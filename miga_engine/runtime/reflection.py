@@ -74,7 +74,7 @@ class Reflection:
     def _search(self, reference: np.ndarray, first: int, score: float) -> float:
         """Try ``candidates`` continuations of the reference; return the score that becomes C₀.
 
-        A continuation ends with groups at steps judge_step … 1: the shape of the queue from the judged group to its tail.
+        A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on.
         """
         config, store = self.config, self.denoiser.store
         width, count = config.zigzag_width, config.candidates
@@ -89,10 +89,11 @@ class Reflection:
                 noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], stream=stream)
                 store.put(slots[c, fresh], noise, step_index=0, numbers=numbers[fresh].tolist())
                 store.prompt_row[slots[c, fresh]] = store.prompt_row[store.slots(numbers[fresh])]
-            for c in range(count) if self.denoiser.schedule.uses_noise else (None,):
-                chosen = slots if c is None else slots[c : c + 1]
-                stream = CANDIDATE_SOLVER_STREAM + self.num_searches * count + (c or 0)
-                self.denoiser.run(self._windows(reference, chosen[:, : fresh.stop]), solver_stream=stream)
+            # A stochastic solver draws noise of its own for each candidate; otherwise all share one pass.
+            shares = [slots[c : c + 1] for c in range(count)] if self.denoiser.schedule.uses_noise else [slots]
+            for c, share in enumerate(shares):
+                stream = CANDIDATE_SOLVER_STREAM + self.num_searches * count + c
+                self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), solver_stream=stream)
         scores = self._score(reference, slots[:, :width])
         best = int(scores.argmax())
         best_score = float(scores[best])
@@ -100,7 +101,12 @@ class Reflection:
         if adopted:
             store.copy(slots[best], store.slots(numbers))
         self.emit(
-            "search_finished", frame=first, search=self.num_searches, scores=scores.tolist(), score=score, adopted=adopted
+            "search_finished",
+            frame=first,
+            search=self.num_searches,
+            scores=scores.tolist(),
+            score=score,
+            adopted=adopted,
         )
         self.num_searches += 1
         return best_score if adopted else score

@@ -1,4 +1,4 @@
-"""The stages of a run: seed clip → warm-up → Stage 1 (zigzag queue) → Stage 2 and refine as a wavefront → clean latents.
+"""The stages of a run: seed clip → warm-up → Stage 1 (zigzag queue) → Stage 2 and refine as a wavefront → clean.
 
 Everything lives in one ring of latent frames and advances by one kind of pass (denoise.Denoiser). One ``tick`` is one
 step of the seed clip, one warm-up pass, or one Stage-1 pass together with whatever unified windows became ready;

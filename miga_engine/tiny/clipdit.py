@@ -106,7 +106,9 @@ def encode_text(p: Params, ids: Tensor, mask: Tensor) -> Tensor:
     for i in range(TEXT_LAYERS):
         name = f"blocks.{i}"
         y = _rms(x, p[f"{name}.norm1.weight"])
-        q, k, v = (F.linear(y, p[f"{name}.attn.{s}.weight"]).view(b, length, TEXT_HEADS, -1).transpose(1, 2) for s in "qkv")
+        q, k, v = (
+            F.linear(y, p[f"{name}.attn.{s}.weight"]).view(b, length, TEXT_HEADS, -1).transpose(1, 2) for s in "qkv"
+        )
         bias = F.embedding(buckets, p[f"{name}.pos_embedding.embedding.weight"]).permute(2, 0, 1)[None] + hidden
         y = (q.float() @ k.float().transpose(-1, -2) + bias).softmax(-1).to(v.dtype) @ v
         x = x + F.linear(y.transpose(1, 2).reshape(b, length, -1), p[f"{name}.attn.o.weight"])

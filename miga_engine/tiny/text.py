@@ -35,7 +35,7 @@ _TIME_WORDS = {
 _VERBS = ("", "", "flying", "floating", "drifting", "soaring", "gliding")
 _OVER = ("over", "over", "above", "across")
 _FRONTS = ("", "", "", "a video of", "a picture of")
-_SPARE_WORDS = "the an sky in with and sun moon day light landscape".split()
+_SPARE_WORDS = ["the", "an", "sky", "in", "with", "and", "sun", "moon", "day", "light", "landscape"]
 
 
 def wording(scene: world.Scene, rng: np.random.Generator) -> str:

@@ -98,9 +98,7 @@ def caption(scene: Scene) -> str:
 
 def all_captions() -> list[str]:
     """The captions of every combination of attributes, in a fixed order."""
-    return [
-        caption(Scene(s, c, te, ti)) for s in SUBJECTS for c in COLOURS for te in TERRAINS for ti in TIMES
-    ]
+    return [caption(Scene(s, c, te, ti)) for s in SUBJECTS for c in COLOURS for te in TERRAINS for ti in TIMES]
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
@@ -154,7 +152,9 @@ def _draw_subject(kind: str, u: Array, v: Array, colour: Array, phase: Array) ->
     rgb = body.copy()
     alpha = np.zeros_like(u)
     if kind == "balloon":
-        envelope = np.minimum(_ellipse(u, v + 4.0, 9.0, 9.5), _polygon(u, v, ((-7.6, 1), (7.6, 1), (2.4, 8), (-2.4, 8))))
+        envelope = np.minimum(
+            _ellipse(u, v + 4.0, 9.0, 9.5), _polygon(u, v, ((-7.6, 1), (7.6, 1), (2.4, 8), (-2.4, 8)))
+        )
         _paint(rgb, alpha, _cover(np.maximum(np.abs(u) - 2.6, np.abs(v - 11.0) - 2.2)), _BASKET_RGB)
         _paint(rgb, alpha, _cover(np.maximum(np.abs(u) - 1.6, np.abs(v - 8.5) - 1.5)), _BASKET_RGB)
         _paint(rgb, alpha, _cover(envelope), body)

@@ -253,11 +253,11 @@ class VideoFileSink(_FileSink):
         )  # one second: what an interrupted file can lose, and seeking's grain
         if self._is_mp4:
             kind, codec, pixels = "mp4", "libx264", "yuv420p"
-            muxer = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+            muxer = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
             coder = {"crf": "17", "preset": "medium", "rc-lookahead": str(min(40, keyframe_interval))}
         else:
             kind, codec, pixels = "matroska", "ffv1", "bgr0"
-            muxer = {"cluster_time_limit": "1000"}  # ms
+            muxer = {"cluster_time_limit": "1000", "flush_packets": "1"}  # ms
             coder = {"level": "3", "slicecrc": "1"}
         self._container = av.open(str(self.growing_path), "w", format=kind, options=muxer)
         self._container.metadata.update(_container_metadata(self._metadata))

@@ -1,8 +1,8 @@
 """Layers of the Wan2.1 diffusion transformer.
 
 Tokens of a window are [B, F, S, D]: F latent frames of S tokens. What depends on a frame's noise level is
-[B, F, ..., D] or [B, 1, ..., D] and is broadcast over the S tokens by indexing, never written out. The residual stream, the norms, the
-modulation and the rotation are float32; matrix products run in the dtype of their weights.
+[B, F, ..., D] or [B, 1, ..., D] and is broadcast over the S tokens by indexing, never written out. The residual stream,
+the norms, the modulation and the rotation are float32; matrix products run in the dtype of their weights.
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ class CausalConv3d(nn.Conv3d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), padding=(0, padding, padding))
         self.cache_name = ""
-        self.current_tap_only = False  # a training that keeps the past taps at zero sets this, and saves their cost
         self._zero_past: tuple[tuple[int, int], bool] | None = None
 
     @property
@@ -46,7 +45,7 @@ class CausalConv3d(nn.Conv3d):
 
     def is_pointwise_in_time(self) -> bool:
         """True where the taps on past frames contribute exactly nothing, so that they need neither work nor history."""
-        if self.reach == 0 or self.current_tap_only:
+        if self.reach == 0:
             return True
         weight = self.weight
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -1,0 +1,235 @@
+"""Engine: what a caller gets, reproducibility, timelines, chunking, cancelling, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import golden_model
+import pytest
+import torch
+
+import miga_engine
+from miga_engine import ConfigError, DeviceError, Engine
+from miga_engine.config import PRESETS, MigaConfig, fifo_config, replace_options
+from miga_engine.prompts import PromptTimeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return golden_model.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder) -> Engine:
+    return Engine.from_pretrained(folder)
+
+
+def _generate(engine: Engine, num_frames: int = 30, prompt="a red balloon", **options) -> torch.Tensor:
+    return engine.generate(prompt, num_frames, **(golden_model.OPTIONS | {"miga": golden_model.MIGA} | options)).frames
+
+
+def _digest(frames: torch.Tensor) -> str:
+    return hashlib.sha256(frames.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 17, 30, 61])
+def test_exactly_as_many_frames_as_asked(engine, num_frames):
+    frames = _generate(engine, num_frames)
+    assert frames.shape == (num_frames, 32, 48, 3)
+    assert frames.dtype == torch.uint8
+
+
+def test_same_seed_same_frames_however_they_are_cut(engine):
+    whole = _generate(engine)
+    assert torch.equal(whole, _generate(engine))
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
+    for chunk_frames in (1, 7, 100):
+        chunks = list(engine.stream("a red balloon", 30, chunk_frames=chunk_frames, **options))
+        assert torch.equal(torch.cat([chunk.frames for chunk in chunks]), whole)
+        assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+        assert [chunk.first_frame for chunk in chunks] == list(range(0, 30, chunk_frames))
+    assert not torch.equal(whole, _generate(engine, seed=1))
+
+
+def test_same_frames_in_another_process(engine, folder):
+    program = (
+        "import hashlib, golden_model; from miga_engine import Engine; "
+        f"engine = Engine.from_pretrained({str(folder)!r}); "
+        "video = engine.generate('a red balloon', 30, miga=golden_model.MIGA, **golden_model.OPTIONS); "
+        "print(hashlib.sha256(video.frames.numpy().tobytes()).hexdigest())"
+    )
+    environment_path = f"{Path(__file__).parent}:{Path(miga_engine.__file__).parent.parent}"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": environment_path, "OMP_NUM_THREADS": "1", "PATH": ""},
+    )  # fmt: skip
+    assert result.stdout.strip() == _digest(_generate(engine))
+
+
+@pytest.mark.parametrize("window_batch", [2, 5])
+def test_window_batch_changes_rounding_only(engine, window_batch):
+    batched = _generate(engine, miga=dataclasses.replace(golden_model.MIGA, window_batch=window_batch))
+    difference = (batched.int() - _generate(engine).int()).abs()
+    assert difference.max() <= 2
+
+
+def test_endless_stream_starts_at_once_and_can_be_dropped(engine):
+    chunks = engine.stream("a red balloon", **golden_model.OPTIONS, miga=golden_model.MIGA)
+    first = [next(chunks) for _ in range(6)]
+    assert first[0].first_frame == 0
+    assert first[0].frames.__dlpack_device__()[0] == 1  # kDLCPU
+    assert torch.equal(torch.from_dlpack(first[0].frames), first[0].frames)
+
+
+def test_callback_ends_the_run_with_what_is_there(engine):
+    seen = []
+
+    def stop_after_three(progress):
+        seen.append(progress.num_frames_out)
+        return len(seen) < 3
+
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
+    video = engine.generate("a red balloon", 200, callback=stop_after_three, **options)
+    assert len(seen) == 3
+    assert len(video.frames) == seen[-1] < 200
+
+
+def test_callback_is_refused_nothing_when_it_returns_nothing(engine):
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
+    assert len(engine.generate("a red balloon", 20, callback=lambda progress: None, **options).frames) == 20
+
+
+def test_cancelled_before_the_first_frame(engine):
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
+    assert list(engine.stream("a red balloon", 30, is_cancelled=lambda: True, **options)) == []
+
+
+def test_events_tell_the_run(engine):
+    events = []
+    _generate(engine, on_event=events.append, miga=dataclasses.replace(golden_model.MIGA, score_drop=0.0))
+    kinds = [event.kind for event in events]
+    assert [event.data["stage"] for event in events if event.kind == "stage"][:3] == ["seed_clip", "warmup", "stage1"]
+    assert {"score", "search_started", "search_finished", "chunk"} <= set(kinds)
+    assert sum(event.data["num_frames"] for event in events if event.kind == "chunk") == 30
+
+
+def test_a_run_leaves_nothing_behind_for_the_next(engine):
+    before = _generate(engine)
+    _generate(engine, 20, prompt="another prompt", seed=9)
+    assert torch.equal(before, _generate(engine))
+
+
+def test_save_and_read_back(engine, tmp_path):
+    from miga_engine.video.reading import read_metadata, read_video
+
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
+    video = engine.generate("a red balloon", 20, **options)
+    video.save(tmp_path / "video.mkv")
+    assert torch.equal(torch.from_numpy(read_video(tmp_path / "video.mkv")), video.frames)
+    metadata = read_metadata(tmp_path / "video.mkv")
+    assert metadata["prompt"] == "a red balloon"
+    assert metadata["miga"]["zigzag_width"] == 2
+
+
+# Prompts over time -----------------------------------------------------------------------------------------------
+
+
+def _first_frame(latent: int) -> int:
+    return 0 if latent == 0 else 4 * latent - 3
+
+
+def test_timeline_rows_change_at_the_frame():
+    timeline = PromptTimeline({0: "day", 20: "night"}, 0, _first_frame)
+    rows = [timeline.row(latent) for latent in range(9)]
+    assert rows == [1, 1, 1, 1, 1, 1, 2, 2, 2]  # latent 6 decodes to frames 21 … 24
+    contexts = timeline.contexts("", lambda texts: torch.full((1, len(texts[0]) + 1, 2), float(len(texts[0]))))
+    assert contexts.shape == (3, 6, 2)
+    assert contexts[1, :4].eq(3).all()
+    assert contexts[1, 4:].eq(0).all()
+
+
+def test_timeline_blends_linearly():
+    timeline = PromptTimeline({0: "a", 20: "b"}, 7, _first_frame)
+    contexts = timeline.contexts("", lambda texts: torch.full((1, 1, 1), {"": 0.0, "a": 1.0, "b": 2.0}[texts[0]]))
+    values = [float(contexts[timeline.row(latent)]) for latent in range(10)]
+    assert values == pytest.approx([1, 1, 1, 1, 1, 1, 1 + 2 / 8, 1 + 6 / 8, 2, 2])
+
+
+def test_a_later_prompt_changes_only_what_it_can_reach(engine):
+    single = _generate(engine, 61)
+    double = _generate(engine, 61, prompt={0: "a red balloon", 57: "snow at night"})
+    same = (single == double).flatten(1).all(dim=1)
+    assert not same.all()
+    assert same[0]
+
+
+def test_a_prompt_after_the_end_changes_nothing(engine):
+    assert torch.equal(_generate(engine), _generate(engine, prompt={0: "a red balloon", 5000: "night"}))
+
+
+# Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompt": "  "}, "the prompt is empty at frame 0"),
+        ({"prompt": {5: "late"}}, "must start at frame 0"),
+        ({"prompt": {0: "a", -1: "b"}}, "video frame numbers from 0 on, got -1"),
+        ({"prompt": 7}, "prompt must be a text or a timeline"),
+        ({"num_frames": 0}, "num_frames must be a whole number of at least 1 .*got 0"),
+        ({"num_frames": 2.5}, "num_frames must be a whole number .*got 2.5"),
+        ({"width": 100}, "width must be a multiple of 16 pixels, got 100; use 96 or 112"),
+        ({"height": 8}, "height must be a multiple of 16 pixels, got 8; use 16"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a finite number .*got '5'"),
+        ({"fps": 0}, "fps must be a whole number"),
+        ({"num_inference_steps": 3}, "stage2_steps 3 leaves Stage 1 0 of 3 steps"),
+        ({"solver": "heun"}, "solver 'heun' is unknown"),
+        ({"solver": "ddim"}, "solver 'ddim' does not fit a model that predicts velocity"),
+        ({"miga": MigaConfig(), "num_inference_steps": 54}, "zigzag_width 7 exceeds the model's window of 5"),
+    ],
+)
+def test_impossible_requests_are_refused_before_any_work(engine, options, sentence):
+    arguments = {"prompt": "a red balloon", "num_frames": 30, "miga": golden_model.MIGA, **golden_model.OPTIONS}
+    arguments |= options
+    with pytest.raises(ConfigError, match=sentence):
+        engine.stream(arguments.pop("prompt"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"zigzag_width": 0}, "zigzag_width must be a whole number of at least 1, got 0"),
+        ({"stride": -1}, "stride must be a whole number"),
+        ({"judge": "eyes"}, "judge must be 'latent' or 'x0', got 'eyes'"),
+        ({"saw_width": 7}, "unknown option 'saw_width'; the options are candidates, "),
+        ({"score_drop": "much"}, "score_drop must be a number, got 'much'"),
+        ({"self_reflection": "yes"}, "self_reflection must be true or false, got 'yes'"),
+    ],
+)
+def test_configuration_is_checked(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        replace_options(MigaConfig(), options)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_consistent(name):
+    preset = PRESETS[name]
+    window = {"t": 13, "v": 16, "w": 21}[name[0]]
+    preset.miga.check(preset.sampling.num_inference_steps, window)
+    fifo_config(preset.miga, window).check(preset.sampling.num_inference_steps, window)
+
+
+def test_unavailable_device_and_unknown_names(folder):
+    with pytest.raises(DeviceError, match="device 'xpu:7' is not available here"):
+        Engine.from_pretrained(folder, "xpu:7")
+    with pytest.raises(ConfigError, match="dtype must be one of float32"):
+        Engine.from_pretrained(folder, dtype="int8")
+    with pytest.raises(ConfigError, match=r"preset must be one of .*got 'wan9'"):
+        Engine.from_pretrained(folder, preset="wan9")
