@@ -29,6 +29,6 @@ def status() -> str:
     if is_loaded:
         return f"C++ CPU kernels are loaded from {LIBRARY}."
     return (
-        "C++ CPU kernels were not built, because no working C++ compiler or no torch was found at installation; the ops run in "
-        "eager PyTorch (reinstall with MIGA_BUILD_EXT=1 to see the reason)."
+        "C++ CPU kernels were not built, because no working C++ compiler or no torch was found at installation; the "
+        "ops run in eager PyTorch (reinstall with MIGA_BUILD_EXT=1 to see the reason)."
     )

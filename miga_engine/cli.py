@@ -280,10 +280,9 @@ def _read_config(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(getattr(error, "problem_mark", "") or "").strip()
-        raise ConfigError(
-            f"--config {path} is not valid YAML{' ' + where if where else ''}: mend or leave out"
-        ) from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"--config {path} is not valid YAML{where}: mend it or leave it out") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
     known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "method", "output", "overwrite", "events",

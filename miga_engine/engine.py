@@ -402,8 +402,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype in choices.values():
-        return dtype
-    if dtype not in choices:
-        raise ConfigError(f"dtype must be one of {', '.join(choices)}, got {dtype!r}")
-    return choices[dtype]  # type: ignore[index]
+    name = str(dtype).removeprefix("torch.")
+    if name not in choices:
+        raise ConfigError(f"dtype must be one of {', '.join(choices)}, got {name!r}")
+    return choices[name]

@@ -17,8 +17,12 @@ def build(folder: Path) -> Path:
     """The official Wan layout: a DiT of width 96, a VAE of base width 6, a UMT5 of width 32; window of 5 latents."""
     tokenizer = folder / "google" / "umt5-xxl"
     tokenizer.mkdir(parents=True)
-    for source in ("wan_dit/official/config.json", "wan_dit/official/diffusion_pytorch_model.safetensors",
-                   "wan_vae/official/Wan2.1_VAE.safetensors", "umt5/official/models_t5_umt5-xxl-enc-bf16.pth"):  # fmt: skip
+    for source in (
+        "wan_dit/official/config.json",
+        "wan_dit/official/diffusion_pytorch_model.safetensors",
+        "wan_vae/official/Wan2.1_VAE.safetensors",
+        "umt5/official/models_t5_umt5-xxl-enc-bf16.pth",
+    ):
         shutil.copy(GOLDENS / source, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(GOLDENS / "umt5" / "tokenizer" / name, tokenizer)

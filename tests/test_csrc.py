@@ -98,9 +98,7 @@ def test_consistency_score_meets_its_contract() -> None:
 def test_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "_C.so")
     monkeypatch.setattr(_extension, "load", _extension.load.__wrapped__)
-    assert _extension.status().startswith(
-        "C++ CPU kernels were not built, because no C++ compiler or no torch was found"
-    )
+    assert _extension.status().startswith("C++ CPU kernels were not built, because no working C++ compiler")
     (tmp_path / "_C.so").write_bytes(b"not a library")
     assert _extension.status().startswith("C++ CPU kernels do not load (")
 

@@ -1,1 +1,1 @@
-"""The runtime: window_plan decides in integers, frame_queue and denoise move tensors, stages and reflection join them."""
+"""window_plan decides in integers, frame_queue and denoise move tensors, stages and reflection join them."""

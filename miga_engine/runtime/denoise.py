@@ -23,7 +23,7 @@ NEGATIVE_ROW = 0
 
 
 class Network(Protocol):
-    """What the runtime asks of a model: latents [B,C,F,H,W], timesteps [B,F], prompt rows [B] or [B,F] → [B,C,F,H,W]."""
+    """What the runtime asks of a model: latents [B,C,F,H,W], timesteps [B,F], prompt rows [B] or [B,F] → output."""
 
     def __call__(
         self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_rows: torch.Tensor, /

@@ -28,7 +28,8 @@ class CausalConv3d(nn.Conv3d):
     """3-D convolution over [B, T, C, H, W] that sees the present and `kernel - 1` past frames, zeros before the first.
 
     The parameters are those of nn.Conv3d. It is computed as one 2-D convolution over the stacked channels of the frames
-    in reach, which a CPU does two to three times faster than a 3-D convolution.
+    in reach. On one CPU core (float32, best of 10) that took 1.7 against 8.0 ms at 32 channels of 4x32x48, the embedded
+    model's scale, and 82 against 58 ms at 96 channels of 4x64x96.
     """
 
     def __init__(

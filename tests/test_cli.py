@@ -1,0 +1,178 @@
+"""The miga command as its user meets it: exit codes, sentences, files left behind and not left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import golden_model
+import numpy as np
+import pytest
+
+from miga_engine.cli import RELEASED_NAMES, main
+from miga_engine.video.reading import read_metadata, read_video
+
+SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "10", "--zigzag-width", "2", "--stage2-steps", "3",
+         "--guidance-frames", "1", "--stride", "2", "--judge-step", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return golden_model.build(tmp_path_factory.mktemp("model"))
+
+
+def _miga(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
+    video, sheet, events = tmp_path / "video.mp4", tmp_path / "sheet.png", tmp_path / "events.jsonl"
+    code = _miga("generate", "a red balloon", "--model", folder, "--num_frames", 30, "--seed=7", "--prompt-at", 20,
+                 "a blue balloon", "-o", video, "--contact-sheet", sheet, "--events", events, "--quiet", *SMALL)  # fmt: skip
+    assert code == 0
+    assert "30 frames, 48×32, 16 fps" in capsys.readouterr().err
+    assert read_video(video).shape == (30, 32, 48, 3)
+    metadata = read_metadata(video)
+    assert metadata["prompt"] == {"0": "a red balloon", "20": "a blue balloon"}
+    assert (metadata["seed"], metadata["miga"]["zigzag_width"]) == (7, 2)
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    kinds = {json.loads(line)["event"] for line in events.read_text().splitlines()}
+    assert {"stage", "score", "chunk"} <= kinds
+
+
+def test_fifo_method_and_no_flags(folder, tmp_path):
+    video = tmp_path / "video.mkv"
+    arguments = ["--height", 32, "--width", 48, "--num-inference-steps", 10]
+    assert (
+        _miga("generate", "x", "--model", folder, "--method", "fifo", "--num-frames", 17, "-o", video, "-q", *arguments)
+        == 0
+    )
+    recorded = read_metadata(video)["miga"]
+    assert (recorded["zigzag_width"], recorded["commit"], recorded["self_reflection"]) == (1, "trailing", False)
+
+
+def test_config_file_with_released_names_and_flags_that_override(folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"prompt: {{0: a kite, 12: a bird}}\nckpt_dir: {folder}\nframe_num: 21\nsample_steps: 10\nsaw_width: 2\n"
+        "stage2-steps: 3\nmem_frames: 1\nslide_size: 2\njudge_step: 3\nthreshold: 0.5\nbase_seed: 3\n"
+        "height: 32\nwidth: 48\n"
+    )
+    video = tmp_path / "video.mkv"
+    assert _miga("generate", "--config", config, "--seed", 4, "--no-self-reflection", "-o", video, "-q") == 0
+    metadata = read_metadata(video)
+    assert metadata["num_frames"] == 21
+    assert metadata["seed"] == 4
+    assert metadata["miga"]["score_drop"] == 0.5
+    assert metadata["miga"]["self_reflection"] is False
+    assert metadata["prompt"] == {"0": "a kite", "12": "a bird"}
+
+
+def test_released_names_lead_to_options_that_exist():
+    help_text = subprocess.run(
+        [sys.executable, "-m", "miga_engine", "generate", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in RELEASED_NAMES.values():
+        assert "--" + name.replace("_", "-") in help_text or f"--no-{name.replace('_', '-')}" in help_text
+
+
+class _Payload:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", ""], "the prompt is empty at frame 0"),
+        (["generate"], "there is no prompt"),
+        (
+            ["generate", "x", "--num-frames", "-5"],
+            "num_frames must be a whole number of at least 1 (video frames), got -5",
+        ),
+        (["generate", "x", "--num-frames", "many"], "argument --num-frames: invalid int value: 'many'"),
+        (["generate", "x", "--bogus"], "unrecognized arguments: --bogus"),
+        (["generate", "x", "--width", "100"], "width must be a multiple of 16 pixels, got 100; use 96 or 112"),
+        (["generate", "x", "--model", "{tmp}/missing"], "there is no model at '{tmp}/missing'"),
+        (["generate", "x", "--model", "{tmp}/truncated"], "{tmp}/truncated/diffusion_pytorch_model.safetensors"),
+        (["generate", "x", "--model", "{tmp}/pickled"], "{tmp}/pickled/Wan2.1_VAE.pth"),
+        (["generate", "x", "-o", "{tmp}/nowhere/video.mp4"], "the folder {tmp}/nowhere does not exist"),
+        (["generate", "x", "-o", "{tmp}/video.gif"], "the suffix '.gif' is not one of"),
+        (["generate", "x", "-o", "{tmp}/old.mp4"], "cannot write {tmp}/old.mp4: it exists already"),
+        (["generate", "x", "--contact-sheet", "{tmp}/old.mp4"], "the suffix '.mp4' is not one of .png"),
+        (["generate", "x", "--config", "{tmp}/missing.yaml"], "--config {tmp}/missing.yaml cannot be read"),
+        (["generate", "x", "--config", "{tmp}/bad.yaml"], "--config {tmp}/bad.yaml is not valid YAML"),
+        (["generate", "x", "--config", "{tmp}/unknown.yaml"], "has an unknown option 'zoom'"),
+        (["generate", "x", "--prompt-at", "soon", "y"], "--prompt-at needs a video frame number"),
+        (["generate", "x", "--prompt-at", "0", "y"], "frame 0 has two prompts: 'x' and 'y'"),
+        (["generate", "x", "--device", "xpu:3"], "device 'xpu:3' is not available here"),
+        (["generate", "x", "--stage2-steps", "60"], "stage2_steps 60 leaves Stage 1"),
+        (["paint"], "invalid choice: 'paint'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(arguments, sentence, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.mp4").write_bytes(b"precious")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    (tmp_path / "unknown.yaml").write_text("zoom: 3")
+    truncated = golden_model.build(tmp_path / "truncated") / "diffusion_pytorch_model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:5000])
+    pickled = golden_model.build(tmp_path / "pickled")
+    (pickled / "Wan2.1_VAE.safetensors").unlink()
+    (pickled / "Wan2.1_VAE.pth").write_bytes(pickle.dumps(_Payload()))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    if filled[:1] == ["generate"] and "--model" not in filled:
+        filled += ["--model", str(folder)]
+    assert _miga(*filled) == 2
+    message = capsys.readouterr().err
+    assert sentence.format(tmp=tmp_path) in message
+    assert message.startswith("miga: ")
+    assert message.count("\n") == 1, message
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.mp4").read_bytes() == b"precious"
+
+
+def test_interrupt_ends_cleanly_with_what_is_there(folder, tmp_path):
+    video = tmp_path / "video.mp4"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "miga_engine", "generate", "x", "--model", str(folder), "--num-frames", "100000",
+         "-o", str(video), *SMALL],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (video.exists() and video.stat().st_size > 5000) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "interrupted" in message
+    assert "Traceback" not in message
+    frames = read_video(video)
+    assert f"holds the {len(frames)} frames made so far" in message
+    assert np.isfinite(frames).all()
+
+
+def test_overwrite_replaces_only_when_done(folder, tmp_path):
+    video = tmp_path / "video.mp4"
+    video.write_bytes(b"precious")
+    arguments = ["generate", "x", "--model", folder, "--num-frames", 9, "-o", video, "-q", *SMALL]
+    assert _miga(*arguments) == 2
+    assert video.read_bytes() == b"precious"
+    assert _miga(*arguments, "--overwrite") == 0
+    assert len(read_video(video)) == 9
+
+
+def test_info(folder, tmp_path, capsys):
+    assert _miga("info") == 0
+    assert "C++ kernels" in capsys.readouterr().out
+    assert _miga("info", folder) == 0
+    assert "5 latent frames = 17 video frames" in capsys.readouterr().out
+    assert _miga("info", tmp_path / "missing") == 2
