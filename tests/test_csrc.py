@@ -29,7 +29,7 @@ def _err(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 @needs_kernels
 def test_kernels_are_built_and_registered() -> None:
-    assert _extension.load(), "a C++ compiler is here: run `make venv` or `python setup.py build_ext --inplace`"
+    assert _extension.load(), "a C++ compiler is here: run `python setup.py build_ext --inplace`"
     assert torch._C._dispatch_has_kernel_for_dispatch_key("miga::consistency_score", "CPU")
     assert _extension.status() == f"C++ CPU kernels are loaded from {_extension.LIBRARY}."
 

@@ -1,7 +1,7 @@
 """The Wan DiT and the UMT5 encoder in a form for training: one timestep a clip, plain operations, parameters by name.
 
-The functions take the official parameters (`dict(dit.named_parameters())`, `dict(encoder.named_parameters())`) and equal
-`WanDiT` and `UMT5Encoder`; they compile as a whole and run under autocast, which the released form does not aim at.
+The functions take the official parameters (`dict(dit.named_parameters())`, the same of the encoder) and equal `WanDiT`
+and `UMT5Encoder`; they compile as a whole and run under autocast, which the released form does not aim at.
 """
 
 from __future__ import annotations

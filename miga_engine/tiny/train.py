@@ -7,15 +7,18 @@ minutes, because the recipe is made for a small CPU; the learning rate follows t
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
-from miga_engine.tiny import clipvae, world
+from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
+from miga_engine.tiny import WEIGHTS_DIR, clipdit, clipvae, measures, text, world
 
 HEIGHT, WIDTH = 64, 96
 
@@ -174,20 +177,304 @@ def train_vae(work: Path, minutes: float, peak_lr: float, seed: int = 0, compile
             last_save = time.time()
 
 
+def load_vae(work: Path) -> dict[str, Tensor]:
+    """The trained VAE's averaged parameters, in training form."""
+    params: dict[str, Tensor] = torch.load(work / "vae.pt", weights_only=True)["ema"]
+    return {k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in params.items()}
+
+
+@torch.no_grad()
+def cache_latents(work: Path, num_clips: int, num_frames: int, part: int, parts: int) -> None:
+    """Renders and encodes clips for the DiT: raw mean latents in float16 and the scenes they show, one file a part."""
+    params = load_vae(work)
+    clipvae.norm_silu = torch.compile(clipvae.norm_silu, dynamic=True)
+    rng = np.random.default_rng(5000 + part)
+    latents, labels = [], []
+    start = time.time()
+    for i in range(num_clips // parts):
+        scene = world.sample_scene(rng)
+        video, _ = world.render(scene, int(rng.integers(0, 2000)), num_frames, HEIGHT, WIDTH)
+        x = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, _ = clipvae.encode_clip(params, x)
+        latents.append(mean[0].half())
+        labels.append(scene.labels)
+        if i % 100 == 99:
+            _log(f"part {part}: {i + 1} clips in {time.time() - start:.0f} s")
+    _save(work / f"cache{part}.pt", {"latents": torch.stack(latents), "labels": torch.tensor(labels)})
+
+
+def load_cache(work: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalised latents `[N,C,F,h,w]` in float16, labels `[N,4]`, and the channels' mean and std."""
+    parts = [torch.load(path, weights_only=True) for path in sorted(work.glob("cache*.pt"))]
+    raw = torch.cat([p["latents"] for p in parts])
+    sample = raw[:: max(1, len(raw) // 400)].float()
+    mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
+    shape = (1, -1, 1, 1, 1)
+    normal = torch.cat([((r.float() - mean.view(shape)) / std.view(shape)).half() for r in raw.split(64)])
+    return normal, torch.cat([p["labels"] for p in parts]), mean, std
+
+
+def scene_of(labels: Tensor) -> world.Scene:
+    """The scene with these four attribute indices."""
+    s, c, te, ti = labels.tolist()
+    return world.Scene(world.SUBJECTS[s], world.COLOURS[c], world.TERRAINS[te], world.TIMES[ti])
+
+
+def dit_loss(
+    dit: dict[str, Tensor],
+    text: dict[str, Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    rope: Tensor,
+) -> Tensor:
+    """Flow matching: mean square error of the velocity `noise - x0` at one noise level a clip."""
+    s = sigma[:, None, None, None, None]
+    rows = clipdit.encode_text(text, ids, mask)
+    v = clipdit.velocity(dit, (1 - s) * x0 + s * noise, 1000 * sigma, rows, rope)
+    return (v - (noise - x0)).square().mean()
+
+
+def train_dit(work: Path, minutes: float, peak_lr: float, seed: int = 0, compile_step: bool = True) -> None:
+    """Trains DiT and text encoder together on windows of 13 latent frames of the cached clips."""
+    path = work / "dit.pt"
+    latents, labels, mean, std = load_cache(work)
+    scenes = [scene_of(row) for row in labels]
+    tokenizer = text.build_tokenizer()
+    length = int(clipdit.DIT_CONFIG["text_len"])  # type: ignore[call-overload]
+    params = {f"dit.{k}": v for k, v in clipdit.init_dit(seed).items()}
+    params |= {f"text.{k}": v for k, v in clipdit.init_text_encoder(tokenizer.get_vocab_size(), seed).items()}
+    ema = {k: v.clone() for k, v in params.items()}
+    elapsed, step = 0.0, 0
+    saved = torch.load(path, weights_only=True) if path.exists() else None
+    if saved is not None:
+        params, ema, elapsed, step = saved["params"], saved["ema"], saved["elapsed"], saved["step"]
+    params = {k: v.detach().requires_grad_() for k, v in params.items()}
+    dit = {k[4:]: v for k, v in params.items() if k.startswith("dit.")}
+    encoder = {k[5:]: v for k, v in params.items() if k.startswith("text.")}
+    decayed = [v for v in params.values() if v.ndim >= 2]
+    plain = [v for v in params.values() if v.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.99))
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    rng = np.random.default_rng(seed + 99 * step)
+    torch.manual_seed(seed + step)
+    f, batch = 13, 24
+    rope = clipdit.rope_table(f, HEIGHT // 16, WIDTH // 16)
+
+    def draw() -> tuple[Tensor, ...]:
+        rows = rng.integers(0, len(latents), batch)
+        late = latents.shape[2] - f
+        # half of the windows open a video, whose first latent is a single frame; the others lie inside one
+        starts = [0 if rng.random() < 0.5 else int(rng.integers(0, late + 1)) for _ in rows]
+        x0 = torch.stack([latents[r, :, s : s + f] for r, s in zip(rows, starts, strict=True)]).float()
+        prompts = []
+        for r in rows:
+            words = world.caption(scenes[r]) if rng.random() < 0.7 else text.wording(scenes[r], rng)
+            prompts.append("" if rng.random() < 0.1 else words)
+        ids, mask = text.tokenize(tokenizer, prompts, length)
+        unknown = (torch.rand(ids.shape) < 0.01) & (ids > 2)
+        u = torch.sigmoid(torch.randn(batch))
+        sigma = 3 * u / (1 + 2 * u)
+        return x0, torch.randn_like(x0), sigma, ids.masked_fill(unknown, 2), mask
+
+    loss_fn = dit_loss
+    if compile_step:
+        inputs = draw()
+        grads = []
+        for fn in (dit_loss, torch.compile(dit_loss)):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = fn(dit, encoder, *inputs, rope)
+            grads.append(torch.autograd.grad(loss, list(params.values()), allow_unused=True))
+            loss_fn = fn
+        flat = [torch.cat([g.flatten() for g in gs if g is not None]) for gs in grads]
+        same = float(F.cosine_similarity(flat[0], flat[1], dim=0))
+        _log(f"gradient of the compiled step against the plain one: cosine {same:.5f}")
+        if not same > 0.995:
+            loss_fn = dit_loss
+    last = last_save = time.time()
+    running = None
+    while elapsed < minutes * 60:
+        share = elapsed / (minutes * 60)
+        lr = peak_lr * min(1.0, (step + 1) / 150) * max(0.01, 0.5 * (1 + float(np.cos(np.pi * share))))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_fn(dit, encoder, *draw(), rope)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([v for v in params.values() if v.grad is not None], 1.0)
+        optimizer.step()
+        decay = min(0.998, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), [v.detach() for v in params.values()], 1 - decay)
+        step += 1
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        now = time.time()
+        elapsed += now - last
+        last = now
+        if step % 100 == 0:
+            _log(f"step {step} {elapsed / 60:.1f} min lr {lr:.2e} loss {running:.4f}")
+        if now - last_save > 120 or elapsed >= minutes * 60:
+            state = {"params": params, "ema": ema, "elapsed": elapsed, "step": step, "mean": mean, "std": std}
+            _save(path, {**state, "loss": running, "clips": len(latents), "optimizer": optimizer.state_dict()})
+            last_save = time.time()
+
+
+def train_classifier(work: Path, minutes: float) -> None:
+    """Trains the attribute classifier on rendered frames and on their reconstructions."""
+    model = measures.AttributeClassifier()
+    params = load_vae(work)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    rng = np.random.default_rng(31)
+    frames: list[Tensor] = []
+    labels: list[tuple[int, int, int, int]] = []
+    start = time.time()
+    _log("rendering")
+    for i in range(1500):
+        scene = world.sample_scene(rng)
+        short = 5 if i % 3 == 0 else 1
+        video, _ = world.render(scene, int(rng.integers(0, 2000)), short, HEIGHT, WIDTH)
+        if rng.random() < 0.5:
+            video = video[:, :, ::-1].copy()
+        x = measures.to_tensor(video)
+        if short > 1:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                mean, _ = clipvae.encode_clip(params, x.transpose(0, 1)[None])
+                mean = mean + 0.15 * mean.std() * torch.randn_like(mean) * float(rng.random())
+                rec = clipvae.decode_clip(params, mean).clamp(-1, 1)[0].transpose(0, 1)
+            x = torch.cat([x[:1], rec[[0, 4]]])
+        frames.append(x)
+        labels += [scene.labels] * len(x)
+    data, target = torch.cat(frames), torch.tensor(labels)
+    _log(f"{len(data)} frames after {time.time() - start:.0f} s")
+    step = 0
+    begin = time.time()
+    while (share := (time.time() - begin) / (minutes * 60)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * max(0.01, 0.5 * (1 + float(np.cos(np.pi * share))))
+        pick = torch.randint(0, len(data), (48,))
+        x = data[pick]
+        x = torch.roll(x, int(rng.integers(-10, 11)), 3) + 0.05 * float(rng.random()) * torch.randn_like(x)
+        if rng.random() < 0.3:
+            x = F.avg_pool2d(x, 3, 1, 1)
+        losses = [F.cross_entropy(o, target[pick, i]) for i, o in enumerate(model(x))]
+        total = torch.stack(losses).sum()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            _log(f"step {step} losses {[round(v.item(), 3) for v in losses]}")
+    _save(work / "classifier.pt", model.state_dict())
+    model.eval()
+    unseen = np.random.default_rng(4242)
+    right = []
+    for _ in range(100):
+        scene = world.sample_scene(unseen)
+        video, _ = world.render(scene, 5000, 1, HEIGHT, WIDTH)
+        right.append(list(measures.frame_accuracy(model, measures.to_tensor(video), scene).values()))
+    _log(f"rendered frames read right (subject, colour, terrain, time): {np.mean(right, 0).tolist()}")
+
+
+def folded_vae(work: Path, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Official parameters whose latents, under the published Wan2.1 statistics, have mean 0 and std 1 on the world.
+
+    The change of scale goes into the 1x1x1 convolutions `conv1` (after the encoder) and `conv2` (before the decoder).
+    """
+    state = {k: v.float() for k, v in clipvae.to_official(load_vae(work)).items()}
+    wan_mean, wan_std = torch.tensor(WAN_LATENTS_MEAN), torch.tensor(WAN_LATENTS_STD)
+    scale = wan_std / std
+    z = len(mean)
+    state["conv1.weight"][:z] *= scale[:, None, None, None, None]
+    state["conv1.weight"][z:] *= 1.0
+    state["conv1.bias"][:z] = (state["conv1.bias"][:z] - mean) * scale + wan_mean
+    state["conv1.bias"][z:] += 2 * scale.log()
+    weight = state["conv2.weight"][..., 0, 0, 0]
+    state["conv2.bias"] = state["conv2.bias"] + weight @ (mean - wan_mean / scale)
+    state["conv2.weight"] = (weight / scale)[..., None, None, None]
+    return state
+
+
+def export(work: Path, folder: Path, figures: dict[str, object]) -> None:
+    """Writes the folder in the official Wan layout, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = torch.load(work / "dit.pt", weights_only=True)
+    vae = torch.load(work / "vae.pt", weights_only=True)
+
+    def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.detach().half().contiguous() for k, v in state.items()}
+
+    ema: dict[str, Tensor] = saved["ema"]
+    dit = half({k[4:]: v for k, v in ema.items() if k.startswith("dit.")})
+    encoder = half({k[5:]: v for k, v in ema.items() if k.startswith("text.")})
+    files = {
+        "diffusion_pytorch_model.safetensors": dit,
+        "models_t5_umt5-xxl-enc-bf16.safetensors": encoder,
+        "Wan2.1_VAE.safetensors": half(folded_vae(work, saved["mean"], saved["std"])),
+    }
+    if (work / "classifier.pt").exists():
+        files["classifier.safetensors"] = half(torch.load(work / "classifier.pt", weights_only=True))
+    for name, state in files.items():
+        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
+        (folder / f"{name}.part").replace(folder / name)
+    (folder / "config.json").write_text(json.dumps(clipdit.DIT_CONFIG, indent=2) + "\n")
+    text.save_tokenizer(folder)
+    facts = {
+        "name": "miga_engine tiny",
+        "license": "Apache-2.0",
+        "window_frames": 13,
+        "fps": 12,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "default_negative_prompt": "",
+        "training": {
+            "vae_minutes": round(vae["elapsed"] / 60, 1),
+            "vae_steps": vae["step"],
+            "dit_minutes": round(saved["elapsed"] / 60, 1),
+            "dit_steps": saved["step"],
+            "dit_clips": saved["clips"],
+            "dit_loss": round(saved["loss"], 4),
+        },
+        "figures": figures,
+    }
+    (folder / "miga.json").write_text(json.dumps(facts, indent=2) + "\n")
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    _log(f"{folder}: {size / 2**20:.1f} MiB")
+
+
 def main() -> None:
     """Runs one step of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["vae"])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"))
-    parser.add_argument("--minutes", type=float, default=35.0)
-    parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
-    parser.add_argument("--compile", action="store_true", help="compile the activations")
+    parser.add_argument("step", choices=["vae", "cache", "dit", "classifier", "export"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"), help="folder of the checkpoints")
+    parser.add_argument("--minutes", type=float, default=35.0, help="wall-clock length of a training")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--compile", action="store_true", help="compile what is known to train the same compiled")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clips", type=int, default=2000, help="cache: number of clips over all parts")
+    parser.add_argument("--frames", type=int, default=61, help="cache: video frames a clip")
+    parser.add_argument("--part", type=int, default=0, help="cache: which part this process makes")
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=WEIGHTS_DIR, help="export: where the weights go")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.step == "vae":
         train_vae(args.work, args.minutes, args.lr, compile_step=args.compile)
+    elif args.step == "cache":
+        cache_latents(args.work, args.clips, args.frames, args.part, args.parts)
+    elif args.step == "dit":
+        train_dit(args.work, args.minutes, args.lr, compile_step=args.compile)
+    elif args.step == "classifier":
+        train_classifier(args.work, args.minutes)
+    else:
+        path = args.work / "figures.json"
+        export(args.work, args.folder, json.loads(path.read_text()) if path.exists() else {})
 
 
 if __name__ == "__main__":

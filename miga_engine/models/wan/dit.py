@@ -55,6 +55,17 @@ class WanDiTConfig:
             )
 
 
+def _published(dim: int, ffn_dim: int, num_heads: int, num_layers: int) -> WanDiTConfig:
+    return WanDiTConfig(
+        dim=dim, ffn_dim=ffn_dim, freq_dim=256, num_heads=num_heads, num_layers=num_layers,
+        text_dim=4096, text_len=512, in_dim=16, out_dim=16,
+    )  # fmt: skip
+
+
+WAN_T2V_CONFIGS = {"1.3B": _published(1536, 8960, 12, 30), "14B": _published(5120, 13824, 40, 40)}
+"""Sizes of the published Wan2.1 text-to-video transformers, for building them without their files."""
+
+
 class WanDiT(nn.Module):
     """Velocity of B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 

@@ -7,6 +7,7 @@ the norms, the modulation and the rotation are float32; matrix products run in t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -142,15 +143,11 @@ class ContextCache:
         pairs = zip(self.layers, other.layers, strict=True)
         return ContextCache(tuple((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs))
 
-    def select(self, index: Tensor) -> ContextCache:
-        """The prompts that `index` (int, any shape) names, in its order, flattened."""
-        rows = index.flatten()
-        return ContextCache(tuple((k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers))
-
-    def for_windows(self, batch: int, num_frames: int, index: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    def for_windows(self, batch: int, num_frames: int, index: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, one row per window ([B, ...]) or, for an index [B, F], per frame ([B·F, ...]).
 
-        Without an index the cache holds one prompt for all windows or one for each. Raises ConfigError on other sizes.
+        Without an index the cache holds one prompt for all windows or one for each. A layer's rows are gathered when
+        its turn comes, so that only one layer's are held twice. Raises ConfigError on other sizes.
         """
         if index is None:
             if self.num_prompts not in (1, batch):
@@ -158,13 +155,14 @@ class ContextCache:
                     f"The context holds {self.num_prompts} prompts for {batch} windows; "
                     "give one, one for each window, or a context_index."
                 )
-            return [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers]
+            return ((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers)
         if tuple(index.shape) not in ((batch,), (batch, num_frames)):
             raise ConfigError(
                 f"context_index has shape {tuple(index.shape)}; give [{batch}] (a prompt for each window) "
                 f"or [{batch}, {num_frames}] (one for each latent frame)."
             )
-        return list(self.select(index).layers)
+        rows = index.flatten()
+        return ((k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers)
 
 
 class Block(nn.Module):

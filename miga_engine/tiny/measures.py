@@ -1,0 +1,234 @@
+"""What is measured of the embedded model: PSNR of its VAE, and the attributes a small classifier reads from frames."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.loading import load_bundle
+from miga_engine.tiny import WEIGHTS_DIR, world
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "subject": world.SUBJECTS,
+    "colour": world.COLOURS,
+    "terrain": world.TERRAINS,
+    "time": world.TIMES,
+}
+
+
+class AttributeClassifier(nn.Module):
+    """Reads subject, colour, terrain and time from single frames `[N,3,H,W]` in [-1, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for cin, cout, stride in ((3, 16, 2), (16, 32, 2), (32, 48, 1), (48, 64, 2), (64, 64, 1)):
+            layers += [nn.Conv2d(cin, cout, 3, stride=stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, len(names))) for names in ATTRIBUTES.values()
+        )
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        """Logits `[N,classes]` of every attribute, in the order of `ATTRIBUTES`."""
+        x = self.body(frames)
+        x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+        return [head(x) for head in self.heads]
+
+
+def load_classifier(path: Path | None = None) -> AttributeClassifier:
+    """The classifier that ships beside the weights."""
+    model = AttributeClassifier()
+    state = load_file(path or WEIGHTS_DIR / "classifier.safetensors")
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    return model.eval()
+
+
+@torch.no_grad()
+def read_attributes(model: AttributeClassifier, video: Tensor) -> dict[str, str]:
+    """The attributes of a clip `[T,3,H,W]` in [-1, 1]: per attribute the class most probable over its frames."""
+    logits = model(video)
+    best = [int(x.log_softmax(-1).mean(0).argmax()) for x in logits]
+    return {name: classes[i] for (name, classes), i in zip(ATTRIBUTES.items(), best, strict=True)}
+
+
+@torch.no_grad()
+def frame_accuracy(model: AttributeClassifier, video: Tensor, scene: world.Scene) -> dict[str, float]:
+    """Share of the frames `[T,3,H,W]` whose attribute is read as the scene's, per attribute."""
+    logits = model(video)
+    return {
+        name: float((x.argmax(-1) == label).float().mean())
+        for name, x, label in zip(ATTRIBUTES, logits, scene.labels, strict=True)
+    }
+
+
+def to_tensor(video: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 `[T,H,W,3]` to float `[T,3,H,W]` in [-1, 1]."""
+    return torch.from_numpy(video).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
+def psnr(
+    original: Tensor, other: Tensor, mask: npt.NDArray[np.float32] | None = None
+) -> tuple[float, float, npt.NDArray[np.float64]]:
+    """PSNR in dB of a video `[T,3,H,W]` in [-1, 1]: whole, inside the subject's box, and per frame.
+
+    The box of a frame bounds the pixels its subject covers by more than a tenth; without a mask it is the frame.
+    """
+    error = ((other.clamp(-1, 1) - original) / 2).double().square().mean(1).numpy()  # [T,H,W]
+    inside = []
+    for t in range(len(error)):
+        covered = np.ones(error.shape[1:], bool) if mask is None else mask[t] > 0.1
+        rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
+        inside.append(error[t, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean())
+    per_frame = -10 * np.log10(error.mean((1, 2)))
+    return float(-10 * np.log10(error.mean())), float(-10 * np.log10(np.mean(inside))), per_frame
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[npt.NDArray[np.uint8]]], scale: int = 2, gap: int = 3
+) -> npt.NDArray[np.uint8]:
+    """Frames `[H,W,3]` of equal size in rows, enlarged, with white gaps between."""
+    from PIL import Image
+
+    h, w = rows[0][0].shape[:2]
+    h, w = h * scale, w * scale
+    sheet = np.full((len(rows) * (h + gap) + gap, len(rows[0]) * (w + gap) + gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, frame in enumerate(row):
+            big = np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.LANCZOS))
+            y, x = gap + i * (h + gap), gap + j * (w + gap)
+            sheet[y : y + h, x : x + w] = big
+    return sheet
+
+
+@torch.no_grad()
+def sample_clips(
+    bundle: ModelBundle,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    num_steps: int = 24,
+    shift: float = 3.0,
+    guidance_scale: float = 3.0,
+    batch: int = 8,
+    height: int = 64,
+    width: int = 96,
+) -> Tensor:
+    """Short clips `[P,T,3,H,W]` in [-1, 1], one a prompt, all frames at one noise level, by Euler steps."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = bundle.spatial_factor
+    shape = (bundle.latent_channels, bundle.window_frames, height // factor, width // factor)
+    u = torch.linspace(1, 0, num_steps + 1)
+    sigmas = (shift * u / (1 + (shift - 1) * u)).tolist()
+    clips = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        n = len(part)
+        context = bundle.encode_prompts([*part, *[bundle.default_negative_prompt] * n])
+        x = torch.randn(n, *shape, generator=generator)
+        for sigma, after in pairwise(sigmas):
+            times = torch.full((2 * n,), 1000.0 * sigma)
+            wished, other = bundle.transformer(torch.cat([x, x]), times, context).float().chunk(2)
+            x = x + (after - sigma) * (other + guidance_scale * (wished - other))
+        clips.append(bundle.vae.decode(x).transpose(1, 2))
+    return torch.cat(clips)
+
+
+def vae_figures(bundle: ModelBundle, num_scenes: int = 16, num_frames: int = 97, seed: int = 90_210) -> dict[str, Any]:
+    """PSNR of encode and decode over unseen scenes: whole, in the subject's box, and over quarters of the clip."""
+    rng = np.random.default_rng(seed)
+    whole, box, quarters = [], [], []
+    for _ in range(num_scenes):
+        scene = world.sample_scene(rng)
+        video, mask = world.render(scene, int(rng.integers(5000, 9000)), num_frames)
+        x = to_tensor(video)
+        with torch.no_grad():
+            rec = bundle.vae.decode(bundle.vae.encode(x.transpose(0, 1)[None]))[0].transpose(0, 1)
+        a, b, along = psnr(x, rec, mask)
+        whole.append(a)
+        box.append(b)
+        quarters.append([float(part.mean()) for part in np.array_split(along, 4)])
+    return {
+        "scenes": num_scenes,
+        "frames": num_frames,
+        "psnr_db": round(float(np.mean(whole)), 2),
+        "psnr_db_lowest_scene": round(float(np.min(whole)), 2),
+        "psnr_db_subject_box": round(float(np.mean(box)), 2),
+        "psnr_db_quarters": np.mean(quarters, 0).round(2).tolist(),
+    }
+
+
+def clip_figures(
+    bundle: ModelBundle, classifier: AttributeClassifier, num_clips: int = 80, seed: int = 0
+) -> tuple[dict[str, Any], list[world.Scene], Tensor]:
+    """Share of generated clips whose attributes the classifier reads as asked for; also the scenes and the clips."""
+    rng = np.random.default_rng(seed)
+    # every value of every attribute equally often
+    n = np.arange(num_clips)
+    columns = [rng.permutation(n % len(classes)) for classes in ATTRIBUTES.values()]
+    names = list(ATTRIBUTES.values())
+    scenes = [world.Scene(*(names[a][columns[a][i]] for a in range(4))) for i in range(num_clips)]
+    clips = sample_clips(bundle, [world.caption(s) for s in scenes], seed=seed)
+    right = np.array(
+        [[read[a] == getattr(s, a) for a in ATTRIBUTES] for s, c in zip(scenes, clips, strict=True)
+         if (read := read_attributes(classifier, c))]
+    )  # fmt: skip
+    shares = {a: round(float(v), 3) for a, v in zip(ATTRIBUTES, right.mean(0), strict=True)}
+    return {"clips": num_clips, **shares, "all_four": round(float(right.all(1).mean()), 3)}, scenes, clips
+
+
+def main() -> None:
+    """Prints the figures of the shipped weights as JSON and, if asked, writes the contact sheets."""
+    from PIL import Image
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=WEIGHTS_DIR)
+    parser.add_argument("--clips", type=int, default=80)
+    parser.add_argument("--scenes", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--docs", type=Path, help="folder for vae_reconstructions.png and short_clips.png")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    bundle = load_bundle(args.folder, device=torch.device("cpu"), dtype=torch.float32)
+    classifier = load_classifier(args.folder / "classifier.safetensors")
+    clips_figures, scenes, clips = clip_figures(bundle, classifier, args.clips)
+    figures = {"vae": vae_figures(bundle, args.scenes), "generated_clips": clips_figures}
+    print(json.dumps(figures, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2))
+
+    def pictures(video: Tensor, frames: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        return [np.asarray((video[f].permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8)) for f in frames]
+
+    if args.docs:
+        rng = np.random.default_rng(7)
+        rows = []
+        for kind in world.SUBJECTS:
+            scene = dataclasses.replace(world.sample_scene(rng), subject=kind)
+            x = to_tensor(world.render(scene, 7000, 97)[0])
+            with torch.no_grad():
+                rec = bundle.vae.decode(bundle.vae.encode(x.transpose(0, 1)[None]))[0].transpose(0, 1)
+            rows += [pictures(v, range(0, 97, 16)) for v in (x, rec)]
+        Image.fromarray(contact_sheet(rows)).save(args.docs / "vae_reconstructions.png")
+        chosen = range(0, min(12, len(clips)))
+        sheet = contact_sheet([pictures(clips[i], range(0, 49, 8)) for i in chosen])
+        Image.fromarray(sheet).save(args.docs / "short_clips.png")
+        for i in chosen:
+            print(world.caption(scenes[i]), read_attributes(classifier, clips[i]))
+
+
+if __name__ == "__main__":
+    main()
