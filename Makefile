@@ -23,7 +23,8 @@ lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.test $(VENV)/.installed
-	$(BIN)/miga bench
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-enable --benchmark-group-by=group
+	$(BIN)/python bench/bench_memory.py
 
 venv: $(VENV)/.installed
 

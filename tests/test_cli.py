@@ -33,9 +33,9 @@ def _miga(*arguments: object) -> int:
 
 def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
     video, sheet, events = tmp_path / "video.mp4", tmp_path / "sheet.png", tmp_path / "events.jsonl"
-    code = _miga("generate", "a red balloon", "--model", folder, "--num_frames", 30, "--seed=7", "--prompt-at", 20,
-                 "a blue balloon", "-o", video, "--contact-sheet", sheet, "--events", events, "--quiet", *SMALL)  # fmt: skip
-    assert code == 0
+    arguments = ["--num_frames", 30, "--seed=7", "--prompt-at", 20, "a blue balloon", "--quiet", *SMALL]
+    arguments += ["-o", video, "--contact-sheet", sheet, "--events", events]
+    assert _miga("generate", "a red balloon", "--model", folder, *arguments) == 0
     assert "30 frames, 48×32, 16 fps" in capsys.readouterr().err
     assert read_video(video).shape == (30, 32, 48, 3)
     metadata = read_metadata(video)

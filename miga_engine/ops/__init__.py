@@ -8,6 +8,7 @@ The public functions check their arguments and call it; the registered ops trust
 import torch
 from torch import Tensor
 
+from miga_engine import _extension
 from miga_engine.ops import reference as _reference
 
 __all__ = ["consistency_score", "sampler_update"]
@@ -39,6 +40,9 @@ def _sampler_update_fake(*args: Tensor | None, **kwargs: Tensor | float | None) 
 @torch.library.register_fake("miga::consistency_score")
 def _consistency_score_fake(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
     return candidates.new_empty((candidates.shape[0],), dtype=torch.float32)
+
+
+_extension.load()  # the C++ CPU kernels, where they were built, take precedence over the eager oracle
 
 
 def sampler_update(
