@@ -5,6 +5,8 @@ One group an op; the ratio of its rows is the result, the times themselves mean 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -26,23 +28,24 @@ def queue() -> dict:
     return {"state": state, "velocity": velocity, "indices": indices, "rows": schedule.coefficients.rows}
 
 
-def _update(queue: dict, frames: slice) -> None:
-    ops.sampler_update(
+def _update(implementation: Callable[..., None], queue: dict, frames: slice) -> None:
+    implementation(
         *queue["state"], *(v[frames] for v in queue["velocity"]), coefficients=queue["rows"], guidance_scale=5.0,
         **{name: index[frames] for name, index in queue["indices"].items()},
     )  # fmt: skip
 
 
 @pytest.mark.benchmark(group="sampler_update, a queue of 76 frames")
-def bench_sampler_update_whole_queue(benchmark, queue):
-    benchmark.pedantic(_update, (queue, slice(None)), rounds=7, warmup_rounds=1)
+@pytest.mark.parametrize("implementation", [ops.sampler_update, reference.sampler_update], ids=["op", "eager"])
+def bench_sampler_update(benchmark, queue, implementation):
+    benchmark.pedantic(_update, (implementation, queue, slice(None)), rounds=7, warmup_rounds=1)
 
 
 @pytest.mark.benchmark(group="sampler_update, a queue of 76 frames")
-def bench_sampler_update_frame_by_frame(benchmark, queue):
+def bench_sampler_update_eager_frame_by_frame(benchmark, queue):
     def loop() -> None:
         for i in range(FRAMES):
-            _update(queue, slice(i, i + 1))
+            _update(reference.sampler_update, queue, slice(i, i + 1))
 
     benchmark.pedantic(loop, rounds=7, warmup_rounds=1)
 

@@ -11,6 +11,7 @@ import torch
 
 from miga_engine import _extension, ops
 from miga_engine.ops import reference as oracle
+from miga_engine.schedule import make_schedule
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0])
@@ -129,3 +130,61 @@ def test_demanded_kernels_must_build(tmp_path: Path) -> None:
     run = _setup(tmp_path, MIGA_BUILD_EXT="yes")
     assert run.returncode != 0
     assert "MIGA_BUILD_EXT is 'yes': choose auto, 1 or 0" in run.stderr
+
+
+def _update_arguments(dtype: torch.dtype, velocity: torch.dtype, shape: tuple[int, ...] = (7, 3, 5, 11)) -> tuple:
+    """A queue of 7 frames, 5 of them updated, at every history length; memory that no row may read is NaN."""
+    generator = torch.Generator().manual_seed(3)
+    schedule = make_schedule("unipc", 6, 3.0)
+    state = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4)]
+    slots = torch.tensor([4, -1, 0, 6, 2])
+    lengths = torch.tensor([0, 2, 1, 2, 5])
+    for tensor, needed in ((state[1], 1), (state[2], 1), (state[3], 2)):
+        tensor[slots[(slots >= 0) & (lengths < needed)]] = torch.nan
+    frames = [torch.randn(5, *shape[1:], generator=generator).to(velocity) for _ in range(3)]
+    frames[0][1] = torch.nan  # the frame without a slot
+    keywords = {
+        "slots": slots, "coefficients": schedule.coefficients.rows, "step_index": torch.tensor([0, 3, 1, 5, 4]),
+        "history_length": lengths, "guidance_scale": 4.5,
+    }  # fmt: skip
+    return state, frames, keywords
+
+
+@needs_kernels
+@pytest.mark.parametrize("velocity", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_guided", [True, False])
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_sampler_update_equals_the_oracle_bit_for_bit(dtype, velocity, is_guided, with_noise) -> None:
+    """Same operations in the same order, without contraction: not even rounding differs."""
+    state, frames, keywords = _update_arguments(dtype, velocity)
+    keywords["noise"] = frames[2] if with_noise else None
+    expected = [tensor.clone() for tensor in state]
+    velocities = (frames[0], frames[1] if is_guided else None)
+    oracle.sampler_update(*expected, *velocities, **keywords)
+    ops.sampler_update(*state, *velocities, **keywords)
+    for ours, theirs in zip(state, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+def test_sampler_update_in_strided_memory_and_on_several_threads() -> None:
+    state, frames, keywords = _update_arguments(torch.float32, torch.float32, (7, 16, 60, 104))
+    expected = [tensor.clone() for tensor in state]
+    oracle.sampler_update(*expected, frames[0], frames[1], **keywords)
+    strided = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in state]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ops.sampler_update(*strided, frames[0].transpose(2, 3).contiguous().transpose(2, 3), frames[1], **keywords)
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(strided, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+def test_sampler_update_meets_its_contract() -> None:
+    state, frames, keywords = _update_arguments(torch.float32, torch.bfloat16)
+    clean = [tensor.nan_to_num() for tensor in (*state, frames[0], frames[1])]
+    torch.library.opcheck(torch.ops.miga.sampler_update.default, tuple(clean), keywords)

@@ -274,7 +274,7 @@ def train_dit(work: Path, minutes: float, peak_lr: float, seed: int = 0, compile
         optimizer.load_state_dict(saved["optimizer"])
     rng = np.random.default_rng(seed + 99 * step)
     torch.manual_seed(seed + step)
-    f, batch = 13, 24
+    f, batch = 13, 16
     rope = clipdit.rope_table(f, HEIGHT // 16, WIDTH // 16)
 
     def draw() -> tuple[Tensor, ...]:
@@ -434,7 +434,7 @@ dawn"; layout and motion from a seed; 64×96 pixels, 12 frames a second. Words t
    As run: learning rate peak 1.5e-3, then after restarts 1e-3 and, from minute 23, 9e-4, always falling by a cosine.
    Then {vae_decoder_minutes} minutes, {vae_decoder_steps} steps, of the decoder alone.
    The latents' statistics are folded into conv1 and conv2, so the published Wan2.1 mean and std normalise them.
-2. DiT and text encoder together: {dit_minutes} minutes, {dit_steps} steps of 24 windows of 13 latent frames from {dit_clips}
+2. DiT and text encoder together: {dit_minutes} minutes, {dit_steps} steps of 16 windows of 13 latent frames from {dit_clips}
    encoded clips; flow matching, one noise level a window, logit-normal with shift 3, 10 % of the captions empty, 30 % in
    other words, AdamW 1e-3 falling by a cosine, EMA 0.998. Last mean loss {dit_loss}.
 3. A small classifier of subject, colour, terrain and time, trained on rendered and on reconstructed frames.

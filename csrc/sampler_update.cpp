@@ -1,0 +1,81 @@
+#include "sampler_update.h"
+
+#include <algorithm>
+
+// Before clones.h, so that __GLIBC__ is known there.
+#include <cmath>
+
+#include "clones.h"
+
+namespace miga {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // all buffers of a block stay in the first-level cache
+
+enum Column { kMX, kMV, kCX, kCY, kCM, kCM1, kCM2, kPX, kPV, kPM, kPM1, kPN };
+
+template <typename T>
+inline __attribute__((always_inline)) void add_term(T* sum, T coefficient, const T* values, int64_t size) {
+  if (coefficient == 0) return;
+  for (int64_t i = 0; i < size; ++i) sum[i] += coefficient * values[i];
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void update_block(
+    const SamplerRun<T>& run, const T* row, bool has_history, T guidance_scale, int64_t start, int64_t size) {
+  T guided[kBlock], prediction[kBlock] = {}, corrected[kBlock] = {}, following[kBlock] = {};
+  T* x = run.sample + start;
+  T* y = run.last_sample + start;
+  T* m1 = run.x0 + start;
+  T* m2 = run.x0_previous + start;
+  const T* v = run.velocity_cond + start;
+  if (run.velocity_uncond != nullptr) {
+    const T* u = run.velocity_uncond + start;
+    for (int64_t i = 0; i < size; ++i) guided[i] = u[i] + guidance_scale * (v[i] - u[i]);
+    v = guided;
+  }
+  add_term(prediction, row[kMX], x, size);
+  add_term(prediction, row[kMV], v, size);
+
+  add_term(corrected, row[kCX], x, size);
+  add_term(corrected, row[kCY], y, size);
+  add_term(corrected, row[kCM], prediction, size);
+  add_term(corrected, row[kCM1], m1, size);
+  add_term(corrected, row[kCM2], m2, size);
+
+  add_term(following, row[kPX], corrected, size);
+  add_term(following, row[kPV], v, size);
+  add_term(following, row[kPM], prediction, size);
+  add_term(following, row[kPM1], m1, size);
+  if (run.noise != nullptr) add_term(following, row[kPN], run.noise + start, size);
+
+  if (has_history) {
+    std::copy_n(m1, size, m2);
+  } else {
+    std::fill_n(m2, size, T(0));
+  }
+  std::copy_n(prediction, size, m1);
+  std::copy_n(corrected, size, y);
+  std::copy_n(following, size, x);
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void update_blocks(
+    const SamplerRun<T>& run, const T* row, bool has_history, T guidance_scale, int64_t size) {
+  for (int64_t start = 0; start < size; start += kBlock)
+    update_block(run, row, has_history, guidance_scale, start, std::min(kBlock, size - start));
+}
+
+}  // namespace
+
+MIGA_CLONES void update_run(
+    const SamplerRun<float>& run, const float* row, bool has_history, float guidance_scale, int64_t size) {
+  update_blocks(run, row, has_history, guidance_scale, size);
+}
+
+MIGA_CLONES void update_run(
+    const SamplerRun<double>& run, const double* row, bool has_history, double guidance_scale, int64_t size) {
+  update_blocks(run, row, has_history, guidance_scale, size);
+}
+
+}  // namespace miga
