@@ -115,13 +115,14 @@ def _build_parser() -> argparse.ArgumentParser:
     method = generate.add_argument_group("method")
     method.add_argument("--method", choices=["miga", "fifo"], help="fifo: FIFO-Diffusion, for comparison")
     for name, field in _MIGA_FIELDS.items():
-        flag = "--" + name.replace("_", "-")
+        kind: dict[str, Any] = {"help": field.metadata["help"]}
         if isinstance(field.default, bool):
-            method.add_argument(flag, action=argparse.BooleanOptionalAction)
+            kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, str):
-            method.add_argument(flag, metavar="NAME")
+            kind["choices"] = field.metadata["choices"]
         else:
-            method.add_argument(flag, type=float if isinstance(field.default, float) else int, metavar="N")
+            kind |= {"type": float if isinstance(field.default, float) else int, "metavar": "N"}
+        method.add_argument("--" + name.replace("_", "-"), **kind)
     output = generate.add_argument_group("output")
     output.add_argument("-o", "--output", metavar="FILE", help=".mp4, .mkv (lossless), folder/%%06d.png, .rgb "
                         "(default: miga.mp4)")  # fmt: skip

@@ -10,80 +10,50 @@ from typing import Any
 from miga_engine.errors import ConfigError
 
 
+def _option(default: Any, text: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
+    """A field that carries its description and the values it may take; the command line is made from them."""
+    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
+
+
 @dataclass(frozen=True)
 class MigaConfig:
     """How short windows become an endless video (MIGA, arXiv 2605.18233; symbols of the paper in brackets).
 
-    All counts are latent frames unless the name says otherwise.
+    All counts are latent frames unless the text says otherwise; None means a default that follows from the rest.
     """
 
-    zigzag_width: int = 7
-    """Latent frames that share one noise level in Stage 1 [L_zig]."""
-    stage2_steps: int = 10
-    """Unified passes after Stage 1; the hand-off is at num_steps − stage2_steps [τ_e]."""
-    refine_steps: int = 0
-    """Steps of the release's refine pass: noise added back to the clean latents and removed again; 0 = off."""
-    guidance_frames: int = 4
-    """Distant cleaner frames put before a Stage-1 window, read only [m_guid]."""
-    guidance_offset: int | None = None
-    """Distance of the nearest guidance frame; None = ⌊zigzag_width/2⌋ (the release has 3 throughout)."""
-    stride: int | None = None
-    """Latent frames between window starts; None = ⌊window/2⌋ of the model's native window."""
-    moving_phase: bool = True
-    """Shift the cuts by one frame a pass, so that no seam stays in one place."""
-    commit: str = "leading"
-    """Which end of a window is kept: "leading" (MIGA) or "trailing" (FIFO-Diffusion's look-ahead denoising)."""
-    window_order: str = "parallel"
-    """"parallel": all windows read the state before the pass; "sequential": later windows see earlier commits."""
-    window_batch: int = 1
-    """Windows that go through the network together."""
-    warmup: str = "grow"
-    """"grow": the queue grows behind the re-noised seed clip (MIGA); "copies": copies of frame 0 fill it (FIFO)."""
-    self_reflection: bool = True
-    """Dynamic consistency enhancement [DCE]: watch the consistency score, search again where it falls."""
-    score_drop: float = 0.01
-    """Fall of the score that triggers a search [δ_adju]."""
-    judge_step: int = 10
-    """Step index at which a group of latent frames is judged."""
-    reference_groups: int = 2
-    """Groups just before the judged one that it is compared with."""
-    candidates: int = 3
-    """Continuations tried by one search [K]."""
-    judge: str = "latent"
-    """What is compared: "latent" (paper) or "x0", the x0 prediction, which carries far less noise."""
-    channels: str = "mean"
-    """"mean": channels are averaged first (paper); "all": every channel counts."""
-    prompt_blend_frames: int = 0
-    """Video frames over which text embeddings are interpolated at a change of prompt."""
+    zigzag_width: int = _option(7, "latent frames that share one noise level in Stage 1 [L_zig]", least=1)
+    stage2_steps: int = _option(
+        10, "unified passes after Stage 1: the hand-off is this many steps before clean [tau_e]"
+    )
+    refine_steps: int = _option(0, "steps of the release's refine pass, which noises clean latents once more; 0 = off")
+    guidance_frames: int = _option(4, "distant cleaner frames put before a Stage-1 window, read only [m_guid]")
+    guidance_offset: int | None = _option(
+        None, "distance of the nearest guidance frame (half the zigzag width)", least=1
+    )
+    stride: int | None = _option(None, "latent frames between window starts (half the model's window)", least=1)
+    moving_phase: bool = _option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
+    commit: str = _option("leading", "which end of a window is kept (trailing: FIFO-Diffusion's look-ahead)",
+                          choices=("leading", "trailing"))  # fmt: skip
+    window_order: str = _option("parallel", "whether later windows of a pass see earlier commits (sequential) or not",
+                                choices=("parallel", "sequential"))  # fmt: skip
+    window_batch: int = _option(1, "windows that go through the network together", least=1)
+    warmup: str = _option("grow", "the first queue: grown behind the seed clip, or copies of its first frame (FIFO)",
+                          choices=("grow", "copies"))  # fmt: skip
+    self_reflection: bool = _option(True, "watch the consistency score, and search again where it falls [DCE]")
+    score_drop: float = _option(0.01, "fall of the score that triggers a search [delta_adju]")
+    judge_step: int = _option(10, "step index at which a group of latent frames is judged", least=1)
+    reference_groups: int = _option(2, "groups just before the judged one that it is compared with", least=1)
+    candidates: int = _option(3, "continuations tried by one search [K]", least=1)
+    judge: str = _option("latent", "what is compared: latents (paper), or x0 predictions, which carry far less noise",
+                         choices=("latent", "x0"))  # fmt: skip
+    channels: str = _option("mean", "whether channels are averaged before the comparison (paper) or all count",
+                            choices=("mean", "all"))  # fmt: skip
+    prompt_blend_frames: int = _option(0, "video frames over which the text runs from one prompt to the next")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("zigzag_width", 1),
-            ("stage2_steps", 0),
-            ("refine_steps", 0),
-            ("guidance_frames", 0),
-            ("window_batch", 1),
-            ("judge_step", 1),
-            ("reference_groups", 1),
-            ("candidates", 1),
-            ("prompt_blend_frames", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                allowed = " or ".join(repr(choice) for choice in choices)
-                raise ConfigError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-        for name in ("self_reflection", "moving_phase"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if isinstance(self.score_drop, bool) or not isinstance(self.score_drop, int | float):
-            raise ConfigError(f"score_drop must be a number, got {self.score_drop!r}")
-        if self.guidance_offset is not None and (not isinstance(self.guidance_offset, int) or self.guidance_offset < 1):
-            raise ConfigError(f"guidance_offset must be a whole number of at least 1, got {self.guidance_offset!r}")
-        if self.stride is not None and (not isinstance(self.stride, int) or self.stride < 1):
-            raise ConfigError(f"stride must be a whole number of at least 1, got {self.stride!r}")
+        for option in dataclasses.fields(self):
+            _check_option(option.name, getattr(self, option.name), option.default, option.metadata)
 
     def check(self, num_steps: int, window_frames: int) -> None:
         """Refuse what cannot run with this many steps and this native window; ConfigError names the option."""
@@ -100,8 +70,9 @@ class MigaConfig:
             (self.stride is not None and self.stride > local_frames, f"stride {self.stride} exceeds the "
              f"{local_frames} local frames of a window (window {window_frames} − guidance_frames "
              f"{self.guidance_frames})"),
-            (self.self_reflection and self.judge_step >= handoff_step, f"judge_step {self.judge_step} must lie before "
-             f"the hand-off at step {handoff_step}; lower it or use self_reflection off"),
+            (self.self_reflection and self.judge_step + self.reference_groups > handoff_step, f"judge_step "
+             f"{self.judge_step} with {self.reference_groups} reference_groups reaches past the hand-off at step "
+             f"{handoff_step}; lower one, or switch self_reflection off"),
             (self.commit == "trailing" and self.guidance_frames > 0, "commit 'trailing' needs guidance_frames 0"),
         )  # fmt: skip
         for is_wrong, sentence in problems:
@@ -109,13 +80,20 @@ class MigaConfig:
                 raise ConfigError(sentence)
 
 
-_CHOICES = {
-    "commit": ("leading", "trailing"),
-    "window_order": ("parallel", "sequential"),
-    "warmup": ("grow", "copies"),
-    "judge": ("latent", "x0"),
-    "channels": ("mean", "all"),
-}
+def _check_option(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {value!r}")
+    elif isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ConfigError(f"{name} must be a number, got {value!r}")
+    elif isinstance(default, str):
+        if value not in metadata["choices"]:
+            raise ConfigError(f"{name} must be {' or '.join(map(repr, metadata['choices']))}, got {value!r}")
+    elif value is None and default is None:
+        return
+    elif isinstance(value, bool) or not isinstance(value, int) or value < metadata["least"]:
+        raise ConfigError(f"{name} must be a whole number of at least {metadata['least']}, got {value!r}")
 
 
 @dataclass(frozen=True)

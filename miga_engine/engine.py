@@ -129,7 +129,7 @@ class Engine:
         """
         target = _resolve_device(device)
         compute = _resolve_dtype(dtype, target)
-        is_tiny = str(model) == "tiny" and not Path("tiny").exists()
+        is_tiny = str(model) == "tiny"
         folder = _TINY_FOLDER if is_tiny else Path(model)
         if not folder.exists():
             raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")

@@ -190,6 +190,10 @@ def test_a_prompt_after_the_end_changes_nothing(engine):
         ({"guidance_scale": "5"}, "guidance_scale must be a finite number .*got '5'"),
         ({"fps": 0}, "fps must be a whole number"),
         ({"num_inference_steps": 3}, "stage2_steps 3 leaves Stage 1 0 of 3 steps"),
+        (
+            {"miga": dataclasses.replace(golden_model.MIGA, judge_step=6)},
+            "judge_step 6 with 2 reference_groups reaches",
+        ),
         ({"solver": "heun"}, "solver 'heun' is unknown"),
         ({"solver": "ddim"}, "solver 'ddim' does not fit a model that predicts velocity"),
         ({"miga": MigaConfig(), "num_inference_steps": 54}, "zigzag_width 7 exceeds the model's window of 5"),

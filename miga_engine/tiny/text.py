@@ -13,20 +13,20 @@ from torch import Tensor
 
 from miga_engine.tiny import world
 
-_SUBJECT_WORDS = {
+_SUBJECT_WORDS: dict[str, tuple[str, ...]] = {
     "balloon": ("balloon", "hot air balloon"),
     "kite": ("kite",),
     "bird": ("bird", "gull"),
     "plane": ("plane", "airplane", "aeroplane"),
 }
-_COLOUR_WORDS = {"red": ("red", "crimson"), "yellow": ("yellow", "golden")}
-_TERRAIN_WORDS = {
+_COLOUR_WORDS: dict[str, tuple[str, ...]] = {"red": ("red", "crimson"), "yellow": ("yellow", "golden")}
+_TERRAIN_WORDS: dict[str, tuple[str, ...]] = {
     "green": ("green hills", "grassy hills", "green meadows"),
     "snowy": ("snowy hills", "snow covered hills", "snowy mountains", "snow"),
     "desert": ("desert hills", "a desert", "the desert", "sand dunes", "desert dunes"),
     "dark": ("dark hills", "dark mountains", "black hills"),
 }
-_TIME_WORDS = {
+_TIME_WORDS: dict[str, tuple[str, ...]] = {
     "dawn": ("at dawn", "at sunrise", "in the morning"),
     "noon": ("at noon", "at midday", "by day"),
     "dusk": ("at dusk", "at sunset", "in the evening"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -293,11 +294,12 @@ def train_dit(work: Path, minutes: float, peak_lr: float, seed: int = 0, compile
         sigma = 3 * u / (1 + 2 * u)
         return x0, torch.randn_like(x0), sigma, ids.masked_fill(unknown, 2), mask
 
-    loss_fn = dit_loss
+    loss_fn: Callable[..., Tensor] = dit_loss
     if compile_step:
         inputs = draw()
         grads = []
-        for fn in (dit_loss, torch.compile(dit_loss)):
+        forms: list[Callable[..., Tensor]] = [dit_loss, torch.compile(dit_loss)]
+        for fn in forms:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = fn(dit, encoder, *inputs, rope)
             grads.append(torch.autograd.grad(loss, list(params.values()), allow_unused=True))

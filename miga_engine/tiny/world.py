@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating[Any]]
 
 SUBJECTS = ("balloon", "kite", "bird", "plane")
 COLOURS = ("red", "yellow", "blue", "white", "green")
@@ -251,10 +252,10 @@ def render_frames(
     for kind in SUBJECTS:
         n = np.flatnonzero(kinds == kind)
         if n.size:
-            rgb, alpha = _draw_subject(kind, u[n], v[n], colour[n], phase[n])
+            drawn, alpha = _draw_subject(kind, u[n], v[n], colour[n], phase[n])
             where = (n[:, None, None], rows[n], columns[n])
             under = image[where]
-            image[where] = under + alpha[..., None] * (rgb - under)
+            image[where] = under + alpha[..., None] * (drawn - under)
             mask[where] = alpha
     return np.clip(image, 0, 1), mask
 
