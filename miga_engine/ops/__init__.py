@@ -10,8 +10,9 @@ from torch import Tensor
 
 from miga_engine import _extension
 from miga_engine.ops import reference as _reference
+from miga_engine.ops.attention import frame_attention
 
-__all__ = ["consistency_score", "sampler_update"]
+__all__ = ["consistency_score", "frame_attention", "sampler_update"]
 
 _CHANNEL_MODES = ("mean", "all")
 _NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS = 3, 12  # as in miga_engine.schedule

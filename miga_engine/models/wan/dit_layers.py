@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine.errors import ConfigError
-from miga_engine.models.attention import attention
+from miga_engine.ops import frame_attention
 
 RotaryTable = tuple[Tensor, Tensor]
 
@@ -109,7 +109,7 @@ class SelfAttention(AttentionProjections):
         tokens = x.flatten(1, 2)
         q = rotate(self.heads(self.norm_q(self.q(tokens)).float()), table).to(x.dtype)
         k = rotate(self.heads(self.norm_k(self.k(tokens)).float()), table).to(x.dtype)
-        out = attention(q, k, self.heads(self.v(tokens)))
+        out = frame_attention(q, k, self.heads(self.v(tokens)))
         return self.o(out.flatten(2)).view_as(x)
 
 
@@ -124,7 +124,7 @@ class CrossAttention(AttentionProjections):
         """x [B, F, S, D]; keys and values [B, T, heads, d] or, with a prompt for each frame, [B·F, T, heads, d]."""
         tokens = x.flatten(1, 2) if keys.shape[0] == x.shape[0] else x.flatten(0, 1)
         q = self.heads(self.norm_q(self.q(tokens)).to(x.dtype))
-        return self.o(attention(q, keys, values).flatten(2)).view_as(x)
+        return self.o(frame_attention(q, keys, values).flatten(2)).view_as(x)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.models.attention import attention
+from miga_engine.ops import frame_attention
 
 MAX_DISTANCE = 128  # positions further apart share the last bucket
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, T, D], bias [B, heads, T, T] -> [B, T, D]."""
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        return self.o(attention(q, k, v, bias=bias, scale=1.0).flatten(2))
+        return self.o(frame_attention(q, k, v, bias=bias, scale=1.0).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.models.attention import attention
+from miga_engine.ops import frame_attention
 
 FeatureCache = dict[str, Tensor]
 
@@ -131,7 +131,7 @@ class AttentionBlock(nn.Module):
         height, width = x.shape[-2:]
         qkv = per_frame(self.to_qkv, self.norm(x)).flatten(0, 1).flatten(2).transpose(1, 2)  # [B·T, H·W, 3C]
         q, k, v = qkv.unsqueeze(2).chunk(3, dim=-1)
-        out = attention(q, k, v).squeeze(2).transpose(1, 2).unflatten(2, (height, width))
+        out = frame_attention(q, k, v).squeeze(2).transpose(1, 2).unflatten(2, (height, width))
         return x + self.proj(out).unflatten(0, x.shape[:2])
 
 

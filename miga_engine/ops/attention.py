@@ -1,4 +1,4 @@
-"""Scaled dot-product attention of the model zoo: the single place where it is called."""
+"""Attention behind one face: the single place of the networks where it is computed, for kernels to take over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale · q kᵀ + bias) v, every query seeing every key.
 
     q [B, N, H, D], k and v [B, M, H, D], bias broadcastable to [B, H, N, M], scale defaulting to D^-1/2.
