@@ -21,8 +21,7 @@ from miga_engine.models.loading import ModelBundle, load_bundle
 from miga_engine.prompts import PromptTimeline
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import Schedule, make_schedule
-
-_TINY_FOLDER = Path(__file__).parent / "tiny" / "weights"
+from miga_engine.tiny import WEIGHTS_DIR
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Engine:
         target = _resolve_device(device)
         compute = _resolve_dtype(dtype, target)
         is_tiny = str(model) == "tiny"
-        folder = _TINY_FOLDER if is_tiny else Path(model)
+        folder = WEIGHTS_DIR if is_tiny else Path(model)
         if not folder.exists():
             raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")
         preset_name = preset or ("tiny" if is_tiny else "wan2.1")
