@@ -8,6 +8,7 @@ timeline  a prompt that changes from dawn to night at frame 160
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,26 +27,26 @@ PROMPTS = (
 NUM_FRAMES = 481
 
 
-def _row(
-    engine: Engine, prompt: str | dict[int, str], num_tiles: int, num_frames: int = NUM_FRAMES, **options
-) -> torch.Tensor:
-    frames = engine.generate(prompt, num_frames, seed=1, **options).frames
-    return frames[torch.linspace(0, num_frames - 1, num_tiles).round().long()]
+@cache
+def _video(engine: Engine, prompt: str, method: str) -> torch.Tensor:
+    config = engine.preset.miga
+    if method == "FIFO":
+        config = fifo_config(config, engine.bundle.window_frames)
+    return engine.generate(prompt, NUM_FRAMES, seed=1, miga=config).frames
+
+
+def _row(engine: Engine, prompt: str, method: str, num_tiles: int) -> torch.Tensor:
+    return _video(engine, prompt, method)[torch.linspace(0, NUM_FRAMES - 1, num_tiles).round().long()]
 
 
 def long(engine: Engine) -> None:
-    rows = [_row(engine, prompt, 8) for prompt in PROMPTS]
-    write_contact_sheet(DOCS / "long_videos.png", rows)
+    write_contact_sheet(DOCS / "long_videos.png", [_row(engine, prompt, "MIGA", 8) for prompt in PROMPTS])
 
 
 def rivals(engine: Engine) -> None:
-    fifo = fifo_config(engine.preset.miga, engine.bundle.window_frames)
-    rows, labels = [], []
-    for prompt in PROMPTS:
-        for name, config in (("FIFO", fifo), ("MIGA", engine.preset.miga)):
-            rows.append(_row(engine, prompt, 10, miga=config))
-            labels.append(name)
-    write_contact_sheet(DOCS / "fifo_vs_miga.png", rows, labels)
+    pairs = [(prompt, method) for prompt in PROMPTS for method in ("FIFO", "MIGA")]
+    rows = [_row(engine, prompt, method, 10) for prompt, method in pairs]
+    write_contact_sheet(DOCS / "fifo_vs_miga.png", rows, [method for _, method in pairs])
 
 
 def timeline(engine: Engine) -> None:
@@ -59,7 +60,7 @@ SHEETS = {"long": long, "rivals": rivals, "timeline": timeline}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sheets", nargs="*", choices=[*SHEETS, []], metavar="SHEET", help="default: all")
+    parser.add_argument("sheets", nargs="*", metavar="SHEET", help="default: all")
     engine = Engine.from_pretrained("tiny")
     for name in parser.parse_args().sheets or SHEETS:
         SHEETS[name](engine)

@@ -128,7 +128,7 @@ _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, strid
 _VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=10, guidance_frames=4,
                                     self_reflection=False, score_drop=0.001)  # fmt: skip
 _TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, stride=6, judge_step=8, reference_groups=2,
-                   judge="x0", channels="all", score_drop=0.05)  # fmt: skip
+                   judge="x0", channels="all", score_drop=0.2)  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = {
     "wan2.1": Preset(miga=_WAN),

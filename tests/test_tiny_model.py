@@ -30,8 +30,10 @@ def test_weights_are_small_and_state_their_figures():
 
 @torch.no_grad()
 def test_vae_reconstructs_an_unseen_scene(bundle):
-    """Within 3 dB of the mean that the weights state, in the subject's box too, and flat along time once the causal decoder has
-    started up (the card states how much softer frames 1 and 4 are)."""
+    """Within 3 dB of the mean that the weights state, in the subject's box too, and flat along time.
+
+    Flat once the causal decoder has started up: the card states how much softer frames 1 and 4 are.
+    """
     stated = json.loads((WEIGHTS_DIR / "miga.json").read_text())["figures"]["vae"]
     scene = world.Scene("balloon", "red", "green", "noon", 123_456)
     video, mask = world.render(scene, 20_000, 49)
