@@ -35,12 +35,11 @@ def main() -> None:
     for chunk in engine.stream("a red balloon over snowy hills at dawn", num_frames):
         first_at = first_at or forwards
         out += len(chunk.frames)
-        bucket = out * 4 // num_frames
+        bucket = (out - 1) * 4 // num_frames
         peaks[bucket] = max(peaks.get(bucket, 0.0), resident_mib())
     for bucket, peak in sorted(peaks.items()):
         print(f"frames to {min(num_frames, (bucket + 1) * num_frames // 4):>6}: peak {peak:7.1f} MiB")
-    quarter = max(peak for bucket, peak in peaks.items() if bucket <= 1)
-    print(f"growth after frame {num_frames // 4}: {100 * (max(peaks.values()) / quarter - 1):.2f} %")
+    print(f"growth after frame {num_frames // 4}: {100 * (max(peaks.values()) / peaks[0] - 1):.2f} %")
     print(f"first frames after {first_at} of {forwards} forwards: {100 * first_at / forwards:.1f} % of the work")
 
 

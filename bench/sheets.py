@@ -8,6 +8,7 @@ timeline  a prompt that changes from dawn to night at frame 160
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def rivals(engine: Engine) -> None:
 
 def timeline(engine: Engine) -> None:
     prompts = {0: "a red balloon over snowy hills at dawn", 160: "a red balloon over snowy hills at night"}
-    frames = engine.generate(prompts, 321, seed=1).frames
+    config = dataclasses.replace(engine.preset.miga, prompt_blend_frames=32)
+    frames = engine.generate(prompts, 321, seed=1, miga=config).frames
     write_contact_sheet(DOCS / "timeline.png", [frames[0:160:20], frames[160:320:20]], ["0 …", "160 …"])
 
 
