@@ -39,6 +39,10 @@ def _config(engine: Engine, **options):
     return dataclasses.replace(engine.preset.miga, stage2_steps=3, self_reflection=False, **options)
 
 
+def _few_steps(engine: Engine) -> dict:
+    return {"num_inference_steps": 12, "miga": _config(engine)}
+
+
 def _stream(engine: Engine, network, config, num_frames: int) -> torch.Tensor:
     run = VideoRun(
         network, make_schedule("unipc", STEPS, 3.0), config, window_frames=engine.bundle.window_frames,
@@ -74,7 +78,7 @@ def test_presets_defaults_fit_the_model(engine):
 def test_night_falls_when_the_prompt_says_so(engine):
     """The picture darkens near the change and not before; the steps are few, so the picture is rough."""
     prompts = {0: "a red balloon over snowy hills at noon", 80: "a red balloon over snowy hills at night"}
-    frames = engine.generate(prompts, 141, seed=3, num_inference_steps=12).frames
+    frames = engine.generate(prompts, 141, seed=3, **_few_steps(engine)).frames
     light = frames.float().mean(dim=(1, 2, 3))
     assert light[120:].mean() < 0.6 * light[:40].mean()
     assert light[:57].min() > 0.75 * light[:40].mean()
@@ -83,7 +87,7 @@ def test_night_falls_when_the_prompt_says_so(engine):
 def test_prompts_are_heard(engine):
     """At noon the sky is blue, at dusk it is not."""
     noon, dusk = (
-        engine.generate(f"a yellow kite over green hills at {time}", 49, seed=1, num_inference_steps=12).frames.float()
+        engine.generate(f"a yellow kite over green hills at {time}", 49, seed=1, **_few_steps(engine)).frames.float()
         for time in ("noon", "dusk")
     )
     blueness = [float((frames[:, :24, :, 2] - frames[:, :24, :, 0]).mean()) for frames in (noon, dusk)]
