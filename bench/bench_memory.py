@@ -1,8 +1,8 @@
 """Is memory flat in the length, and when do the first frames leave? `python bench/bench_memory.py [FRAMES]`.
 
 Prints the process's resident memory along a run of the embedded model, its growth between a quarter of the run and the
-end, and the share of all network forwards that had been done when the first frame left. glibc keeps freed memory back, by
-some per cent and by chance; `MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536` in the environment takes that out.
+end, and the share of all network forwards that had been done when the first frame left. glibc keeps freed memory back,
+by some per cent and by chance; `MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536` in the environment takes that out.
 """
 
 from __future__ import annotations

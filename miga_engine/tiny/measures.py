@@ -96,23 +96,6 @@ def psnr(
     return float(-10 * np.log10(error.mean())), float(-10 * np.log10(np.mean(inside))), per_frame
 
 
-def contact_sheet(
-    rows: Sequence[Sequence[npt.NDArray[np.uint8]]], scale: int = 2, gap: int = 3
-) -> npt.NDArray[np.uint8]:
-    """Frames `[H,W,3]` of equal size in rows, enlarged, with white gaps between."""
-    from PIL import Image
-
-    h, w = rows[0][0].shape[:2]
-    h, w = h * scale, w * scale
-    sheet = np.full((len(rows) * (h + gap) + gap, len(rows[0]) * (w + gap) + gap, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, frame in enumerate(row):
-            big = np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.LANCZOS))
-            y, x = gap + i * (h + gap), gap + j * (w + gap)
-            sheet[y : y + h, x : x + w] = big
-    return sheet
-
-
 @torch.no_grad()
 def sample_clips(
     bundle: ModelBundle,
@@ -193,7 +176,7 @@ def clip_figures(
 
 def main() -> None:
     """Prints the figures of the shipped weights as JSON and, if asked, writes the contact sheets."""
-    from PIL import Image
+    from miga_engine.video.contact_sheet import write_contact_sheet
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=WEIGHTS_DIR)
@@ -212,8 +195,9 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2))
 
-    def pictures(video: Tensor, frames: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
-        return [np.asarray((video[f].permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8)) for f in frames]
+    def pictures(video: Tensor, frames: Sequence[int]) -> npt.NDArray[np.uint8]:
+        chosen = video[list(frames)].permute(0, 2, 3, 1)
+        return np.asarray((chosen * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
 
     if args.docs:
         rng = np.random.default_rng(7)
@@ -224,10 +208,9 @@ def main() -> None:
             with torch.no_grad():
                 rec = bundle.vae.decode(bundle.vae.encode(x.transpose(0, 1)[None]))[0].transpose(0, 1)
             rows += [pictures(v, range(0, 97, 16)) for v in (x, rec)]
-        Image.fromarray(contact_sheet(rows)).save(args.docs / "vae_reconstructions.png")
+        write_contact_sheet(args.docs / "vae_reconstructions.png", rows)
         chosen = range(0, min(12, len(clips)))
-        sheet = contact_sheet([pictures(clips[i], range(0, 49, 8)) for i in chosen])
-        Image.fromarray(sheet).save(args.docs / "short_clips.png")
+        write_contact_sheet(args.docs / "short_clips.png", [pictures(clips[i], range(0, 49, 8)) for i in chosen])
         for i in chosen:
             print(world.caption(scenes[i]), read_attributes(classifier, clips[i]))
 
