@@ -524,7 +524,7 @@ def main() -> None:
     """Runs one step of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=["vae", "cache", "dit", "classifier", "export"])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"), help="folder of the checkpoints")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder of the checkpoints")
     parser.add_argument("--minutes", type=float, default=35.0, help="wall-clock length of a training")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--compile", action="store_true", help="compile what is known to train the same compiled")
