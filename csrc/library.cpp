@@ -103,7 +103,8 @@ void update_frames(
 void sampler_update(
     Tensor sample, Tensor last_sample, Tensor x0, Tensor x0_previous, const Tensor& velocity_cond,
     std::optional<Tensor> velocity_uncond, const Tensor& slots, const Tensor& coefficients, const Tensor& step_index,
-    const Tensor& history_length, double guidance_scale, std::optional<Tensor> noise) {
+    const Tensor& history_length, double guidance_scale, std::optional<Tensor> noise, std::optional<Tensor> noise_counters,
+    int64_t noise_seed) {
   const ScalarType type = sample.scalar_type();
   const auto packed = [type](const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, type)); };
   const auto packed_if = [&](const std::optional<Tensor>& tensor) {

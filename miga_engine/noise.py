@@ -15,6 +15,7 @@ lies on a rounding boundary.
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,30 @@ class Purpose(IntEnum):
     SOLVER = 5  # noise that a stochastic solver adds; stream: stage and step_index
 
 
+class FrameNoise(NamedTuple):
+    """Noise of n frames not drawn yet: what a kernel needs to draw it in place."""
+
+    seed: int  # two's complement, a signed 64-bit integer
+    counters: Tensor  # [n,3] int64: words 1, 2 and 3 of each frame's counters, 0 … 2³² − 1
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        """[n, *shape] float32 on the device of the counters."""
+        target = self.counters.device
+        num_elements = math.prod(shape)
+        counters_per_frame = -(-num_elements // 4)
+        num_frames = self.counters.shape[0]
+        num_counters = num_frames * counters_per_frame
+        key = (self.seed & _MASK, (self.seed >> 32) & _MASK)
+        block = _BLOCK_COUNTERS_CPU if target.type == "cpu" else _BLOCK_COUNTERS_GPU
+        normals = torch.empty((num_counters, 4), dtype=torch.float32, device=target)
+        for start in range(0, num_counters, block):
+            index = torch.arange(start, min(start + block, num_counters), device=target)
+            frame, stream, high = self.counters[index // counters_per_frame].unbind(1)
+            counter = (index % counters_per_frame, frame, stream, high)
+            _box_muller(philox4x32(key, counter), normals[start : start + block])
+        return normals.view(num_frames, counters_per_frame * 4)[:, :num_elements].reshape(-1, *shape)
+
+
 def normal(
     seed: int,
     purpose: Purpose,
@@ -53,7 +78,19 @@ def normal(
     stream: int | Sequence[int] | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise [n, *shape] float32, one frame of `shape` per frame number.
+    """Standard normal noise [n, *shape] float32, one frame of `shape` per number; ranges as in `frame_noise`."""
+    return frame_noise(seed, purpose, frame_numbers, stream=stream, device=device).draw(shape)
+
+
+def frame_noise(
+    seed: int,
+    purpose: Purpose,
+    frame_numbers: Sequence[int] | Tensor,
+    *,
+    stream: int | Sequence[int] | Tensor = 0,
+    device: torch.device | str | None = None,
+) -> FrameNoise:
+    """The noise of n frames by its counters, for `ops.sampler_update` to draw where it is used.
 
     seed: any 64-bit integer, signed or not (−1 and 2⁶⁴ − 1 are the same key); stream: 0 … 2³² − 1, one for all
     frames or one a frame; frame numbers: −2⁵⁵ … 2⁵⁵ − 1 (frames before the video's first are numbered from −1 down).
@@ -70,25 +107,9 @@ def normal(
     target = torch.device(device) if device is not None else frames.device
     frames = frames.to(target)
     streams = streams.to(target).expand(frames.shape[0])
-
-    num_elements = math.prod(shape)
-    counters_per_frame = -(-num_elements // 4)
-    num_counters = frames.shape[0] * counters_per_frame
-    key = (seed & _MASK, (seed >> 32) & _MASK)
-    block = _BLOCK_COUNTERS_CPU if target.type == "cpu" else _BLOCK_COUNTERS_GPU
-    normals = torch.empty((num_counters, 4), dtype=torch.float32, device=target)
-    for start in range(0, num_counters, block):
-        index = torch.arange(start, min(start + block, num_counters), device=target)
-        row = index // counters_per_frame
-        frame = frames[row]
-        counter = (
-            index % counters_per_frame,
-            frame & _MASK,
-            streams[row],
-            (frame >> 32 << _PURPOSE_BITS) & _MASK | int(purpose),
-        )
-        _box_muller(philox4x32(key, counter), normals[start : start + block])
-    return normals.view(frames.shape[0], counters_per_frame * 4)[:, :num_elements].reshape(-1, *shape)
+    high = (frames >> 32 << _PURPOSE_BITS) & _MASK | int(purpose)
+    signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return FrameNoise(signed_seed, torch.stack([frames & _MASK, streams, high], dim=1))
 
 
 def _check_range(name: str, values: Tensor, least: int, most: int) -> None:

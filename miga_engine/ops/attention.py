@@ -1,18 +1,317 @@
-"""Attention behind one face: the single place of the networks where it is computed, for kernels to take over."""
+"""frame_attention: attention behind one face, by whichever backend is fastest here or was asked for by name."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from miga_engine.errors import ConfigError, DeviceError
+from miga_engine.ops import reference as _reference
+from miga_engine.ops._registry import has_triton, require
+
+_log = logging.getLogger(__name__)
+
+TRITON_HEAD_DIMS = (64, 128)
+
+torch.library.define(
+    "miga::frame_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_rows, float? scale, str backend) -> Tensor",
+)
 
 
-def frame_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v, every query seeing every key.
+@torch.library.register_fake("miga::frame_attention")
+def _frame_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, scale: float | None, backend: str
+) -> Tensor:
+    return q.new_empty(q.shape)
 
-    q [B, N, H, D], k and v [B, M, H, D], bias broadcastable to [B, H, N, M], scale defaulting to D^-1/2.
-    Returns [B, N, H, D] in the dtype of q. The batch of k and v may be a broadcast (stride-0) view.
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    key_rows: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale·q kᵀ + bias) v, every query seeing every key: [B,N,H,D] in the dtype of q, contiguous.
+
+    q [B,N,H,D]; k, v [P,M,H,D], one dtype; bias broadcastable to [P,H,N,M], a key's own if [P,1,1,M]; scale D^-1/2 if
+    None. key_rows int64 [B] or [B,F] names the row of k, v and bias for each window, or for each of its F equal runs of
+    queries; without it P is B or 1. Queries may be fewer than keys (a slice of the window's tokens).
+
+    backend: "auto" takes the fastest exact one installed, timed once at the real shape on each GPU (SDPA on CPUs); any
+    other of ATTENTION_BACKENDS is obeyed or refused with DeviceError, and never replaced. A backend must agree with
+    the oracle on a sample of its first call's queries before its result is used.
     """
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=scale
+    require(q.ndim == 4, "q", "shape", tuple(q.shape), "[B,N,H,D]")
+    frame = q.shape[2:]
+    for name, tensor in (("k", k), ("v", v)):
+        is_like = tensor.ndim == 4 and tensor.shape[2:] == frame and tensor.shape[:2] == k.shape[:2]
+        require(is_like, name, "shape", tuple(tensor.shape), f"[P,M,{frame[0]},{frame[1]}], as q and k")
+        require(tensor.dtype == q.dtype, name, "dtype", tensor.dtype, f"{q.dtype} as q")
+    if key_rows is None:
+        require(k.shape[0] in (1, q.shape[0]), "k", "batch", k.shape[0], f"1 or {q.shape[0]}, or key_rows")
+    else:
+        is_index = key_rows.dtype == torch.int64 and key_rows.ndim in (1, 2) and key_rows.shape[0] == q.shape[0]
+        require(is_index, "key_rows", "shape", tuple(key_rows.shape), f"int64 [{q.shape[0]}] or [{q.shape[0]},F]")
+        num_runs = key_rows.numel() // max(q.shape[0], 1)
+        require(q.shape[1] % max(num_runs, 1) == 0, "q", "length", q.shape[1], f"a multiple of {num_runs} frames")
+    if bias is not None:
+        require(bias.ndim == 4, "bias", "shape", tuple(bias.shape), "[P,H,N,M] or broadcastable to it")
+    if backend not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attention is {backend!r}: choose {', '.join(ATTENTION_BACKENDS)}")
+    return torch.ops.miga.frame_attention(q, k, v, bias, key_rows, scale, backend)
+
+
+def attention_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
+    """Every backend's name → "" if it runs on this device at head size 128, else why not; for `miga info`."""
+    q = torch.empty(1, 1, 1, 128, dtype=dtype, device=device)
+    return {name: backend.refuses(_Call(q, q, q, None, None, None)) or "" for name, backend in _BACKENDS.items()}
+
+
+@dataclass(frozen=True)
+class _Call:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    key_rows: Tensor | None
+    scale: float | None
+
+    def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(q, k, v, bias) with one row of keys and values for each entry of q's batch."""
+        k, v, bias, q = _reference.by_key_rows(self.q, self.k, self.v, self.bias, self.key_rows)
+        return q, k, v, bias
+
+    @property
+    def is_short_biased(self) -> bool:
+        """A bias of its own for each key, and no other."""
+        return self.bias is None or self.bias.shape[1:3] == (1, 1)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    refuses: Callable[[_Call], str | None]
+    """Why it cannot run this call, or None."""
+    run: Callable[[_Call], Tensor]
+    is_exact: bool = True
+    """Rounds like attention in q's dtype; a quantised one does not, and auto never takes it."""
+
+
+def _run_sdpa(call: _Call) -> Tensor:
+    q, k, v, bias = call.gathered()
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=call.scale).transpose(1, 2)
+
+
+def _run_cudnn(call: _Call) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _run_sdpa(call)
+
+
+def _run_triton(call: _Call) -> Tensor:
+    bias = None if call.bias is None else call.bias[:, 0, 0]
+    kernel = importlib.import_module("miga_engine.kernels.frame_attention")
+    return kernel.launch(call.q, call.k, call.v, bias, call.key_rows, call.scale)
+
+
+def _run_xformers(call: _Call) -> Tensor:
+    import xformers.ops
+
+    q, k, v, bias = call.gathered()
+    if bias is not None:
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        padded = q.new_empty(*shape[:3], -(-shape[3] // 8) * 8)  # its kernels read rows of eight
+        bias = padded[..., : shape[3]].copy_(bias.expand(shape))
+    return xformers.ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=call.scale)
+
+
+def _run_flash(call: _Call) -> Tensor:
+    if importlib.util.find_spec("flash_attn_interface"):  # version 3, for Hopper
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
+    q, k, v, _ = call.gathered()
+    out = flash_attn_func(q, k, v, softmax_scale=call.scale)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _run_sage(call: _Call) -> Tensor:
+    from sageattention import sageattn
+
+    q, k, v, _ = call.gathered()
+    return sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=call.scale)
+
+
+def _run_reference(call: _Call) -> Tensor:
+    return _reference.frame_attention(call.q, call.k, call.v, call.bias, call.key_rows, call.scale)
+
+
+def _always(call: _Call) -> None:
+    return None
+
+
+def _refuses_triton(call: _Call) -> str | None:
+    if not has_triton():
+        return "the triton package is not installed"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (call.q.is_cuda or is_interpreted):
+        return f"its kernels need a GPU, and the tensors are on {call.q.device.type}"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if is_interpreted else (torch.bfloat16, torch.float16)
+    return (
+        _dtype_refusal(call, dtypes)
+        or _head_refusal(call, TRITON_HEAD_DIMS)
+        or (None if call.is_short_biased else "it takes a bias for each key, not for each pair of query and key")
     )
-    return out.transpose(1, 2)
+
+
+def _refuses_cudnn(call: _Call) -> str | None:
+    if not call.q.is_cuda or torch.version.hip or not torch.backends.cudnn.is_available():
+        return "it needs an NVIDIA GPU with cuDNN"
+    return _dtype_refusal(call, (torch.bfloat16, torch.float16)) or _no_bias(call)
+
+
+def _needs_package(
+    *packages: str, takes_bias: bool, head_dims: tuple[int, ...] | None = None
+) -> Callable[[_Call], str | None]:
+    def refuses(call: _Call) -> str | None:
+        if not any(importlib.util.find_spec(package) for package in packages):
+            return f"the {packages[0]} package is not installed"
+        if not call.q.is_cuda:
+            return f"it needs a GPU, and the tensors are on {call.q.device.type}"
+        refusal = _dtype_refusal(call, (torch.bfloat16, torch.float16)) or (None if takes_bias else _no_bias(call))
+        return refusal or (_head_refusal(call, head_dims) if head_dims else None)
+
+    return refuses
+
+
+def _dtype_refusal(call: _Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return None if call.q.dtype in dtypes else f"it takes {names}, and the tensors are {call.q.dtype}"
+
+
+def _head_refusal(call: _Call, sizes: tuple[int, ...]) -> str | None:
+    size = call.q.shape[3]
+    return None if size in sizes else f"it takes heads of {' or '.join(map(str, sizes))}, and these have {size}"
+
+
+def _no_bias(call: _Call) -> str | None:
+    return None if call.bias is None else "it takes no bias"
+
+
+_BACKENDS = {
+    "triton": _Backend(_refuses_triton, _run_triton),
+    "sdpa": _Backend(_always, _run_sdpa),
+    "cudnn": _Backend(_refuses_cudnn, _run_cudnn),
+    "xformers": _Backend(_needs_package("xformers", takes_bias=True), _run_xformers),
+    "flash": _Backend(_needs_package("flash_attn", "flash_attn_interface", takes_bias=False), _run_flash),
+    "sage": _Backend(_needs_package("sageattention", takes_bias=False, head_dims=(64, 96, 128)), _run_sage, False),
+    "reference": _Backend(_always, _run_reference),
+}
+ATTENTION_BACKENDS = ("auto", *_BACKENDS)
+_TIMED = ("triton", "sdpa", "cudnn", "flash", "xformers")  # what auto chooses from on a GPU
+
+_tested: set[tuple[object, ...]] = set()
+_fastest: dict[tuple[object, ...], str] = {}
+
+
+def _dispatch(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, scale: float | None, backend: str
+) -> Tensor:
+    call = _Call(q, k, v, bias, key_rows, scale)
+    name = _choose(call) if backend == "auto" else backend
+    if refusal := _BACKENDS[name].refuses(call):
+        others = ", ".join(n for n in ATTENTION_BACKENDS if n not in (name, "reference"))
+        raise DeviceError(f"attention={name!r} cannot be used here: {refusal}; choose another of {others}.")
+    return _checked(name, call)
+
+
+def _checked(name: str, call: _Call) -> Tensor:
+    """The backend's result, compared with the oracle on a sample of the queries at the first call of its kind."""
+    out = _BACKENDS[name].run(call).reshape(call.q.shape).contiguous()
+    kind = (name, call.q.device, call.q.dtype, call.q.shape[3], call.bias is not None, call.key_rows is not None)
+    if kind in _tested or name == "reference" or call.q.numel() == 0 or _is_capturing(call):
+        return out
+    if fault := _disagreement(call, out, is_exact=_BACKENDS[name].is_exact):
+        raise DeviceError(f"attention={name!r} gives wrong results on {call.q.device} ({fault}); choose another.")
+    _tested.add(kind)
+    return out
+
+
+def _disagreement(call: _Call, out: Tensor, *, is_exact: bool) -> str | None:
+    """How the result leaves the error budget of its dtype on at most 64 queries of each window, or None."""
+    q, k, v, bias = call.gathered()
+    out = out.reshape(q.shape)
+    index = torch.linspace(0, q.shape[1] - 1, min(q.shape[1], 64), device=q.device).long()
+    if bias is not None and bias.shape[2] > 1:
+        bias = bias[:, :, index]
+    sampled = q[:, index]
+    exact = _reference.frame_attention(sampled.double(), k, v, bias, None, call.scale)
+    result = out[:, index].double()
+    if not bool(exact.isfinite().all()):
+        return None  # the input's fault, found elsewhere
+    if not bool(result.isfinite().all()):
+        return "values that are not finite"
+    if not is_exact:
+        cosine = F.cosine_similarity(result.flatten(), exact.flatten(), dim=0).item()
+        return None if cosine >= 0.999 else f"cosine similarity {cosine:.4f} to the oracle"
+    eager = _reference.frame_attention(sampled, k, v, bias, None, call.scale)
+    eps = torch.finfo(q.dtype).eps
+    budget = 2 * ((eager - exact).abs().max() + eps * exact.abs().max()).item()
+    error = (result - exact).abs().max().item()
+    return None if error <= budget else f"error {error:.2g} against the oracle, where {budget:.2g} is rounding"
+
+
+def _choose(call: _Call) -> str:
+    if not call.q.is_cuda:
+        return "sdpa"
+    device = torch.cuda.get_device_name(call.q.device)
+    bias_shape = None if call.bias is None else call.bias.shape
+    key = (device, call.q.dtype, call.q.shape, call.k.shape, bias_shape, call.key_rows is None)
+    if key not in _fastest:
+        if _is_capturing(call):
+            return "sdpa"  # nothing can be timed now; a caller that wants the fastest runs once before it captures
+        times = {name: _milliseconds(name, call) for name in _TIMED if _BACKENDS[name].refuses(call) is None}
+        _fastest[key] = min(times, key=lambda name: times[name])
+        said = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
+        _log.info("attention of %s queries and %s keys: %s", call.q.shape[1], call.k.shape[1], said)
+    return _fastest[key]
+
+
+def _milliseconds(name: str, call: _Call) -> float:
+    """Median of five runs after two; infinite for a backend that fails or is wrong, which is reported."""
+    try:
+        _checked(name, call)
+        _checked(name, call)
+        times = []
+        for _ in range(5):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            _BACKENDS[name].run(call)
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    except Exception as error:
+        _log.warning("attention backend %s is left out: %s", name, error)
+        return float("inf")
+    return sorted(times)[2]
+
+
+def _is_capturing(call: _Call) -> bool:
+    return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+torch.library.impl("miga::frame_attention", "CompositeExplicitAutograd", _dispatch)

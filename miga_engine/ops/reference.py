@@ -1,7 +1,10 @@
 """Eager oracles of the ops: any device, any float dtype, float64 included. No validation, no dispatch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from miga_engine.noise import FrameNoise
 
 
 def sampler_update(
@@ -18,6 +21,8 @@ def sampler_update(
     history_length: Tensor,
     guidance_scale: float,
     noise: Tensor | None = None,
+    noise_counters: Tensor | None = None,
+    noise_seed: int = 0,
 ) -> None:
     """One solver step of n frames in place; formula in `miga_engine.schedule`, contract in `miga_engine.ops`.
 
@@ -28,6 +33,8 @@ def sampler_update(
     count = slots.shape[0]
     if count == 0:
         return
+    if noise_counters is not None:
+        noise = FrameNoise(noise_seed, noise_counters).draw(tuple(sample.shape[1:]))
     dtype = sample.dtype
     has_slot = slots >= 0
     source = torch.where(has_slot, torch.arange(count, device=slots.device), has_slot.to(torch.int8).argmax())
@@ -73,3 +80,110 @@ def _frame_directions(frames: Tensor, channels: str) -> Tensor:
     vectors = (frames.mean(-3) if channels == "mean" else frames).flatten(frames.ndim - 3)
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(norms > 0, norms, 1)
+
+
+def norm_modulate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """layer_norm(x)·weight[row] + bias[row] in `dtype`; contract in `miga_engine.ops`."""
+    if weight is None or bias is None:
+        return x.to(dtype, copy=True)
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(_by_frame(bias, rows), normed, _by_frame(weight, rows)).to(dtype)
+
+
+def residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x ← x + gate[row]·y, then norm_modulate; contract in `miga_engine.ops`."""
+    if gate is None:
+        x.add_(y)
+    else:
+        x.addcmul_(y.to(x.dtype), _by_frame(gate, rows))
+    return norm_modulate(x, weight, bias, rows, eps, dtype)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    temporal: Tensor | None,
+    spatial: Tensor | None,
+    positions: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> None:
+    """RMSNorm over the width and rotation of channel pairs, in place; contract in `miga_engine.ops`."""
+    table = None
+    if temporal is not None and spatial is not None and positions is not None:
+        table = _rotary_table(temporal, spatial, positions)
+    for tensor, weight in ((q, weight_q), (k, weight_k)):
+        if tensor is None:
+            continue
+        x = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if weight is not None:
+            x = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+        if table is not None:
+            cos, sin = (part.to(x.dtype) for part in table)
+            even, odd = x.unflatten(2, (num_heads, -1, 2)).unbind(-1)  # [B,N,H,D/H/2]
+            x = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(2)
+        tensor.copy_(x)
+
+
+def frame_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, scale: float | None
+) -> Tensor:
+    """softmax(scale·q kᵀ + bias) v, one head and at most 1,024 queries at a time; contract in `miga_engine.ops`."""
+    k, v, bias, q_frames = by_key_rows(q, k, v, bias, key_rows)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    batch, num_queries, num_heads, _ = q_frames.shape
+    out = torch.empty_like(q_frames, memory_format=torch.contiguous_format)
+    shape = (batch, num_heads, num_queries, k.shape[1])
+    bias = None if bias is None else bias.to(dtype).expand(shape)
+    for head in range(num_heads):
+        keys, values = k[:, :, head].to(dtype), v[:, :, head].to(dtype)
+        for start in range(0, num_queries, 1024):
+            part = slice(start, start + 1024)
+            scores = q_frames[:, part, head].to(dtype) @ keys.mT * factor
+            if bias is not None:
+                scores = scores + bias[:, head, part]
+            out[:, part, head] = (scores.softmax(-1) @ values).to(q.dtype)
+    return out.view(q.shape)
+
+
+def by_key_rows(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(k, v, bias, q) with one row of keys a batch entry; with rows [B,F], q becomes [B·F,N/F,H,D]."""
+    if key_rows is None:
+        if k.shape[0] != q.shape[0]:
+            k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
+        return k, v, bias, q
+    rows = key_rows.flatten()
+    if bias is not None and bias.shape[0] > 1:
+        bias = bias.index_select(0, rows)
+    frames = q.reshape(rows.shape[0], -1, *q.shape[2:])
+    return k.index_select(0, rows), v.index_select(0, rows), bias, frames
+
+
+def _by_frame(table: Tensor, rows: Tensor | None) -> Tensor:
+    """[R,D] → [B,F,1,D], or [D] where one row serves every frame."""
+    return table[0] if rows is None or table.shape[0] == 1 else table[rows].unsqueeze(2)
+
+
+def _rotary_table(temporal: Tensor, spatial: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B,F·S,1,pairs] of every token."""
+    batch, num_frames = positions.shape
+    grid = (batch, num_frames, spatial.shape[0])
+    in_time = temporal[positions][:, :, None].expand(*grid, -1, -1)
+    table = torch.cat([in_time, spatial.expand(*grid, -1, -1)], dim=-1).flatten(1, 2)  # [B,N,2,pairs]
+    return table[:, :, :1], table[:, :, 1:]

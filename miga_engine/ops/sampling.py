@@ -1,0 +1,131 @@
+"""Ops on latent frames: one solver step of a pass, and the score that self-reflection judges by."""
+
+import torch
+from torch import Tensor
+
+from miga_engine.noise import FrameNoise
+from miga_engine.ops import reference as _reference
+from miga_engine.ops._registry import register, require, require_like
+
+_CHANNEL_MODES = ("mean", "all")
+_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS = 3, 12  # as in miga_engine.schedule
+
+torch.library.define(
+    "miga::sampler_update",
+    "(Tensor(a!) sample, Tensor(b!) last_sample, Tensor(c!) x0, Tensor(d!) x0_previous, Tensor velocity_cond, "
+    "Tensor? velocity_uncond, *, Tensor slots, Tensor coefficients, Tensor step_index, Tensor history_length, "
+    "float guidance_scale, Tensor? noise=None, Tensor? noise_counters=None, int noise_seed=0) -> ()",
+)
+torch.library.define("miga::consistency_score", '(Tensor reference, Tensor candidates, str channels="mean") -> Tensor')
+
+
+def _consistency_score_eager(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
+    return _reference.consistency_score(reference, candidates, channels).to(torch.float32)
+
+
+register("sampler_update", _reference.sampler_update, kernel="sampler_update")
+register("consistency_score", _consistency_score_eager, kernel="consistency_score")
+
+
+@torch.library.register_fake("miga::sampler_update")
+def _sampler_update_fake(*args: Tensor | None, **kwargs: Tensor | float | None) -> None:
+    return None
+
+
+@torch.library.register_fake("miga::consistency_score")
+def _consistency_score_fake(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
+    return candidates.new_empty((candidates.shape[0],), dtype=torch.float32)
+
+
+def sampler_update(
+    sample: Tensor,
+    last_sample: Tensor,
+    x0: Tensor,
+    x0_previous: Tensor,
+    velocity_cond: Tensor,
+    velocity_uncond: Tensor | None,
+    *,
+    slots: Tensor,
+    coefficients: Tensor,
+    step_index: Tensor,
+    history_length: Tensor,
+    guidance_scale: float,
+    noise: Tensor | FrameNoise | None = None,
+) -> None:
+    """One denoising step of n frames, each at its own step_index, in place on the queue's state.
+
+    With the row coefficients[step_index[i], history_length[i]] (`miga_engine.schedule`):
+        v  = v_u + guidance_scale·(v_c − v_u)
+        m  = m_x·x + m_v·v
+        xc = c_x·x + c_y·y + c_m·m + c_m1·m1 + c_m2·m2
+        x' = p_x·xc + p_v·v + p_m·m + p_m1·m1 + p_n·noise
+    then sample ← x', last_sample ← xc, x0_previous ← m1 (0 where history_length is 0), x0 ← m.
+
+    sample (x), last_sample (y), x0 (m1), x0_previous (m2): [L,C,H,W], all float32 or all float64, also the arithmetic.
+    velocity_cond, velocity_uncond (None: no guidance): [n,C,H,W], any float dtype.
+    noise: [n,C,H,W], any float dtype, or a FrameNoise of n frames, drawn in the kernel where its row uses it; None
+    leaves the noise term out. Give it when `Schedule.uses_noise`.
+    slots [n] int64: frame i owns state row slots[i]; −1 leaves the state untouched; other rows must be distinct.
+    coefficients [T,3,12] float32 or float64; step_index, history_length [n] int64 (a length above 2 counts as 2).
+    State that a row gives weight 0 is not read: a fresh frame's history may be uninitialised memory.
+    """
+    state_shape, state_dtype = sample.shape, sample.dtype
+    require(sample.ndim == 4, "sample", "shape", tuple(state_shape), "[L,C,H,W]")
+    require(state_dtype in (torch.float32, torch.float64), "sample", "dtype", state_dtype, "float32 or float64")
+    for name, state in (("last_sample", last_sample), ("x0", x0), ("x0_previous", x0_previous)):
+        require(state.shape == state_shape, name, "shape", tuple(state.shape), f"{tuple(state_shape)} as sample")
+        require(state.dtype == state_dtype, name, "dtype", state.dtype, f"{state_dtype} as sample")
+    require(slots.ndim == 1, "slots", "shape", tuple(slots.shape), "[n]")
+    num_frames = slots.shape[0]
+    drawn = counters = None
+    seed = 0
+    if isinstance(noise, Tensor):
+        drawn = noise
+    elif noise is not None:
+        counters, seed = noise.counters, noise.seed
+        expected = (num_frames, 3)
+        require(tuple(counters.shape) == expected, "noise.counters", "shape", tuple(counters.shape), expected)
+    for name, frames in (("velocity_cond", velocity_cond), ("velocity_uncond", velocity_uncond), ("noise", drawn)):
+        if frames is not None:
+            require_like(name, frames, (num_frames, *state_shape[1:]), "[n,C,H,W]")
+    for name, indices in (("slots", slots), ("step_index", step_index), ("history_length", history_length)):
+        require(indices.shape == slots.shape, name, "shape", tuple(indices.shape), f"{tuple(slots.shape)} as slots")
+        require(indices.dtype == torch.int64, name, "dtype", indices.dtype, "int64")
+    table = (_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS)
+    is_table = coefficients.ndim == 3 and coefficients.shape[1:] == table
+    require(is_table, "coefficients", "shape", tuple(coefficients.shape), f"(num_steps, {table[0]}, {table[1]})")
+    torch.ops.miga.sampler_update(
+        sample,
+        last_sample,
+        x0,
+        x0_previous,
+        velocity_cond,
+        velocity_uncond,
+        slots=slots,
+        coefficients=coefficients,
+        step_index=step_index,
+        history_length=history_length,
+        guidance_scale=float(guidance_scale),
+        noise=drawn,
+        noise_counters=counters,
+        noise_seed=seed,
+    )
+
+
+def consistency_score(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
+    """Mean cosine similarity between each candidate group of latent frames and a reference group: [k] float32.
+
+    u = mean over channels of a frame, a vector over H·W (channels="mean"), or the whole frame, a vector over C·H·W
+    ("all"); û = u/‖u‖, 0 for a zero frame; score = mean over frame pairs of ⟨û_E, û_R⟩ = ⟨mean û_E, mean û_R⟩, which is
+    linear in the number of frames. reference [n,C,H,W], candidates [k,m,C,H,W], any float dtypes; arithmetic in float32
+    at least. Source: MIGA (arXiv 2605.18233), consistency score of the dynamic correction.
+    """
+    if channels not in _CHANNEL_MODES:
+        raise ValueError(f"channels is {channels!r}: choose {' or '.join(map(repr, _CHANNEL_MODES))}")
+    require(
+        reference.ndim == 4 and reference.shape[0] > 0, "reference", "shape", tuple(reference.shape), "[n,C,H,W], n ≥ 1"
+    )
+    is_group = candidates.ndim == 5 and candidates.shape[1] > 0 and candidates.shape[2:] == reference.shape[1:]
+    expected = f"[k,m,{','.join(map(str, reference.shape[1:]))}], m ≥ 1, frames as in reference"
+    require(is_group, "candidates", "shape", tuple(candidates.shape), expected)
+    return torch.ops.miga.consistency_score(reference, candidates, channels)
