@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
-from miga_engine.config import PRESETS, MigaConfig, SamplingConfig, fifo_config, replace_options
+from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, SamplingConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError, MigaError
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _build_parser() -> argparse.ArgumentParser:
     model.add_argument("--preset", choices=list(PRESETS), help="set of defaults (default: by model)")
     model.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer")
+    model.add_argument("--attention", choices=ATTENTION_BACKENDS, help="who computes self-attention (default: auto, "
+                       "the fastest exact one installed); a name is obeyed or refused")  # fmt: skip
     video = generate.add_argument_group("video")
     video.add_argument("--num-frames", type=int, metavar="N", help="video frames, exactly (default: 240)")
     video.add_argument("--height", type=int, metavar="PX")
@@ -150,7 +153,11 @@ def _generate(options: argparse.Namespace) -> int:
     from miga_engine.engine import Engine
 
     engine = Engine.from_pretrained(
-        settings.get("model", "tiny"), settings.get("device"), settings.get("dtype"), preset=settings.get("preset")
+        settings.get("model", "tiny"),
+        settings.get("device"),
+        settings.get("dtype"),
+        preset=settings.get("preset"),
+        attention=settings.get("attention", "auto"),
     )
     config = engine.preset.miga
     if settings.get("method") == "fifo":
@@ -286,8 +293,8 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is not valid YAML{where}: mend it or leave it out") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
-    known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "method", "output", "overwrite", "events",
-             "contact_sheet", "quiet", *_REQUEST_OPTIONS, *_MIGA_FIELDS}  # fmt: skip
+    known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "attention", "method", "output", "overwrite",
+             "events", "contact_sheet", "quiet", *_REQUEST_OPTIONS, *_MIGA_FIELDS}  # fmt: skip
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -316,6 +323,7 @@ def _info(options: argparse.Namespace) -> int:
         ("torch", torch.__version__),
         ("devices", ", ".join(_devices())),
         ("C++ kernels", _extension.status()),
+        *_kernels(),
     ]
     if options.path and Path(options.path).is_file() and Path(options.path).suffix in (".mp4", ".mkv"):
         from miga_engine.video.sinks import read_metadata
@@ -330,6 +338,21 @@ def _info(options: argparse.Namespace) -> int:
     for key, value in rows:
         print(f"{key:<{width}}  {value}")
     return 0
+
+
+def _kernels() -> list[tuple[str, str]]:
+    """Who computes what on the default device, and why the others do not."""
+    import torch
+
+    from miga_engine import ops
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        triton = f"{version('triton')} (GPUs only)"
+    except PackageNotFoundError:
+        triton = "not installed: on a GPU the ops would run in eager PyTorch"
+    backends = ops.attention_backends(device, dtype).items()
+    return [("Triton kernels", triton), *((f"attention {name}", reason or "available") for name, reason in backends)]
 
 
 def _devices() -> list[str]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from miga_engine.errors import ConfigError
 
+ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "cudnn", "xformers", "flash", "sage", "reference")
+"""Who may compute attention; `miga_engine.ops.frame_attention` says what each needs."""
+
 
 def _option(default: Any, text: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
     """A field that carries its description and the values it may take; the command line is made from them."""

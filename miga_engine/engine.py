@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from miga_engine import noise as noise_module
+from miga_engine import ops
 from miga_engine._version import __version__
 from miga_engine.config import PRESETS, MigaConfig, Preset
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 from miga_engine.models.loading import ModelBundle, load_bundle
+from miga_engine.noise import CounterNoise
 from miga_engine.prompts import PromptTimeline
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import Schedule, make_schedule
@@ -115,6 +115,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         *,
         preset: str | None = None,
+        attention: str = "auto",
     ) -> Engine:
         """Load ``"tiny"`` (the embedded model), a model folder, or a file inside one.
 
@@ -123,6 +124,8 @@ class Engine:
             device: default "cuda" where there is one, else "cpu".
             dtype: of the transformer; default bfloat16 on CUDA, float32 on CPU.
             preset: name of the defaults; "tiny" for the embedded model, else "wan2.1".
+            attention: backend of the transformer's self-attention, one of `config.ATTENTION_BACKENDS`; "auto" times
+                what is installed at the real shape, once on each GPU. Any other is obeyed or refused.
 
         Raises CheckpointError, ConfigError or DeviceError, each with one sentence.
         """
@@ -136,6 +139,8 @@ class Engine:
         if preset_name not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset_name!r}")
         bundle = load_bundle(folder, device=target, dtype=compute)
+        ops.require_attention(attention, target, compute, bundle.transformer.config.head_dim)
+        bundle.transformer.attention = attention
         return cls(bundle, PRESETS[preset_name], name="tiny" if is_tiny else str(model), device=target)
 
     def describe(self) -> dict[str, str]:
@@ -304,19 +309,13 @@ class Engine:
         def network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             return bundle.transformer(latents.to(bundle.dtype), timesteps, context, context_index=rows).float()
 
-        def draw(
-            purpose: noise_module.Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0
-        ) -> torch.Tensor:
-            frames, streams = torch.from_numpy(frame_numbers), torch.as_tensor(stream)
-            return noise_module.normal(request.seed, purpose, frames, frame_shape, stream=streams, device=self.device)
-
         return VideoRun(
             network,
             schedule,
             request.miga,
             window_frames=bundle.window_frames,
             frame_shape=frame_shape,
-            noise=draw,
+            noise=CounterNoise(request.seed, frame_shape, self.device),
             num_frames=num_latents,
             guidance_scale=request.guidance_scale,
             device=self.device,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,6 +111,22 @@ def frame_noise(
     high = (frames >> 32 << _PURPOSE_BITS) & _MASK | int(purpose)
     signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
     return FrameNoise(signed_seed, torch.stack([frames & _MASK, streams, high], dim=1))
+
+
+class CounterNoise:
+    """The noise of one video: `normal` with its seed, frame shape and device, for numbers that come as arrays."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device | str) -> None:
+        self.seed, self.shape, self.device = seed, shape, device
+
+    def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> Tensor:
+        """[n, *shape] float32."""
+        return self.undrawn(purpose, frame_numbers, stream=stream).draw(self.shape)
+
+    def undrawn(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> FrameNoise:
+        """The same by its counters."""
+        frames, streams = torch.from_numpy(frame_numbers), torch.as_tensor(stream)
+        return frame_noise(self.seed, purpose, frames, stream=streams, device=self.device)
 
 
 def _check_range(name: str, values: Tensor, least: int, most: int) -> None:

@@ -116,13 +116,40 @@ def test_half_precision_is_within_its_rounding(dtype: torch.dtype, golden: dict[
     assert ours <= 1.5 * theirs
 
 
-def test_trains_after_running_in_inference_mode() -> None:
+def test_no_gradient_flows_and_inference_mode_leaves_no_trace() -> None:
     model = WanDiT(WanDiTConfig(12, 24, 8, 2, 1, 6, 4, 3, 3))
     latents, context = torch.randn(1, 3, 2, 4, 4), torch.randn(1, 3, 6)
     with torch.inference_mode():
-        model(latents, 10.0, context)
-    model(latents, 10.0, context).square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters())
+        inside = model(latents, 10.0, context)
+    outside = model(latents.requires_grad_(), 10.0, context)
+    assert torch.equal(inside, outside)
+    assert not outside.requires_grad
+
+
+def test_frame_positions_turn_the_attention(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
+    """Only distances in time matter: positions moved together change nothing, moved apart they do."""
+    latents, context = golden["latent"][None], golden["context_0"][None]
+    reference = dit(latents, 500.0, context)
+    assert torch.equal(dit(latents, 500.0, context, positions=torch.arange(5)[None]), reference)
+    assert relative_error(dit(latents, 500.0, context, positions=torch.arange(5)[None] + 37), reference) <= 1e-5
+    assert relative_error(dit(latents, 500.0, context, positions=torch.arange(5)[None] * 9), reference) > 1e-4
+    with pytest.raises(ConfigError, match=r"positions has shape \(5,\); give \[1, 5\]"):
+        dit(latents, 500.0, context, positions=torch.arange(5))
+
+
+def test_padding_of_the_text_is_one_key(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
+    """A zero row between others is padding too, and prompts of different lengths share a cache."""
+    context = golden["context_0"]
+    spread = torch.zeros(2, 11, context.shape[1])
+    spread[0, : len(context)] = context
+    spread[1, -len(context) :] = context
+    cache = dit.encode_context(spread)
+    assert cache.bias.shape == (2, 1, 1, 12)
+    assert cache.bias[0, 0, 0, len(context) : -1].isneginf().all()
+    latents = golden["latent"].expand(2, -1, -1, -1, -1)
+    both = dit(latents, golden["t_scalar_0"], cache)
+    assert relative_error(both[0], golden["out_scalar_t0_c0"]) <= TOLERANCE
+    assert relative_error(both[1], golden["out_scalar_t0_c0"]) <= TOLERANCE
 
 
 def test_refusals_name_the_size_and_the_remedy(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:

@@ -6,17 +6,18 @@ trust theirs. All are for inference: no gradient is defined.
 """
 
 from miga_engine import _extension
-from miga_engine.ops.attention import ATTENTION_BACKENDS, attention_backends, frame_attention
+from miga_engine.ops.attention import BIASLESS_BACKENDS, attention_backends, frame_attention, require_attention
 from miga_engine.ops.modulation import norm_modulate, qk_norm_rope, residual_norm_modulate, rms_norm_
 from miga_engine.ops.sampling import consistency_score, sampler_update
 
 __all__ = [
-    "ATTENTION_BACKENDS",
+    "BIASLESS_BACKENDS",
     "attention_backends",
     "consistency_score",
     "frame_attention",
     "norm_modulate",
     "qk_norm_rope",
+    "require_attention",
     "residual_norm_modulate",
     "rms_norm_",
     "sampler_update",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.ops import reference as _reference
 from miga_engine.ops._registry import has_triton, require
@@ -74,10 +75,20 @@ def frame_attention(
     return torch.ops.miga.frame_attention(q, k, v, bias, key_rows, scale, backend)
 
 
-def attention_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
-    """Every backend's name → "" if it runs on this device at head size 128, else why not; for `miga info`."""
-    q = torch.empty(1, 1, 1, 128, dtype=dtype, device=device)
-    return {name: backend.refuses(_Call(q, q, q, None, None, None)) or "" for name, backend in _BACKENDS.items()}
+def attention_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128) -> dict[str, str | None]:
+    """Every backend's name → None if it runs heads of this size on this device, else why not."""
+    q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    return {name: backend.refuses(_Call(q, q, q, None, None, None)) for name, backend in _BACKENDS.items()}
+
+
+def require_attention(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:
+    """DeviceError if a backend asked for by name cannot run here; ConfigError if there is none of this name."""
+    if name not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attention is {name!r}: choose {', '.join(ATTENTION_BACKENDS)}")
+    refusals = attention_backends(device, dtype, head_dim)
+    if refusal := refusals.get(name):
+        usable = ", ".join(other for other, reason in refusals.items() if reason is None)
+        raise DeviceError(f"attention={name!r} cannot be used here, for {refusal}: choose auto, {usable}")
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ _BACKENDS = {
     "sage": _Backend(_needs_package("sageattention", takes_bias=False, head_dims=(64, 96, 128)), _run_sage, False),
     "reference": _Backend(_always, _run_reference),
 }
-ATTENTION_BACKENDS = ("auto", *_BACKENDS)
+BIASLESS_BACKENDS = ("cudnn", "flash", "sage")
 _TIMED = ("triton", "sdpa", "cudnn", "flash", "xformers")  # what auto chooses from on a GPU
 
 _tested: set[tuple[object, ...]] = set()
@@ -234,8 +245,7 @@ def _dispatch(
     call = _Call(q, k, v, bias, key_rows, scale)
     name = _choose(call) if backend == "auto" else backend
     if refusal := _BACKENDS[name].refuses(call):
-        others = ", ".join(n for n in ATTENTION_BACKENDS if n not in (name, "reference"))
-        raise DeviceError(f"attention={name!r} cannot be used here: {refusal}; choose another of {others}.")
+        raise DeviceError(f"attention={name!r} cannot be used here, for {refusal}: choose auto or another backend")
     return _checked(name, call)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from miga_engine import ops
-from miga_engine.noise import Purpose
+from miga_engine.noise import CounterNoise, FrameNoise, Purpose
 from miga_engine.runtime.frame_queue import FrameStore
 from miga_engine.schedule import Schedule
 
@@ -133,10 +133,11 @@ class Denoiser:
         if self.guidance_scale != 1.0:
             unconditional = torch.cat([out[2] for out in outputs if out[2] is not None])
         steps = store.step_index[slots]
-        noise = None
+        noise: torch.Tensor | FrameNoise | None = None
         if self.schedule.uses_noise:
-            stream = (solver_stream << 16) + steps
-            noise = self.noise(Purpose.SOLVER, store.frame_number[slots], stream=stream)
+            # The kernel draws counter-based noise itself; a tape is given as it is.
+            draw = self.noise.undrawn if isinstance(self.noise, CounterNoise) else self.noise
+            noise = draw(Purpose.SOLVER, store.frame_number[slots], stream=(solver_stream << 16) + steps)
         ops.sampler_update(
             store.sample,
             store.last_sample,

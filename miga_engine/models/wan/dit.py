@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine import ops
 from miga_engine.errors import ConfigError
 from miga_engine.models.wan.dit_layers import (
     Block,
     ContextCache,
+    Frames,
     Head,
+    Modulation,
     RotaryTable,
     linear_fp32,
     rotary_table,
@@ -54,6 +57,11 @@ class WanDiTConfig:
                 f"A patch of {self.patch_size[0]} latent frames cannot carry a noise level per frame; use (1, h, w)."
             )
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.num_heads
+
 
 def _published(dim: int, ffn_dim: int, num_heads: int, num_layers: int) -> WanDiTConfig:
     return WanDiTConfig(
@@ -70,8 +78,13 @@ class WanDiT(nn.Module):
     """Velocity of B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 
     Matrix products run in the dtype of the weights; the time path, norms, modulation, rotation, residual stream and
-    head in float32. `keeps_fp32` tells which parameters a loader leaves in float32.
+    head in float32. `keeps_fp32` tells which parameters a loader leaves in float32. For inference: no gradient flows.
+
+    `attention` is the backend of `ops.frame_attention`. One that takes no bias (cudnn, flash, sage) serves
+    self-attention, and cross-attention, whose padding is a bias, stays with auto.
     """
+
+    attention = "auto"
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()
@@ -89,7 +102,7 @@ class WanDiT(nn.Module):
             for _ in range(config.num_layers)
         )
         self.head = Head(dim, patch_area * config.out_dim, config.eps)
-        self._rotary_tables: dict[tuple[int, int, int, torch.device], RotaryTable] = {}
+        self._rotary_tables: dict[tuple[int, int, torch.device], RotaryTable] = {}
 
     @staticmethod
     def keeps_fp32(name: str) -> bool:
@@ -103,36 +116,57 @@ class WanDiT(nn.Module):
         """Dtype of the matrix products."""
         return self.patch_embedding.weight.dtype
 
+    @torch.no_grad()
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor | float,
         context: Tensor | ContextCache,
         context_index: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, C, F, H, W] in float32.
 
         latents [B, C, F, H, W]; timesteps one number, [B] or [B, F] (1000·sigma); context text embeddings [P, T, D],
-        T <= text_len, or what `encode_context` made of them. context_index, int [B] or [B, F], names the prompt of each
-        window or of each latent frame; without it P is 1 or B. Raises ConfigError on sizes that do not fit.
+        T <= text_len, or what `encode_context` made of them. context_index, int64 [B] or [B, F], names the prompt of
+        each window or of each latent frame; without it P is 1 or B. positions, int64 [B, F] below MAX_POSITIONS, are
+        the latent frames' places in time, 0 … F-1 if None. Raises ConfigError on sizes that do not fit.
         """
         config = self.config
         self._check_latents(latents)
         batch, _, num_frames, height, width = latents.shape
         rows, columns = height // config.patch_size[1], width // config.patch_size[2]
         cache = context if isinstance(context, ContextCache) else self.encode_context(context)
-        text = cache.for_windows(batch, num_frames, context_index)
-        time, modulation = self._embed_time(timesteps, batch, num_frames, latents.device)
-        table = self._rotary_table(num_frames, rows, columns, latents.device)
-        x = self._to_tokens(latents, rows, columns)
-        for block, keys_values in zip(self.blocks, text, strict=True):
-            x = block(x, modulation, keys_values, table)
-        return self._to_latents(self.head(x, time), rows, columns)
+        cache.check_index(batch, num_frames, context_index)
+        time, projection, levels = self._embed_time(timesteps, batch, num_frames, latents.device)
+        if positions is None:
+            positions = torch.arange(num_frames, device=latents.device).expand(batch, num_frames).contiguous()
+        elif tuple(positions.shape) != (batch, num_frames):
+            raise ConfigError(f"positions has shape {tuple(positions.shape)}; give [{batch}, {num_frames}].")
+        frames = Frames(levels, positions, context_index)
+        rotary = self._rotary_table(rows, columns, latents.device)
+        backends = (self.attention, "auto" if self.attention in ops.BIASLESS_BACKENDS else self.attention)
 
+        x = self._to_tokens(latents, rows, columns)
+        blocks = [cast(Block, block) for block in self.blocks]
+        table = blocks[0].table(projection)  # shift, scale, gate of self-attention, then of the feed-forward
+        h = ops.norm_modulate(x, table[:, 1], table[:, 0], levels, eps=config.eps, dtype=self.dtype)
+        for i, block in enumerate(blocks):
+            current = table
+            if i + 1 < len(blocks):
+                table, dtype = blocks[i + 1].table(projection), self.dtype
+                following = Modulation(table[:, 1], table[:, 0])
+            else:
+                following, dtype = self.head.norm(time), torch.float32
+            h = block(x, h, current, following, frames, cache.text_keys(i), rotary, backends, dtype)
+        return self._to_latents(self.head(h), rows, columns)
+
+    @torch.no_grad()
     def encode_context(self, context: Tensor) -> ContextCache:
         """Text embeddings [P, T, D], T <= text_len, -> every layer's cross-attention keys and values.
 
-        Rows beyond T are zero rows up to text_len, which the network was trained to attend to like any other.
+        Rows beyond T are zero rows up to text_len, which the network was trained to attend to like any other: a zero
+        row, wherever it stands, counts as padding, and all padding shares one key. Waits for the device once.
         """
         text_len, text_dim = self.config.text_len, self.config.text_dim
         if context.ndim != 3 or context.shape[2] != text_dim or context.shape[1] > text_len:
@@ -140,10 +174,14 @@ class WanDiT(nn.Module):
                 f"The context has shape {tuple(context.shape)}; "
                 f"give text embeddings [prompts, up to {text_len}, {text_dim}]."
             )
-        padded = F.pad(context.to(self.dtype), (0, 0, 0, text_len - context.shape[1]))
-        text = self.text_embedding(padded)
+        is_text = (context != 0).any(dim=2)  # [P, T]
+        length = max(is_text.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
+        padding = text_len - is_text.sum(dim=1, keepdim=True)
+        bias = torch.where(is_text[:, :length], 0.0, -torch.inf)
+        bias = torch.cat([bias, padding.float().log()], dim=1)  # [P, length + 1], the last for the padding
+        text = self.text_embedding(F.pad(context[:, :length], (0, 0, 0, 1)).to(self.dtype))
         blocks = (cast(Block, block) for block in self.blocks)
-        return ContextCache(tuple(block.cross_attn.keys_values(text) for block in blocks))
+        return ContextCache(tuple(block.cross_attn.keys_values(text) for block in blocks), bias[:, None, None])
 
     def _check_latents(self, latents: Tensor) -> None:
         in_dim, (_, patch_height, patch_width) = self.config.in_dim, self.config.patch_size
@@ -158,29 +196,32 @@ class WanDiT(nn.Module):
 
     def _embed_time(
         self, timesteps: Tensor | float, batch: int, num_frames: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Time embedding [B, F or 1, D] and its projection to six modulations [B, F or 1, 6, D], float32."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embeddings [R, D], their projections [R, 6, D], a 1 added to the scales, and each frame's row [B, F].
+
+        float32; R is B·F, B or 1 as timesteps are given.
+        """
         t = torch.as_tensor(timesteps, device=device)
         if tuple(t.shape) not in ((), (1,), (batch,), (batch, num_frames)):
             raise ConfigError(
                 f"timesteps has shape {tuple(t.shape)}; give one number, [{batch}] or [{batch}, {num_frames}]."
             )
         t = t if t.ndim == 2 else t.reshape(-1, 1)
-        sinusoid = timestep_embedding(t, self.config.freq_dim)
-        first, last, projection = (
+        sinusoid = timestep_embedding(t.flatten(), self.config.freq_dim)
+        first, last, layer = (
             cast(nn.Linear, layer)
             for layer in (self.time_embedding[0], self.time_embedding[2], self.time_projection[1])
         )
         time = linear_fp32(last, F.silu(linear_fp32(first, sinusoid)))
-        modulation = linear_fp32(projection, F.silu(time)).unflatten(-1, (6, -1))
-        return time, modulation
+        projection = linear_fp32(layer, F.silu(time)).unflatten(-1, (6, -1))
+        projection[:, 1::3] += 1  # shift, scale, gate, twice
+        levels = torch.arange(t.numel(), device=device).view(t.shape).expand(batch, num_frames)
+        return time, projection, levels.contiguous()
 
-    def _rotary_table(self, num_frames: int, rows: int, columns: int, device: torch.device) -> RotaryTable:
-        key = (num_frames, rows, columns, device)
+    def _rotary_table(self, rows: int, columns: int, device: torch.device) -> RotaryTable:
+        key = (rows, columns, device)
         if key not in self._rotary_tables:
-            head_dim = self.config.dim // self.config.num_heads
-            with torch.inference_mode(False):  # an inference tensor kept here would bar a later backward pass
-                self._rotary_tables[key] = rotary_table(num_frames, rows, columns, head_dim, device)
+            self._rotary_tables[key] = rotary_table(rows, columns, self.config.head_dim, device)
         return self._rotary_tables[key]
 
     def _to_tokens(self, latents: Tensor, rows: int, columns: int) -> Tensor:

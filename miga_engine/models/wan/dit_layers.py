@@ -1,23 +1,39 @@
 """Layers of the Wan2.1 diffusion transformer.
 
-Tokens of a window are [B, F, S, D]: F latent frames of S tokens. What depends on a frame's noise level is
-[B, F, ..., D] or [B, 1, ..., D] and is broadcast over the S tokens by indexing, never written out. The residual stream,
-the norms, the modulation and the rotation are float32; matrix products run in the dtype of their weights.
+Tokens of a window are [B, F, S, D]: F latent frames of S tokens. What depends on a frame's noise level is a row of a
+table [R, D] that the frame names by index; it is never written out per token. The residual stream, the norms, the
+modulation and the rotation are float32; matrix products run in the dtype of their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine import ops
 from miga_engine.errors import ConfigError
-from miga_engine.ops import frame_attention
 
-RotaryTable = tuple[Tensor, Tensor]
+MAX_POSITIONS = 1024
+"""Latent frame positions that the rotary table holds, as in the published code."""
+
+
+class RotaryTable(NamedTuple):
+    """Cosines and sines of positions in time [MAX_POSITIONS, 2, t] and of a frame's tokens [S, 2, D/heads/2 - t]."""
+
+    temporal: Tensor
+    spatial: Tensor
+
+
+class Frames(NamedTuple):
+    """What a block needs to know of the latent frames of its windows."""
+
+    rows: Tensor  # int64 [B, F]: row of the modulation tables
+    positions: Tensor  # int64 [B, F]: position in time, for the rotation
+    prompts: Tensor | None  # int64 [B] or [B, F]: row of the text keys, None for one prompt or one for each window
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -33,54 +49,22 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rotary_table(num_frames: int, height: int, width: int, head_dim: int, device: torch.device) -> RotaryTable:
-    """Cosine and sine [F·h·w, 1, head_dim/2] in float32 of the positions of an F x h x w grid.
+def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> RotaryTable:
+    """Cosines and sines in float32 for frames of height x width tokens.
 
     The channels of a head are shared out as head_dim - 4·(head_dim // 6) to time and 2·(head_dim // 6) each to height
     and width; angles are position · 10000^(-2i / share), taken in float64.
     """
     side = 2 * (head_dim // 6)
     angles = []
-    for size, share in ((num_frames, head_dim - 2 * side), (height, side), (width, side)):
+    for size, share in ((MAX_POSITIONS, head_dim - 2 * side), (height, side), (width, side)):
         frequencies = torch.pow(10000.0, -torch.arange(0, share, 2, dtype=torch.float64) / max(share, 1))
         angles.append(torch.outer(torch.arange(size, dtype=torch.float64), frequencies))
-    grid = (num_frames, height, width)
-    along_time = angles[0][:, None, None].expand(*grid, -1)
-    along_height = angles[1][None, :, None].expand(*grid, -1)
-    along_width = angles[2][None, None, :].expand(*grid, -1)
-    table = torch.cat([along_time, along_height, along_width], dim=-1).reshape(-1, 1, head_dim // 2)
-    return table.cos().float().to(device), table.sin().float().to(device)
-
-
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Turn neighbouring channel pairs of x [B, N, H, D] (float32) by the table's angles."""
-    cos, sin = table
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """layer_norm(x) · (1 + scale) + shift in float32; x [B, F, S, D], shift and scale [B, F or 1, 1, D]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
-
-
-class AffineNorm(nn.LayerNorm):
-    """LayerNorm with weight and bias, in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+    along_height = angles[1][:, None].expand(-1, width, -1)
+    along_width = angles[2][None].expand(height, -1, -1)
+    spatial = torch.cat([along_height, along_width], dim=-1).flatten(0, 1)
+    tables = (torch.stack([part.cos(), part.sin()], dim=1).float().to(device) for part in (angles[0], spatial))
+    return RotaryTable(*tables)
 
 
 class AttentionProjections(nn.Module):
@@ -89,27 +73,42 @@ class AttentionProjections(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.eps = eps
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
         self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_q = nn.RMSNorm(dim, eps) if qk_norm else None
+        self.norm_k = nn.RMSNorm(dim, eps) if qk_norm else None
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., heads, D/heads]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
+    def normed(self, x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """x [B, N, D], normalised in place where the network has the norm."""
+        return x if norm is None else ops.rms_norm_(x, norm.weight.float(), eps=self.eps)
+
 
 class SelfAttention(AttentionProjections):
     """Attention among all tokens of a window."""
 
-    def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames, table: RotaryTable, backend: str) -> Tensor:
         """x [B, F, S, D] in the dtype of the weights -> same shape and dtype."""
         tokens = x.flatten(1, 2)
-        q = rotate(self.heads(self.norm_q(self.q(tokens)).float()), table).to(x.dtype)
-        k = rotate(self.heads(self.norm_k(self.k(tokens)).float()), table).to(x.dtype)
-        out = frame_attention(q, k, self.heads(self.v(tokens)))
+        q, k, v = self.q(tokens), self.k(tokens), self.v(tokens)
+        ops.qk_norm_rope(
+            q,
+            k,
+            None if self.norm_q is None else self.norm_q.weight.float(),
+            None if self.norm_k is None else self.norm_k.weight.float(),
+            temporal=table.temporal,
+            spatial=table.spatial,
+            positions=frames.positions,
+            num_heads=self.num_heads,
+            eps=self.eps,
+        )
+        out = ops.frame_attention(self.heads(q), self.heads(k), self.heads(v), backend=backend)
         return self.o(out.flatten(2)).view_as(x)
 
 
@@ -117,52 +116,77 @@ class CrossAttention(AttentionProjections):
     """Attention from the tokens of a window to a prompt, or from each frame to its own prompt."""
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded prompts [P, T, D] -> keys and values [P, T, heads, D/heads], computed once per prompt."""
-        return self.heads(self.norm_k(self.k(text)).to(text.dtype)), self.heads(self.v(text))
+        """Embedded prompts [P, M, D] -> keys and values [P, M, heads, D/heads], computed once per prompt."""
+        return self.heads(self.normed(self.k(text), self.norm_k)), self.heads(self.v(text))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """x [B, F, S, D]; keys and values [B, T, heads, d] or, with a prompt for each frame, [B·F, T, heads, d]."""
-        tokens = x.flatten(1, 2) if keys.shape[0] == x.shape[0] else x.flatten(0, 1)
-        q = self.heads(self.norm_q(self.q(tokens)).to(x.dtype))
-        return self.o(frame_attention(q, keys, values).flatten(2)).view_as(x)
+    def forward(self, x: Tensor, text: TextKeys, prompts: Tensor | None, backend: str) -> Tensor:
+        """x [B, F, S, D] -> same shape and dtype; prompts as in `Frames`."""
+        q = self.heads(self.normed(self.q(x.flatten(1, 2)), self.norm_q))
+        out = ops.frame_attention(q, text.keys, text.values, text.bias, key_rows=prompts, backend=backend)
+        return self.o(out.flatten(2)).view_as(x)
+
+
+class TextKeys(NamedTuple):
+    """One layer's keys and values [P, M, heads, D/heads] of P prompts, and each key's bias [P, 1, 1, M]."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class ContextCache:
-    """Cross-attention keys and values of P prompts: one pair of [P, text_len, heads, D/heads] tensors per layer."""
+    """Cross-attention keys, values and biases of P prompts, computed once.
+
+    All padding of a prompt has one key and one value; it is held once, with the logarithm of its count as bias, and
+    the keys of a prompt shorter than the longest are hidden by a bias of -inf.
+    """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
+    bias: Tensor  # float32 [P, 1, 1, M]
 
     @property
     def num_prompts(self) -> int:
         """P, the number of rows a context_index may name."""
-        return self.layers[0][0].shape[0]
+        return self.bias.shape[0]
+
+    def text_keys(self, layer: int) -> TextKeys:
+        """What cross-attention of a layer reads."""
+        return TextKeys(*self.layers[layer], self.bias)
 
     def cat(self, other: ContextCache) -> ContextCache:
         """The prompts of this cache followed by those of `other`, from the same network."""
+        num_keys = max(self.bias.shape[3], other.bias.shape[3])
+
+        def join(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([F.pad(t, (0, 0, 0, 0, 0, num_keys - t.shape[1])) for t in (mine, theirs)])
+
         pairs = zip(self.layers, other.layers, strict=True)
-        return ContextCache(tuple((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs))
+        hidden = [F.pad(cache.bias, (0, num_keys - cache.bias.shape[3]), value=-torch.inf) for cache in (self, other)]
+        return ContextCache(tuple((join(a[0], b[0]), join(a[1], b[1])) for a, b in pairs), torch.cat(hidden))
 
-    def for_windows(self, batch: int, num_frames: int, index: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, one row per window ([B, ...]) or, for an index [B, F], per frame ([B·F, ...]).
+    def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> None:
+        """Raises ConfigError unless index names a prompt for each window [B] or latent frame [B, F].
 
-        Without an index the cache holds one prompt for all windows or one for each. A layer's rows are gathered when
-        its turn comes, so that only one layer's are held twice. Raises ConfigError on other sizes.
+        Without an index the cache holds one prompt for all windows or one for each.
         """
-        if index is None:
-            if self.num_prompts not in (1, batch):
-                raise ConfigError(
-                    f"The context holds {self.num_prompts} prompts for {batch} windows; "
-                    "give one, one for each window, or a context_index."
-                )
-            return ((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers)
-        if tuple(index.shape) not in ((batch,), (batch, num_frames)):
+        if index is None and self.num_prompts not in (1, batch):
+            raise ConfigError(
+                f"The context holds {self.num_prompts} prompts for {batch} windows; "
+                "give one, one for each window, or a context_index."
+            )
+        if index is not None and tuple(index.shape) not in ((batch,), (batch, num_frames)):
             raise ConfigError(
                 f"context_index has shape {tuple(index.shape)}; give [{batch}] (a prompt for each window) "
                 f"or [{batch}, {num_frames}] (one for each latent frame)."
             )
-        rows = index.flatten()
-        return ((k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers)
+
+
+class Modulation(NamedTuple):
+    """Tables [R, D] of a norm: its weight and bias, one row for each noise level or for each frame."""
+
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Block(nn.Module):
@@ -174,20 +198,47 @@ class Block(nn.Module):
         super().__init__()
         self.eps = eps
         self.self_attn = SelfAttention(dim, num_heads, eps, qk_norm)
-        self.norm3 = AffineNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.norm3 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
         self.cross_attn = CrossAttention(dim, num_heads, eps, qk_norm)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], table: RotaryTable) -> Tensor:
-        """x [B, F, S, D] float32, time [B, F or 1, 6, D] float32, text keys and values, rotary table -> like x."""
-        dtype = self.self_attn.q.weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).split(1, dim=2)
-        y = self.self_attn(modulated_norm(x, shift1, scale1, self.eps).to(dtype), table)
-        x = torch.addcmul(x, y.float(), gate1)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), *text)
-        y = self.ffn(modulated_norm(x, shift2, scale2, self.eps).to(dtype))
-        return torch.addcmul(x, y.float(), gate2)
+    def table(self, time: Tensor) -> Tensor:
+        """Modulation [R, 6, D] of the noise levels' projections `time` [R, 6, D], whose scales already hold their 1."""
+        return self.modulation.float() + time
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        table: Tensor,
+        following: Modulation,
+        frames: Frames,
+        text: TextKeys,
+        rotary: RotaryTable,
+        backends: tuple[str, str],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Advance the residual stream x [B, F, S, D] float32 in place, and return the next block's input.
+
+        h [B, F, S, D] is x normalised and modulated for this block, as the return value of `dtype` is by `following`
+        for what comes next; table [R, 6, D] as from `table`; backends of self- and cross-attention.
+        """
+        shift, scale, gate = table[:, 3], table[:, 4], table[:, 5]
+        affine = Modulation(None, None)
+        if self.norm3 is not None:
+            affine = Modulation(self.norm3.weight.float()[None], self.norm3.bias.float()[None])
+        y = self.self_attn(h, frames, rotary, backends[0])
+        h = self._close(x, y, table[:, 2], affine, frames, h.dtype)
+        y = self.cross_attn(h, text, frames.prompts, backends[1])
+        h = self._close(x, y, None, Modulation(scale, shift), frames, h.dtype)
+        h = torch.ops.aten.gelu_(self.ffn[0](h), approximate="tanh")
+        return self._close(x, self.ffn[2](h), gate, following, frames, dtype)
+
+    def _close(
+        self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: Frames, dtype: torch.dtype
+    ) -> Tensor:
+        return ops.residual_norm_modulate(x, y, gate, *norm, frames.rows, eps=self.eps, dtype=dtype)
 
 
 class Head(nn.Module):
@@ -199,7 +250,11 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, patch_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, F, S, D], time [B, F or 1, D], both float32 -> [B, F, S, patch channels]."""
-        shift, scale = (self.modulation.float() + time.unsqueeze(2)).split(1, dim=2)
-        return linear_fp32(self.head, modulated_norm(x, shift, scale, self.eps))
+    def norm(self, time: Tensor) -> Modulation:
+        """Tables of the norm for time embeddings [R, D] float32."""
+        shift, scale = (self.modulation.float() + time.unsqueeze(1)).unbind(1)
+        return Modulation(1 + scale, shift)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [B, F, S, D], normalised and modulated -> [B, F, S, patch channels]."""
+        return linear_fp32(self.head, h)
