@@ -77,8 +77,17 @@ def extensions() -> list[Extension]:
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-            # Without contraction the vectorised clones round exactly as eager torch does.
-            extra_compile_args=["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
+            # Without contraction the vectorised clones round exactly as eager torch does; without errno and traps
+            # square roots and selections vectorise.
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+            ],
             language="c++",
         )
     ]

@@ -7,6 +7,7 @@ to bench/results/kernels_<device>.csv. The shapes are those of Wan2.1 at 480×83
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ TOKENS = 1560  # of a latent frame, 30 × 52
 LATENT = (16, 60, 104)
 QUEUE = 308 if DEVICE == "cuda" else 28
 WIDTH, HEADS = 1536, 12
+NUM_TEXT = 64
 EPS = 1e-6
 
 
@@ -123,7 +125,8 @@ def residual_norm_modulate(dtype: torch.dtype) -> Case:
 
 def complex_rope(q: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     """RMSNorm, then rotation as multiplication by complex numbers in float64: the published form."""
-    normed = (q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + EPS)).to(q.dtype) * weight
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(q.dtype) * weight
     pairs = torch.view_as_complex(normed.to(torch.float64).unflatten(2, (HEADS, -1, 2)))
     return torch.view_as_real(pairs * table).flatten(2).to(q.dtype)
 
@@ -236,7 +239,7 @@ def frame_attention(dtype: torch.dtype) -> Case:
 
 
 def cross_attention(dtype: torch.dtype) -> Case:
-    return _attention_case("cross_attention", (BATCH, FRAMES * TOKENS, HEADS, WIDTH // HEADS), 65, dtype)
+    return _attention_case("cross_attention", (BATCH, FRAMES * TOKENS, HEADS, WIDTH // HEADS), NUM_TEXT + 1, dtype)
 
 
 def _attention_case(name: str, shape: tuple[int, ...], num_keys: int, dtype: torch.dtype) -> Case:
@@ -269,73 +272,89 @@ def _attention_case(name: str, shape: tuple[int, ...], num_keys: int, dtype: tor
     )
 
 
-def block(dtype: torch.dtype) -> Case:
-    """A transformer block of the 1.3B network; the rival is the published arrangement with the same keys of text."""
-    config = WAN_T2V_CONFIGS["1.3B"]
-    tokens = TOKENS if DEVICE == "cuda" else TOKENS // 4
-    num_tokens = FRAMES * tokens
-    with torch.device(DEVICE):
-        ours = Block(WIDTH, config.ffn_dim, HEADS, EPS, qk_norm=True, cross_attn_norm=True).requires_grad_(False)
-    for name, parameter in ours.named_parameters():
-        if "norm" not in name and name != "modulation":
-            parameter.data = parameter.data.to(dtype)
-    time = 0.1 * _randn(BATCH * FRAMES, 6, WIDTH)
-    x = _randn(BATCH, FRAMES, tokens, WIDTH)
-    keys, values = (_randn(BATCH, config.text_len, HEADS, WIDTH // HEADS, dtype=dtype) for _ in range(2))
-    angles = 7 * _randn(FRAMES, 22), 7 * _randn(tokens, 42)
-    rotary = RotaryTable(*(torch.stack([a.cos(), a.sin()], dim=1) for a in angles))
-    rows = torch.arange(BATCH * FRAMES, device=DEVICE).view(BATCH, FRAMES)
-    frames = Frames(rows, torch.arange(FRAMES, device=DEVICE).expand(BATCH, FRAMES).contiguous(), None)
-    with_one = time + torch.tensor([0.0, 1, 0, 0, 1, 0], device=DEVICE)[:, None]
-    grid = (FRAMES, tokens, -1)
-    every = torch.cat([angles[0][:, None].expand(*grid), angles[1].expand(*grid)], dim=-1).flatten(0, 1).double()
-    table = torch.polar(torch.ones_like(every), every)[:, None]
+class PublishedBlock:
+    """A transformer block of the 1.3B network with a prompt of 64 tokens: as ours, and as published in plain PyTorch."""
 
-    def run(x: Tensor) -> Tensor:
-        modulation = ours.table(with_one)
+    def __init__(self, dtype: torch.dtype, tokens: int) -> None:
+        config = WAN_T2V_CONFIGS["1.3B"]
+        self.dtype, self.tokens = dtype, tokens
+        with torch.device(DEVICE):
+            self.block = Block(WIDTH, config.ffn_dim, HEADS, EPS, qk_norm=True, cross_attn_norm=True)
+        self.block.requires_grad_(False)
+        for name, parameter in self.block.named_parameters():
+            if "norm" not in name and name != "modulation":
+                parameter.data = parameter.data.to(dtype)
+        self.x = _randn(BATCH, FRAMES, tokens, WIDTH)
+        self.time = 0.1 * _randn(BATCH * FRAMES, 6, WIDTH)
+        # The other rows of the text are padding, all of one key and one value.
+        keys, values = (_randn(BATCH, NUM_TEXT + 1, HEADS, WIDTH // HEADS, dtype=dtype) for _ in range(2))
+        padding = config.text_len - NUM_TEXT
+        self.padded = [torch.cat([t[:, :-1], t[:, -1:].expand(-1, padding, -1, -1)], dim=1) for t in (keys, values)]
+        bias = torch.zeros(BATCH, 1, 1, NUM_TEXT + 1, device=DEVICE)
+        bias[..., -1] = math.log(padding)
+        self.text = TextKeys(keys, values, bias)
+        angles = 7 * _randn(FRAMES, 22), 7 * _randn(tokens, 42)
+        self.rotary = RotaryTable(*(torch.stack([a.cos(), a.sin()], dim=1) for a in angles))
+        rows = torch.arange(BATCH * FRAMES, device=DEVICE).view(BATCH, FRAMES)
+        self.frames = Frames(rows, torch.arange(FRAMES, device=DEVICE).expand(BATCH, FRAMES).contiguous(), None)
+        self.with_one = self.time + torch.tensor([0.0, 1, 0, 0, 1, 0], device=DEVICE)[:, None]
+        grid = (FRAMES, tokens, -1)
+        every = torch.cat([angles[0][:, None].expand(*grid), angles[1].expand(*grid)], dim=-1).flatten(0, 1).double()
+        self.table = torch.polar(torch.ones_like(every), every)[:, None]
+        matmuls = 2 * 6 * WIDTH**2 + 4 * WIDTH * config.ffn_dim
+        num_tokens = FRAMES * tokens
+        self.num_flops = BATCH * num_tokens * (matmuls + 4 * WIDTH * (num_tokens + config.text_len))
+
+    def ours(self) -> Tensor:
+        x = self.x.clone()
+        modulation = self.block.table(self.with_one)
         following = Modulation(modulation[:, 1], modulation[:, 0])
-        h = ops.norm_modulate(x, *following, rows, eps=EPS, dtype=dtype)
-        text = TextKeys(keys, values, None)
-        ours(x, h, modulation, following, frames, text, rotary, ("auto", "auto"), dtype)
+        h = ops.norm_modulate(x, *following, self.frames.rows, eps=EPS, dtype=self.dtype)
+        rest = (self.frames, self.text, self.rotary, ("auto", "auto"), self.dtype)
+        self.block(x, h, modulation, following, *rest)
         return x
 
-    def attend(part: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [t.unflatten(2, (HEADS, -1)).transpose(1, 2) if t.ndim == 3 else t.transpose(1, 2) for t in (q, k, v)]
-        return part.o(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+    def published(self, wide: torch.dtype = torch.float32) -> Tensor:
+        """Modulation written out by token, complex rotation in float64, all 512 rows of text; `wide` for residuals."""
+        block, dtype = self.block, torch.float64 if wide == torch.float64 else self.dtype
 
-    def norm(x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (WIDTH,), eps=EPS)
+        def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+            return F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
 
-    def published(x: Tensor) -> Tensor:
-        x = x.flatten(1, 2)
-        by_token = time.view(BATCH, FRAMES, 6, WIDTH).repeat_interleave(tokens, dim=1)  # [B,N,6,D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (ours.modulation[:, None] + by_token).unbind(2)
-        own, cross = ours.self_attn, ours.cross_attn
+        def attend(layer: nn.Linear, *tensors: Tensor) -> Tensor:
+            heads = [(t.unflatten(2, (HEADS, -1)) if t.ndim == 3 else t).transpose(1, 2).to(dtype) for t in tensors]
+            return linear(layer, F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+        def norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+            return F.layer_norm(x, (WIDTH,), *(t if t is None else t.to(wide) for t in (weight, bias)), eps=EPS)
+
+        x = self.x.to(wide).flatten(1, 2)
+        by_token = self.time.to(wide).view(BATCH, FRAMES, 6, WIDTH).repeat_interleave(self.tokens, dim=1)  # [B,N,6,D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.to(wide)[:, None] + by_token).unbind(2)
+        own, cross = block.self_attn, block.cross_attn
         h = (norm(x) * (1 + scale1) + shift1).to(dtype)
-        q, k = (complex_rope(p(h), n.weight, table) for p, n in ((own.q, own.norm_q), (own.k, own.norm_k)))
-        x = x + attend(own, q.to(dtype), k.to(dtype), own.v(h)).float() * gate1
-        h = F.layer_norm(x, (WIDTH,), ours.norm3.weight, ours.norm3.bias, EPS).to(dtype)
-        q = F.rms_norm(cross.q(h).float(), (WIDTH,), cross.norm_q.weight, EPS).to(dtype)
-        x = x + attend(cross, q, keys, values)
+        q = complex_rope(linear(own.q, h), own.norm_q.weight, self.table)
+        k = complex_rope(linear(own.k, h), own.norm_k.weight, self.table)
+        x = x + attend(own.o, q, k, linear(own.v, h)).to(wide) * gate1
+        h = norm(x, block.norm3.weight, block.norm3.bias).to(dtype)
+        q = F.rms_norm(linear(cross.q, h).to(wide), (WIDTH,), cross.norm_q.weight.to(wide), EPS)
+        x = x + attend(cross.o, q, *self.padded)
         h = (norm(x) * (1 + scale2) + shift2).to(dtype)
-        return x + ours.ffn(h).float() * gate2
+        h = F.gelu(linear(block.ffn[0], h), approximate="tanh")
+        return (x + linear(block.ffn[2], h).to(wide) * gate2).view_as(self.x)
+
+
+def block(dtype: torch.dtype) -> Case:
+    """The whole block; its rival does the same work on the same text."""
+    case = PublishedBlock(dtype, TOKENS if DEVICE == "cuda" else TOKENS // 4)
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
-        small = published(x).view_as(x)
-        return run(x.clone()), small, small  # the published form is the oracle here
+        small = PublishedBlock(dtype, 40)
+        return small.ours(), small.published(), small.published(torch.float64)
 
-    compiled = _compiled(published)
-    matmuls = num_tokens * BATCH * (2 * 6 * WIDTH**2 + 4 * WIDTH * config.ffn_dim)
-    attention = 4 * BATCH * num_tokens * WIDTH * (num_tokens + config.text_len)
-    return Case(
-        "block",
-        _shape(x),
-        dtype,
-        lambda: run(x.clone()),
-        {"eager": lambda: published(x), "compiled": lambda: compiled(x)},
-        results,
-        num_flops=matmuls + attention,
-    )
+    shape = _shape(case.x)
+    rivals = {"eager": case.published, "compiled": _compiled(case.published)}
+    return Case("block", shape, dtype, case.ours, rivals, results, num_flops=case.num_flops)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-// Before clones.h, so that __GLIBC__ is known there.
 #include "clones.h"
 
 namespace miga {

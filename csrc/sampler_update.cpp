@@ -2,11 +2,6 @@
 
 #include <algorithm>
 
-// Before clones.h, so that __GLIBC__ is known there.
-#include <cmath>
-
-#include "clones.h"
-
 namespace miga {
 namespace {
 
@@ -15,22 +10,23 @@ constexpr int64_t kBlock = 1024;  // all buffers of a block stay in the first-le
 enum Column { kMX, kMV, kCX, kCY, kCM, kCM1, kCM2, kPX, kPV, kPM, kPM1, kPN };
 
 template <typename T>
-inline __attribute__((always_inline)) void add_term(T* sum, T coefficient, const T* values, int64_t size) {
+MIGA_INLINE void add_term(T* sum, T coefficient, const T* values, int64_t size) {
   if (coefficient == 0) return;
   for (int64_t i = 0; i < size; ++i) sum[i] += coefficient * values[i];
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void update_block(
+MIGA_INLINE void update_block(
     const SamplerRun<T>& run, const T* row, bool has_history, T guidance_scale, int64_t start, int64_t size) {
-  T guided[kBlock], prediction[kBlock] = {}, corrected[kBlock] = {}, following[kBlock] = {};
+  T conditional[kBlock], buffer[kBlock], guided[kBlock], prediction[kBlock] = {}, corrected[kBlock] = {}, following[kBlock] = {};
   T* x = run.sample + start;
   T* y = run.last_sample + start;
   T* m1 = run.x0 + start;
   T* m2 = run.x0_previous + start;
-  const T* v = run.velocity_cond + start;
-  if (run.velocity_uncond != nullptr) {
-    const T* u = run.velocity_uncond + start;
+  const int64_t first = run.first_of_pass + start;
+  const T* v = widen(run.velocity_cond, first, size, conditional);
+  if (run.velocity_uncond.data != nullptr) {
+    const T* u = widen(run.velocity_uncond, first, size, buffer);
     for (int64_t i = 0; i < size; ++i) guided[i] = u[i] + guidance_scale * (v[i] - u[i]);
     v = guided;
   }
@@ -47,7 +43,13 @@ inline __attribute__((always_inline)) void update_block(
   add_term(following, row[kPV], v, size);
   add_term(following, row[kPM], prediction, size);
   add_term(following, row[kPM1], m1, size);
-  if (run.noise != nullptr) add_term(following, row[kPN], run.noise + start, size);
+  if (row[kPN] != 0 && run.stream != nullptr) {
+    float drawn[kBlock];
+    draw_normals(*run.stream, run.first_of_frame + start, size, drawn);
+    add_term(following, row[kPN], widen({drawn, ElementType::kFloat}, 0, size, buffer), size);
+  } else if (row[kPN] != 0 && run.noise.data != nullptr) {
+    add_term(following, row[kPN], widen(run.noise, first, size, buffer), size);
+  }
 
   if (has_history) {
     std::copy_n(m1, size, m2);
@@ -60,7 +62,7 @@ inline __attribute__((always_inline)) void update_block(
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void update_blocks(
+MIGA_INLINE void update_blocks(
     const SamplerRun<T>& run, const T* row, bool has_history, T guidance_scale, int64_t size) {
   for (int64_t start = 0; start < size; start += kBlock)
     update_block(run, row, has_history, guidance_scale, start, std::min(kBlock, size - start));

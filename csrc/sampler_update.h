@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "elements.h"
+#include "normal_noise.h"
+
 namespace miga {
 
 constexpr int64_t kNumCoefficients = 12;
@@ -14,9 +17,13 @@ struct SamplerRun {
   T* last_sample;  // y, becomes the corrected sample
   T* x0;           // m1, becomes m
   T* x0_previous;  // m2, becomes m1, or 0 where there is no history
-  const T* velocity_cond;
-  const T* velocity_uncond;  // null: no guidance
-  const T* noise;            // null: no noise term
+  // Of all frames of the pass; the run begins at their element first_of_pass.
+  ConstElements velocity_cond;
+  ConstElements velocity_uncond;  // data null: no guidance
+  ConstElements noise;            // data null: no noise term, unless it is drawn
+  int64_t first_of_pass;
+  const NoiseStream* stream;  // null: no noise is drawn
+  int64_t first_of_frame;     // the run's first element in its frame, a multiple of 4
 };
 
 // One solver step over `size` elements; row holds the coefficients in the order of miga_engine.schedule.COLUMNS.

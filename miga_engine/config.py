@@ -9,7 +9,7 @@ from typing import Any
 
 from miga_engine.errors import ConfigError
 
-ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "cudnn", "xformers", "flash", "sage", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "onednn", "cudnn", "xformers", "flash", "sage", "reference")
 """Who may compute attention; `miga_engine.ops.frame_attention` says what each needs."""
 
 

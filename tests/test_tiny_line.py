@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from oracle import Oracle, counter_noise
 
-from miga_engine import Engine
+from miga_engine import Engine, _extension
 from miga_engine.prompts import PromptTimeline
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import make_schedule
@@ -24,6 +27,10 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def network(engine):
+    return make_network(engine)
+
+
+def make_network(engine: Engine):
     timeline = PromptTimeline({0: "a red balloon over snowy hills at dawn"}, 0, engine.bundle.first_video_frame)
     with torch.no_grad():
         context = engine.bundle.transformer.encode_context(timeline.contexts("", engine.bundle.encode_prompts))
@@ -66,6 +73,22 @@ def test_window_batch_is_rounding_only(engine, network, window_batch):
     alone = _stream(engine, network, _config(engine), 20)
     batched = _stream(engine, network, _config(engine, window_batch=window_batch), 20)
     assert (alone - batched).abs().max() <= 2e-3 * alone.abs().max()
+
+
+EAGER_RUN = """
+import sys, torch, test_tiny_line as line
+engine = line.Engine.from_pretrained("tiny", "cpu")
+torch.save(line._stream(engine, line.make_network(engine), line._config(engine, refine_steps=2), 20), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not _extension.load(), reason="the C++ CPU kernels were not built")
+def test_cpp_kernels_and_eager_ops_make_the_same_latents(engine, network, tmp_path):
+    environment = {**os.environ, "MIGA_EXTENSION": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", EAGER_RUN, tmp_path / "eager.pt"], env=environment, check=True)
+    eager = torch.load(tmp_path / "eager.pt")
+    fused = _stream(engine, network, _config(engine, refine_steps=2), 20)
+    assert (fused - eager).abs().max() <= 1e-4 * eager.abs().max()
 
 
 def test_presets_defaults_fit_the_model(engine):

@@ -7,6 +7,7 @@ trust theirs. All are for inference: no gradient is defined.
 
 from miga_engine import _extension
 from miga_engine.ops.attention import BIASLESS_BACKENDS, attention_backends, frame_attention, require_attention
+from miga_engine.ops.linear import linear
 from miga_engine.ops.modulation import norm_modulate, qk_norm_rope, residual_norm_modulate, rms_norm_
 from miga_engine.ops.sampling import consistency_score, sampler_update
 
@@ -15,6 +16,7 @@ __all__ = [
     "attention_backends",
     "consistency_score",
     "frame_attention",
+    "linear",
     "norm_modulate",
     "qk_norm_rope",
     "require_attention",

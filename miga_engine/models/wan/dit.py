@@ -231,7 +231,7 @@ class WanDiT(nn.Module):
             3, (rows, patch_height)
         )  # [B, C, F, r, p, c, q]
         patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3).to(self.dtype)  # [B, F, S, C·p·q]
-        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
+        return ops.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
 
     def _to_latents(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """[B, F, S, p·q·C] -> [B, C, F, H, W]."""

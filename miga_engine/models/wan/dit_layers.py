@@ -38,7 +38,18 @@ class Frames(NamedTuple):
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in float32, whatever the dtype of its weights."""
-    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    return ops.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+class Linear(nn.Linear):
+    """A linear map through `ops.linear`, with the tanh-approximated GELU of it if `gelu`."""
+
+    def __init__(self, in_features: int, out_features: int, *, gelu: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.gelu = gelu
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias, gelu=self.gelu)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -74,10 +85,10 @@ class AttentionProjections(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.eps = eps
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
         self.norm_q = nn.RMSNorm(dim, eps) if qk_norm else None
         self.norm_k = nn.RMSNorm(dim, eps) if qk_norm else None
 
@@ -200,7 +211,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, eps, qk_norm)
         self.norm3 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
         self.cross_attn = CrossAttention(dim, num_heads, eps, qk_norm)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(Linear(dim, ffn_dim, gelu=True), nn.Identity(), Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def table(self, time: Tensor) -> Tensor:
@@ -232,8 +243,7 @@ class Block(nn.Module):
         h = self._close(x, y, table[:, 2], affine, frames, h.dtype)
         y = self.cross_attn(h, text, frames.prompts, backends[1])
         h = self._close(x, y, None, Modulation(scale, shift), frames, h.dtype)
-        h = torch.ops.aten.gelu_(self.ffn[0](h), approximate="tanh")
-        return self._close(x, self.ffn[2](h), gate, following, frames, dtype)
+        return self._close(x, self.ffn(h), gate, following, frames, dtype)
 
     def _close(
         self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: Frames, dtype: torch.dtype
