@@ -1,4 +1,4 @@
-# demo: a video from a prompt · test: lint and all tests · lint · bench · venv: only the environment · clean
+# demo: a video from a prompt · test: lint and all tests · lint · aot: the GPU kernels, compiled · bench · venv · clean
 # The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test lint bench venv clean
+.PHONY: demo test lint aot bench venv clean
 
 demo: venv
 	mkdir -p out
@@ -21,6 +21,9 @@ lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+aot: $(VENV)/.installed
+	$(BIN)/python bench/aot.py
 
 bench: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-enable --benchmark-group-by=group

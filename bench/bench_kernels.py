@@ -250,7 +250,7 @@ def _attention_case(name: str, shape: tuple[int, ...], num_keys: int, dtype: tor
     refusals = ops.attention_backends(DEVICE, dtype, shape[3])
     usable = [b for b, reason in refusals.items() if reason is None and b != "reference"]
     if is_cross:
-        usable = [b for b in usable if b not in ops.BIASLESS_BACKENDS]
+        usable = [b for b in usable if b not in ops.SELF_ATTENTION_ONLY]
 
     def run(backend: str) -> Tensor:
         return ops.frame_attention(q, k, v, bias, backend=backend)
@@ -273,7 +273,7 @@ def _attention_case(name: str, shape: tuple[int, ...], num_keys: int, dtype: tor
 
 
 class PublishedBlock:
-    """A transformer block of the 1.3B network with a prompt of 64 tokens: as ours, and as published in plain PyTorch."""
+    """A block of the 1.3B network with a prompt of 64 tokens: ours, and the published form in plain PyTorch."""
 
     def __init__(self, dtype: torch.dtype, tokens: int) -> None:
         config = WAN_T2V_CONFIGS["1.3B"]

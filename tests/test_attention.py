@@ -49,14 +49,15 @@ def assert_in_budget(out, q, *args):
 
 def test_every_name_has_a_backend() -> None:
     assert ("auto", *attention._BACKENDS) == ATTENTION_BACKENDS
-    assert set(ops.BIASLESS_BACKENDS) < set(ATTENTION_BACKENDS)
+    assert set(ops.SELF_ATTENTION_ONLY) < set(ATTENTION_BACKENDS)
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "onednn", "reference"])
 @pytest.mark.parametrize("rows", [None, [2, 0], [[0, 1, 2], [2, 2, 1]]])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_agrees_with_float64(backend: str, rows: list | None, has_bias: bool) -> None:
-    q, k, v = make_inputs(queries=12, prompts=None if rows is None else 3)
+    keys = 70 if backend == "onednn" else 11
+    q, k, v = make_inputs(queries=12, keys=keys, prompts=None if rows is None else 3)
     bias = None
     if has_bias:
         bias = torch.randn(k.shape[0], 1, 1, k.shape[1], generator=torch.Generator().manual_seed(5))
@@ -109,6 +110,18 @@ def test_a_wrong_backend_is_caught_at_its_first_call(fresh, monkeypatch, out, fa
     monkeypatch.setitem(attention._BACKENDS, "sdpa", attention._Backend(attention._always, lambda call: out(call.q)))
     with pytest.raises(DeviceError, match=f"attention='sdpa' gives wrong results on cpu .{fault}"):
         ops.frame_attention(*make_inputs(), backend="sdpa")
+
+
+def test_gradients_are_sdpas_and_others_refuse() -> None:
+    q, k, v = (t.requires_grad_() for t in make_inputs())
+    ops.frame_attention(q, k, v).square().sum().backward()
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    heads = [t.transpose(1, 2) for t in doubles]
+    torch.nn.functional.scaled_dot_product_attention(*heads).square().sum().backward()
+    for ours, theirs in zip((q, k, v), doubles, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="attention='reference' has no gradient: train with auto or sdpa"):
+        ops.frame_attention(q, k, v, backend="reference")
 
 
 def test_input_that_is_not_finite_is_not_the_backends_fault(fresh) -> None:

@@ -2,17 +2,17 @@
 
 `torch.ops.miga.<name>` has up to four implementations that agree: the eager oracle (`reference`, every device), C++ on
 the CPU (csrc/), Triton on GPUs (kernels/). The public functions check their arguments and call it; the registered ops
-trust theirs. All are for inference: no gradient is defined.
+trust theirs. They are for inference and define no gradient; `frame_attention` alone takes SDPA where one is wanted.
 """
 
 from miga_engine import _extension
-from miga_engine.ops.attention import BIASLESS_BACKENDS, attention_backends, frame_attention, require_attention
+from miga_engine.ops.attention import SELF_ATTENTION_ONLY, attention_backends, frame_attention, require_attention
 from miga_engine.ops.linear import linear
 from miga_engine.ops.modulation import norm_modulate, qk_norm_rope, residual_norm_modulate, rms_norm_
 from miga_engine.ops.sampling import consistency_score, sampler_update
 
 __all__ = [
-    "BIASLESS_BACKENDS",
+    "SELF_ATTENTION_ONLY",
     "attention_backends",
     "consistency_score",
     "frame_attention",

@@ -59,6 +59,7 @@ def frame_attention(
     backend: "auto" takes the fastest exact one installed, timed once at the real shape on each GPU (on CPUs by rule:
     oneDNN for many keys, else SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with DeviceError, and never
     replaced. A backend must agree with the oracle on a sample of its first call's queries before its result is used.
+    Where a gradient is wanted, SDPA alone gives it.
     """
     require(q.ndim == 4, "q", "shape", tuple(q.shape), "[B,N,H,D]")
     frame = q.shape[2:]
@@ -77,13 +78,17 @@ def frame_attention(
         require(bias.ndim == 4, "bias", "shape", tuple(bias.shape), "[P,H,N,M] or broadcastable to it")
     if backend not in ATTENTION_BACKENDS:
         raise ConfigError(f"attention is {backend!r}: choose {', '.join(ATTENTION_BACKENDS)}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if backend not in ("auto", "sdpa"):
+            raise ConfigError(f"attention={backend!r} has no gradient: train with auto or sdpa")
+        return _run_sdpa(_Call(q, k, v, bias, key_rows, scale)).reshape(q.shape).contiguous()
     return torch.ops.miga.frame_attention(q, k, v, bias, key_rows, scale, backend)
 
 
 def attention_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128) -> dict[str, str | None]:
     """Every backend's name → None if it runs heads of this size on this device, else why not."""
-    q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    return {name: backend.refuses(_Call(q, q, q, None, None, None)) for name, backend in _BACKENDS.items()}
+    keys = torch.empty(1, 1024, 1, head_dim, dtype=dtype, device=device)
+    return {name: backend.refuses(_Call(keys, keys, keys, None, None, None)) for name, backend in _BACKENDS.items()}
 
 
 def require_attention(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:
@@ -197,6 +202,8 @@ def _always(call: _Call) -> None:
 def _refuses_onednn(call: _Call) -> str | None:
     if call.q.device.type != "cpu" or not HAS_ONEDNN:
         return f"it is for CPUs with oneDNN, and the tensors are on {call.q.device.type}"
+    if call.k.shape[1] < _ONEDNN_LEAST_KEYS:
+        return f"it is for {_ONEDNN_LEAST_KEYS} keys and more, and there are {call.k.shape[1]}"
     return _dtype_refusal(call, (torch.float32, torch.bfloat16)) or _pair_bias_refusal(call)
 
 
@@ -259,7 +266,8 @@ _BACKENDS = {
     "sage": _Backend(_needs_package("sageattention", takes_bias=False, head_dims=(64, 96, 128)), _run_sage, False),
     "reference": _Backend(_always, _run_reference),
 }
-BIASLESS_BACKENDS = ("cudnn", "flash", "sage")
+SELF_ATTENTION_ONLY = ("onednn", "cudnn", "flash", "sage")
+"""Backends that refuse cross-attention, for its bias or its few keys."""
 _TIMED = ("triton", "sdpa", "cudnn", "flash", "xformers")  # what auto chooses from on a GPU
 
 _tested: set[tuple[object, ...]] = set()
@@ -314,8 +322,8 @@ def _disagreement(call: _Call, out: Tensor, *, is_exact: bool) -> str | None:
 
 def _choose(call: _Call) -> str:
     if not call.q.is_cuda:  # by rule, so that one machine always rounds the same way
-        is_long = call.k.shape[1] >= _ONEDNN_LEAST_KEYS and torch.get_num_threads() <= _ONEDNN_MOST_THREADS
-        return "onednn" if is_long and _BACKENDS["onednn"].refuses(call) is None else "sdpa"
+        is_measured = torch.get_num_threads() <= _ONEDNN_MOST_THREADS
+        return "onednn" if is_measured and _BACKENDS["onednn"].refuses(call) is None else "sdpa"
     device = torch.cuda.get_device_name(call.q.device)
     bias_shape = None if call.bias is None else call.bias.shape
     key = (device, call.q.dtype, call.q.shape, call.k.shape, bias_shape, call.key_rows is None)

@@ -80,8 +80,8 @@ class WanDiT(nn.Module):
     Matrix products run in the dtype of the weights; the time path, norms, modulation, rotation, residual stream and
     head in float32. `keeps_fp32` tells which parameters a loader leaves in float32. For inference: no gradient flows.
 
-    `attention` is the backend of `ops.frame_attention`. One that takes no bias (cudnn, flash, sage) serves
-    self-attention, and cross-attention, whose padding is a bias, stays with auto.
+    `attention` is the backend of `ops.frame_attention`. One of `ops.SELF_ATTENTION_ONLY` serves self-attention;
+    cross-attention, of few keys with a bias for the padding, then stays with auto.
     """
 
     attention = "auto"
@@ -145,7 +145,7 @@ class WanDiT(nn.Module):
             raise ConfigError(f"positions has shape {tuple(positions.shape)}; give [{batch}, {num_frames}].")
         frames = Frames(levels, positions, context_index)
         rotary = self._rotary_table(rows, columns, latents.device)
-        backends = (self.attention, "auto" if self.attention in ops.BIASLESS_BACKENDS else self.attention)
+        backends = (self.attention, "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention)
 
         x = self._to_tokens(latents, rows, columns)
         blocks = [cast(Block, block) for block in self.blocks]
