@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 RIVALS = {"x_eager": ("eager PyTorch", "#9aa5b1"), "x_compiled": ("torch.compile", "#4f7cac")}
 RIVALS["x_loop"] = ("loop over frames", "#d9a05b")
@@ -30,7 +31,7 @@ def newest(path: Path) -> list[dict[str, str]]:
 def draw(rows: list[dict[str, str]], picture: Path) -> None:
     names = [f"{row['op']}  {row['dtype']}" for row in rows]
     places = range(len(rows))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.2 + 0.42 * len(rows)), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.6 + 0.42 * len(rows)), sharey=True)
     for unit, (label, colour) in UNITS.items():
         chosen = [i for i in places if rows[i]["unit"] == unit]
         shares = [100 * float(rows[i]["of_ceiling"]) for i in chosen]
@@ -41,21 +42,21 @@ def draw(rows: list[dict[str, str]], picture: Path) -> None:
     left.set_xlabel("% of the ceiling measured in the same run")
     left.set_yticks(places, names)
     left.invert_yaxis()
-    for key, (label, colour) in RIVALS.items():
-        chosen = [i for i in places if rows[i][key]]
-        values = [float(rows[i][key]) for i in chosen]
-        right.plot(values, chosen, "o", color=colour, label=label)
-        for value, i in zip(values, chosen, strict=True):
-            right.annotate(f"{value:.3g}×", (value, i), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    for offset, (key, (label, colour)) in zip((-0.24, 0, 0.24), RIVALS.items(), strict=True):
+        chosen = [(float(row[key]), i + offset) for i, row in enumerate(rows) if row[key]]
+        right.plot(*zip(*chosen, strict=True), "o", color=colour, label=label, markersize=5)
+        for value, place in chosen:
+            right.annotate(f"{value:.3g}×", (value, place), xytext=(6, -3), textcoords="offset points", fontsize=7)
     right.axvline(1, color="#444", linewidth=0.8)
     right.set_xscale("log")
+    right.xaxis.set_major_formatter(ScalarFormatter())
     right.margins(x=0.15)
     right.set_xlabel("times faster than")
     for axes in (left, right):
         axes.grid(axis="x", color="#ddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, loc="lower right", frameon=False)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     last = rows[-1]
     figure.suptitle(f"{last['device']}, torch {last['torch']}, commit {last['commit']}", fontsize=10)
     figure.tight_layout()
