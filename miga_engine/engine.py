@@ -16,9 +16,11 @@ from miga_engine import ops
 from miga_engine._version import __version__
 from miga_engine.config import PRESETS, MigaConfig, Preset
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
-from miga_engine.models.loading import ModelBundle, load_bundle
+from miga_engine.models.bundle import ModelBundle, WindowNetwork
+from miga_engine.models.loading import load_bundle
 from miga_engine.noise import CounterNoise
 from miga_engine.prompts import PromptTimeline
+from miga_engine.runtime.denoise import Batch
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.tiny import WEIGHTS_DIR
@@ -298,16 +300,11 @@ class Engine:
         bundle = self.bundle
         schedule = _schedule(request)
         timeline = PromptTimeline(request.prompt, request.miga.prompt_blend_frames, bundle.first_video_frame)
-        with torch.no_grad():
-            context = bundle.transformer.encode_context(
-                timeline.contexts(request.negative_prompt, bundle.encode_prompts)
-            )
+        contexts = timeline.contexts(request.negative_prompt, bundle.encode_prompts)
+        network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps))
         factor = bundle.spatial_factor
         frame_shape = (bundle.latent_channels, request.height // factor, request.width // factor)
         num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
-
-        def network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            return bundle.transformer(latents.to(bundle.dtype), timesteps, context, context_index=rows).float()
 
         return VideoRun(
             network,
@@ -322,6 +319,16 @@ class Engine:
             prompt_row=timeline.row,
             emit=emit,
         )
+
+
+class _BatchNetwork:
+    """A model's network as the runtime calls it."""
+
+    def __init__(self, run: WindowNetwork) -> None:
+        self._run = run
+
+    def forward_batch(self, batch: Batch) -> torch.Tensor:
+        return self._run(batch.latents, batch.steps, batch.prompt_rows, batch.keep)
 
 
 def _schedule(request: Request) -> Schedule:

@@ -137,6 +137,35 @@ def test_frame_positions_turn_the_attention(dit: WanDiT, golden: dict[str, torch
         dit(latents, 500.0, context, positions=torch.arange(5))
 
 
+SAVINGS = ("shares_branches", "skips_frames", "collapses_padding")
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("switched_off", [*SAVINGS, None])
+def test_savings_change_rounding_only(switched_off: str | None, per_frame: bool, num_layers: int) -> None:
+    """Two branches of two windows, some frames kept, against one window, one branch and all frames at a time."""
+    torch.manual_seed(1)
+    model = WanDiT(WanDiTConfig(24, 48, 8, 2, num_layers, 6, 9, 3, 3))
+    model.head.head.weight.data.normal_()
+    latents, timesteps = torch.randn(2, 3, 5, 4, 4), torch.rand(2, 5) * 1000
+    contexts = torch.randn(3, 4, 6)
+    rows = torch.tensor([2, 1, 0, 0])
+    if per_frame:
+        rows = torch.tensor([[2, 2, 1, 1, 2], [1, 2, 1, 2, 1], [0] * 5, [0] * 5])
+    keep = torch.tensor([[1, 2, 2], [0, 3, 4]])
+    if switched_off:
+        setattr(model, switched_off, False)
+    levels = model.encode_timesteps(timesteps.flatten()), torch.arange(10).view(2, 5)
+    together = model(latents, levels, model.encode_context(contexts), rows, keep=keep)
+    for saving in SAVINGS:
+        setattr(model, saving, False)
+    for i, row in enumerate(rows):
+        window = i % 2
+        alone = model(latents[window][None], timesteps[window][None], contexts, row[None])
+        assert relative_error(together[i], alone[0][:, keep[window]]) <= 1e-5
+
+
 def test_padding_of_the_text_is_one_key(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     """A zero row between others is padding too, and prompts of different lengths share a cache."""
     context = golden["context_0"]
@@ -168,8 +197,10 @@ def test_refusals_name_the_size_and_the_remedy(dit: WanDiT, golden: dict[str, to
         ConfigError, match=r"holds 2 prompts for 1 windows; give one, one for each window, or a context"
     ):
         dit(latents, 1.0, torch.zeros(2, 3, 32))
-    with pytest.raises(ConfigError, match=r"context_index has shape \(2,\); give \[1\] .* or \[1, 5\]"):
-        dit(latents, 1.0, context, torch.tensor([0, 0]))
+    with pytest.raises(
+        ConfigError, match=r"context_index has shape \(1, 3\); give \[1\] .* or \[1, 5\] .* a multiple of 1 rows"
+    ):
+        dit(latents, 1.0, context, torch.tensor([[0, 0, 0]]))
     with pytest.raises(
         ConfigError, match=r"A width of 96 does not split into 5 heads of even size; correct dim or num"
     ):

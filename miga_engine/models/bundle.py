@@ -17,6 +17,8 @@ from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokeni
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
 
+WindowNetwork = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 NATIVE_WINDOW_FRAMES = 21  # latent frames of the 81-frame clips that Wan2.1 was trained on
 
 
@@ -63,6 +65,22 @@ class ModelBundle:
             rows.append(self.text_encoder(ids, mask)[0])
         length = max(map(len, rows), default=0)
         return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+
+    @torch.no_grad()
+    def window_network(self, contexts: Tensor, timesteps: Tensor) -> WindowNetwork:
+        """The transformer with a video's text embeddings [P, T, D] and noise levels [T], encoded once.
+
+        It takes windows [B, C, F, H, W] float32, rows of the timesteps int64 [B, F], prompt rows int64 [G·B] or
+        [G·B, F] in G guidance branches, and the frames to keep int64 [B, K]; it gives [G·B, C, K, H, W].
+        """
+        context, levels = self.transformer.encode_context(contexts), self.transformer.encode_timesteps(timesteps)
+
+        def run(latents: Tensor, steps: Tensor, prompt_rows: Tensor, keep: Tensor) -> Tensor:
+            return self.transformer(
+                latents.to(self.dtype), (levels, steps), context, context_index=prompt_rows, keep=keep
+            )
+
+        return run
 
     @property
     def latent_channels(self) -> int:

@@ -109,7 +109,7 @@ def residual_norm_modulate(
 
 def qk_norm_rope(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     weight_q: Tensor | None,
     weight_k: Tensor | None,
     *,
@@ -119,7 +119,7 @@ def qk_norm_rope(
     num_heads: int,
     eps: float,
 ) -> None:
-    """q ← rope(rms_norm(q)·weight_q), k likewise, in place and rounded once.
+    """q ← rope(rms_norm(q)·weight_q), k likewise if given, in place and rounded once.
 
     The norm is over the full width D, before the heads are split. RoPE turns neighbouring channel pairs of each head:
     the first pairs by the angles of the frame's position in time, the others by those of the token's place in it.
@@ -128,10 +128,11 @@ def qk_norm_rope(
     norm; temporal [P,2,t] and spatial [S,2,D/num_heads/2 − t]: cosines and sines, float32 or float64; positions [B,F]
     int64 rows of temporal. Arithmetic in float32 at least. Source: Wan2.1, 3-D rotary positions.
     """
-    for name, tensor, weight in (("q", q, weight_q), ("k", k, weight_k)):
-        _check_heads(name, tensor, weight, num_heads)
-    require(k.shape == q.shape, "k", "shape", tuple(k.shape), f"{tuple(q.shape)} as q")
-    require(k.dtype == q.dtype, "k", "dtype", k.dtype, f"{q.dtype} as q")
+    _check_heads("q", q, weight_q, num_heads)
+    if k is not None:
+        _check_heads("k", k, weight_k, num_heads)
+        require(k.shape == q.shape, "k", "shape", tuple(k.shape), f"{tuple(q.shape)} as q")
+        require(k.dtype == q.dtype, "k", "dtype", k.dtype, f"{q.dtype} as q")
     half = q.shape[2] // num_heads // 2
     for name, table in (("temporal", temporal), ("spatial", spatial)):
         require(table.ndim == 3 and table.shape[1] == 2, name, "shape", tuple(table.shape), "[rows, 2, pairs]")

@@ -1,41 +1,56 @@
-"""THE denoising pass: gather → forward → one fused update → commit.
+"""THE denoising pass: gather → forward → scatter → one fused update → commit.
 
-Every stage and every method is this pass over other windows. All windows read the state before the pass (Jacobi),
-so they are independent and batch freely; ``order="sequential"`` lets later windows see earlier commits, as the
-paper's pseudocode and parts of the release do, for parity tests.
+Every stage and every method is this pass over other windows. All windows read the state before the pass (Jacobi), so
+they are independent: they batch freely, are captured, and are shared out over ranks. ``order="sequential"`` lets later
+windows see earlier commits, as the paper's pseudocode and parts of the release do, for parity tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from miga_engine import ops
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
 from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.ranks import Ranks
 from miga_engine.schedule import Schedule
 
 NEGATIVE_ROW = 0
 """Prompt row of the unconditional branch; prompts of the video are rows 1, 2, …"""
 
 
-class Network(Protocol):
-    """What the runtime asks of a model: latents [B,C,F,H,W], timesteps [B,F], prompt rows [B] or [B,F] → output."""
+class Batch(NamedTuple):
+    """Windows that go through the network together: B windows of F frames in G guidance branches (1 or 2)."""
 
-    def __call__(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_rows: torch.Tensor, /
-    ) -> torch.Tensor: ...
+    latents: Tensor  # [B,C,F,H,W] float32
+    timesteps: Tensor  # [B,F] float32
+    steps: Tensor  # int64 [B,F], rows of the schedule
+    prompt_rows: Tensor  # int64 [G·B] or, where frames of a window differ, [G·B,F]; the conditional branch first
+    keep: Tensor  # int64 [B,K]: the frames whose output is wanted, the last repeated where a window has fewer
+
+
+@runtime_checkable
+class BatchNetwork(Protocol):
+    """What the runtime asks of a model: the output [G·B,C,K,H,W] of a batch."""
+
+    def forward_batch(self, batch: Batch, /) -> Tensor: ...
+
+
+class Network(Protocol):
+    """A model that knows windows only: latents [B,C,F,H,W], timesteps [B,F], prompt rows [B] or [B,F] → output."""
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, /) -> Tensor: ...
 
 
 class NoiseSource(Protocol):
     """Where Gaussian noise comes from: ``[n,C,H,W]`` float32 for the given frames. Tests replay tapes through it."""
 
-    def __call__(
-        self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0
-    ) -> torch.Tensor: ...
+    def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> Tensor: ...
 
 
 class Window(NamedTuple):
@@ -50,16 +65,27 @@ class Window(NamedTuple):
         return self.slots[self.commit_start : self.commit_stop]
 
 
+class _Shape(NamedTuple):
+    """What a captured forward depends on; everything else is data."""
+
+    windows: int
+    frames: int
+    kept: int
+    has_prompt_per_frame: bool
+
+
 class Denoiser:
     """Runs passes over a FrameStore.
 
     ``network`` returns the model output in the schedule's prediction type; ``guidance_scale`` None or 1 skips the
-    unconditional branch. ``window_batch`` windows go through the network together (twice that with guidance).
+    unconditional branch. ``window_batch`` windows go through the network together (twice that with guidance); where
+    memory runs out it is halved, once reported through ``emit``, and the batch repeated. ``capture`` replays forwards
+    of one shape as a CUDA graph. ``ranks`` shares the windows of a pass out over processes.
     """
 
     def __init__(
         self,
-        network: Network,
+        network: Network | BatchNetwork,
         store: FrameStore,
         schedule: Schedule,
         noise: NoiseSource,
@@ -67,90 +93,185 @@ class Denoiser:
         guidance_scale: float | None,
         window_batch: int = 1,
         order: str = "parallel",
+        capture: bool = False,
+        ranks: Ranks | None = None,
+        emit: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
-        self.network = network
+        self.forward = network.forward_batch if isinstance(network, BatchNetwork) else _PlainNetwork(network)
         self.store = store
         self.noise = noise
         self.schedule = schedule
         self.guidance_scale = 1.0 if guidance_scale is None else float(guidance_scale)
         self.window_batch = window_batch
         self.order = order
+        self.emit = emit
+        self.ranks = ranks
         self.num_forwards = 0
+        self._num_branches = 1 if self.guidance_scale == 1.0 else 2
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
+        # No pass commits more frames than there are slots; what else a batch computes lands in the last row.
+        rows = store.capacity + store.scratch + 1
+        self._outputs = store.sample.new_empty(self._num_branches, rows, *store.frame_shape)
+        self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
+        self._captured: dict[_Shape, _CapturedForward] | None = {} if capture and store.device.type == "cuda" else None
 
     def run(self, windows: Sequence[Window], *, solver_stream: int = 0) -> None:
         """Advance every committed frame of ``windows`` by one step.
 
         ``solver_stream`` separates the noise of a stochastic solver between stages that visit the same level twice.
         """
-        outputs: list[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]] = []
-        for batch in self._batches(windows):
-            outputs.extend(self._forward(batch))
-            if self.order == "sequential":
-                self._update(outputs, solver_stream)
-                outputs.clear()
-        if outputs:
-            self._update(outputs, solver_stream)
+        parts = [[window] for window in windows] if self.order == "sequential" else [windows] if windows else []
+        for part in parts:
+            slots = np.concatenate([window.committed for window in part])
+            self._forward_all(part)
+            self._update(slots, solver_stream)
 
-    def _batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
-        """Neighbouring windows of equal length, at most ``window_batch`` together."""
-        limit = 1 if self.order == "sequential" else self.window_batch
-        batch: list[Window] = []
-        for window in windows:
-            if batch and (len(batch) == limit or len(window.slots) != len(batch[0].slots)):
-                yield batch
-                batch = []
-            batch.append(window)
-        if batch:
-            yield batch
+    def _forward_all(self, windows: Sequence[Window]) -> None:
+        """Model output of all committed frames, in the windows' order, into the first rows of ``_outputs``."""
+        rows = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
+        batches = _split(windows, self._share_windows)
+        mine = range(len(batches)) if self.ranks is None else self.ranks.share(len(batches))
+        for batch in batches[mine.start : mine.stop]:
+            start = batch.start
+            while start < batch.stop:
+                part = range(start, min(start + self.window_batch, batch.stop))
+                try:
+                    self._forward([windows[i] for i in part], int(rows[start]))
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if len(part) == 1 or not _is_out_of_memory(error):
+                        raise
+                    self._shrink(len(part))
+                    continue
+                start = part.stop
+        self.num_forwards += len(windows)
+        if self.ranks is not None:
+            self.ranks.exchange(self._outputs, [int(rows[batch.start]) for batch in batches] + [int(rows[-1])])
 
-    def _forward(self, batch: list[Window]) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-        store = self.store
-        slots = np.stack([window.slots for window in batch])  # [B, F]
-        steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
+    def _shrink(self, too_many: int) -> None:
+        """Halve ``window_batch``, to below what did not fit; nothing computed so far is lost."""
+        while self.window_batch >= too_many:
+            self.window_batch //= 2
+        self.emit("window_batch", window_batch=self.window_batch, reason="out of memory")
+        if self.store.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(self, windows: Sequence[Window], first_row: int) -> None:
+        """One batch through the network; its committed frames go to rows first_row, … of ``_outputs``."""
+        store, num_windows = self.store, len(windows)
+        slots = np.stack([window.slots for window in windows])  # [B,F]
+        starts = np.array([[window.commit_start] for window in windows])
+        lengths = np.array([[window.commit_stop] for window in windows]) - starts
+        position = np.arange(lengths.max())[None]
+        keep = starts + np.minimum(position, lengths - 1)  # [B,K]
+        target = np.where(position < lengths, first_row + np.cumsum(lengths)[:, None] - lengths + position, -1)
+        target[target < 0] = self._outputs.shape[1] - 1
         rows = store.prompt_row[slots]
-        if (rows == rows[:, :1]).all():
-            rows = rows[:, 0]
-        latents = store.sample[store.index(slots)].transpose(1, 2)  # [B, C, F, H, W]
-        timesteps = self._timesteps[store.index(steps)]
-        if self.guidance_scale != 1.0:
-            latents = torch.cat([latents, latents])
-            timesteps = torch.cat([timesteps, timesteps])
-            rows = np.concatenate([rows, np.full_like(rows, NEGATIVE_ROW)])
-        output = self.network(latents, timesteps, store.index(rows)).transpose(1, 2)  # [B or 2B, F, C, H, W]
-        self.num_forwards += len(batch)
-        for i, window in enumerate(batch):
-            kept = slice(window.commit_start, window.commit_stop)
-            unconditional = output[len(batch) + i, kept] if self.guidance_scale != 1.0 else None
-            yield window.committed, output[i, kept], unconditional
+        has_prompt_per_frame = bool((rows != rows[:, :1]).any())
+        shape = _Shape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
+        steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
+        tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, rows, keep, target)]))
+        if self._captured is None:
+            self._run_tables(tables, shape)
+            return
+        if shape not in self._captured:
+            self._captured[shape] = _CapturedForward(lambda static: self._run_tables(static, shape), tables)
+        self._captured[shape].replay(tables)
 
-    def _update(self, outputs: list[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]], solver_stream: int) -> None:
-        store = self.store
-        slots = np.concatenate([out[0] for out in outputs])
-        conditional = torch.cat([out[1] for out in outputs])
-        unconditional = None
-        if self.guidance_scale != 1.0:
-            unconditional = torch.cat([out[2] for out in outputs if out[2] is not None])
+    def _run_tables(self, tables: Tensor, shape: _Shape) -> None:
+        """Gather, forward and scatter, all of whose data are the tables and the state on the device."""
+        windows, frames, kept = shape.windows, shape.frames, shape.kept
+        per_frame, per_kept = windows * frames, windows * kept
+        slots, steps, rows, keep, target = tables.split([per_frame, per_frame, per_frame, per_kept, per_kept])
+        latents = self.store.sample.index_select(0, slots).view(windows, frames, *self.store.frame_shape)
+        rows = rows.view(windows, frames)
+        if not shape.has_prompt_per_frame:
+            rows = rows[:, 0]
+        if self._num_branches == 2:
+            rows = torch.cat([rows, torch.full_like(rows, NEGATIVE_ROW)])
+        output = self.forward(
+            Batch(
+                latents.transpose(1, 2),
+                self._timesteps.index_select(0, steps).view(windows, frames),
+                steps.view(windows, frames),
+                rows,
+                keep.view(windows, kept),
+            )
+        )
+        output = output.transpose(1, 2).reshape(self._num_branches, per_kept, *self.store.frame_shape)
+        self._outputs.index_copy_(1, target, output.to(self._outputs.dtype))
+
+    def _update(self, slots: np.ndarray, solver_stream: int) -> None:
+        store, count = self.store, len(slots)
         steps = store.step_index[slots]
-        noise: torch.Tensor | FrameNoise | None = None
+        noise: Tensor | FrameNoise | None = None
         if self.schedule.uses_noise:
             # The kernel draws counter-based noise itself; a tape is given as it is.
             draw = self.noise.undrawn if isinstance(self.noise, CounterNoise) else self.noise
             noise = draw(Purpose.SOLVER, store.frame_number[slots], stream=(solver_stream << 16) + steps)
+        index = store.index(np.concatenate([slots, steps, store.history_length[slots]])).view(3, count)
         ops.sampler_update(
             store.sample,
             store.last_sample,
             store.x0,
             store.x0_previous,
-            conditional,
-            unconditional,
-            slots=store.index(slots),
+            self._outputs[0, :count],
+            self._outputs[1, :count] if self._num_branches == 2 else None,
+            slots=index[0],
             coefficients=self._coefficients,
-            step_index=store.index(steps),
-            history_length=store.index(store.history_length[slots]),
+            step_index=index[1],
+            history_length=index[2],
             guidance_scale=self.guidance_scale,
             noise=noise,
         )
         store.step_index[slots] += 1
         store.history_length[slots] = np.minimum(store.history_length[slots] + 1, 2)
+
+
+def _split(windows: Sequence[Window], limit: int) -> list[range]:
+    """Runs of neighbouring windows of equal length, at most ``limit`` together."""
+    batches: list[range] = []
+    for i, window in enumerate(windows):
+        last = batches[-1] if batches else range(0)
+        if len(last) in (0, limit) or len(windows[last.start].slots) != len(window.slots):
+            batches.append(range(i, i + 1))
+        else:
+            batches[-1] = range(last.start, i + 1)
+    return batches
+
+
+class _PlainNetwork:
+    """A network that knows windows only: every branch is computed whole, then the frames wanted are taken."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def __call__(self, batch: Batch) -> Tensor:
+        num_branches = batch.prompt_rows.shape[0] // batch.latents.shape[0]
+        latents = torch.cat([batch.latents] * num_branches)
+        output = self.network(latents, torch.cat([batch.timesteps] * num_branches), batch.prompt_rows)
+        keep = torch.cat([batch.keep] * num_branches)
+        return torch.stack([frames[:, index] for frames, index in zip(output, keep, strict=True)])
+
+
+class _CapturedForward:
+    """A forward of one shape as a CUDA graph; its tables are copied in before each replay."""
+
+    def __init__(self, run: Callable[[Tensor], None], tables: Tensor) -> None:
+        self._tables = tables.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(self._tables)  # what is chosen, timed or allocated at a first call happens here
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            run(self._tables)
+
+    def replay(self, tables: Tensor) -> None:
+        self._tables.copy_(tables)
+        self._graph.replay()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -51,8 +51,9 @@ class FrameStore:
         return self.capacity + first + np.arange(count, dtype=np.int64)
 
     def index(self, slots: np.ndarray) -> torch.Tensor:
-        """The slots as an index tensor on the device."""
-        return torch.from_numpy(slots).to(self.device, non_blocking=True)
+        """The slots as an index tensor on the device, copied without waiting for it."""
+        index = torch.from_numpy(slots)
+        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
 
     def put(
         self, slots: np.ndarray, sample: torch.Tensor, *, step_index: int | np.ndarray, numbers: Sequence[int] | range

@@ -15,8 +15,9 @@ import torch
 
 from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose
-from miga_engine.runtime.denoise import Denoiser, Network, NoiseSource, Window
+from miga_engine.runtime.denoise import BatchNetwork, Denoiser, Network, NoiseSource, Window
 from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.window_plan import guidance_indices, next_cut, plan_windows
 from miga_engine.schedule import Schedule, add_noise
@@ -79,7 +80,7 @@ class VideoRun:
     """One endless or finite run over a network, as a sequence of ticks.
 
     Args:
-        network: see :class:`~miga_engine.runtime.denoise.Network`.
+        network: see :class:`~miga_engine.runtime.denoise.BatchNetwork` and ``Network``.
         schedule, config: how frames are denoised and how windows become a video.
         window_frames: latent frames the network takes at once (its native clip).
         frame_shape: ``(C, H, W)`` of a latent frame.
@@ -87,11 +88,13 @@ class VideoRun:
         num_frames: latent frames to deliver; None = endless.
         prompt_row: maps a latent frame number to the prompt row the network is given for it.
         emit: receives events as ``emit(kind, **fields)``.
+        capture: replay forwards as CUDA graphs; without effect on CPUs.
+        ranks: the processes that share the windows of each pass; None = this one alone.
     """
 
     def __init__(
         self,
-        network: Network,
+        network: Network | BatchNetwork,
         schedule: Schedule,
         config: MigaConfig,
         *,
@@ -103,6 +106,8 @@ class VideoRun:
         device: torch.device,
         prompt_row: Callable[[int], int] = lambda frame: 1,
         emit: Callable[..., None] = lambda kind, **fields: None,
+        capture: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         config.check(schedule.num_steps, window_frames)
         self.schedule = schedule
@@ -129,6 +134,7 @@ class VideoRun:
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
             guidance_scale=guidance_scale, window_batch=config.window_batch, order=config.window_order,
+            capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self.reflection = None
         if config.self_reflection:

@@ -20,10 +20,12 @@ from miga_engine.models.wan.dit_layers import (
     ContextCache,
     Frames,
     Head,
+    Levels,
     Modulation,
     RotaryTable,
     linear_fp32,
     rotary_table,
+    take_frames,
     timestep_embedding,
 )
 
@@ -82,9 +84,16 @@ class WanDiT(nn.Module):
 
     `attention` is the backend of `ops.frame_attention`. One of `ops.SELF_ATTENTION_ONLY` serves self-attention;
     cross-attention, of few keys with a bias for the padding, then stays with auto.
+
+    Three savings leave the result as it is, up to rounding, and can be switched off: `shares_branches` (what comes
+    before the first cross-attention is the same for both guidance branches), `skips_frames` (the last block computes
+    only frames whose output is kept) and `collapses_padding` (one key for all padding of a prompt).
     """
 
     attention = "auto"
+    shares_branches = True
+    skips_frames = True
+    collapses_padding = True
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()
@@ -120,46 +129,78 @@ class WanDiT(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        timesteps: Tensor | float,
+        timesteps: Tensor | float | tuple[Levels, Tensor],
         context: Tensor | ContextCache,
         context_index: Tensor | None = None,
         positions: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """Velocity [B, C, F, H, W] in float32.
+        """Velocity [G·B, C, F, H, W] in float32, or [G·B, C, K, H, W] of the frames to keep.
 
-        latents [B, C, F, H, W]; timesteps one number, [B] or [B, F] (1000·sigma); context text embeddings [P, T, D],
-        T <= text_len, or what `encode_context` made of them. context_index, int64 [B] or [B, F], names the prompt of
-        each window or of each latent frame; without it P is 1 or B. positions, int64 [B, F] below MAX_POSITIONS, are
-        the latent frames' places in time, 0 … F-1 if None. Raises ConfigError on sizes that do not fit.
+        latents [B, C, F, H, W]; timesteps one number, [B] or [B, F] (1000·sigma), or what `encode_timesteps` made of a
+        schedule with each frame's row of it, int64 [B, F]; context text embeddings [P, T, D], T <= text_len, or what
+        `encode_context` made of them. context_index, int64 [G·B] or [G·B, F], names the prompt of each window or of
+        each latent frame in G guidance branches of the same windows, one branch after another; without it G is 1 and P
+        is 1 or B. positions, int64 [B, F] below MAX_POSITIONS, are the latent frames' places in time, 0 … F-1 if None.
+        keep, int64 [B, K], names the frames of each window whose velocity is wanted. Raises ConfigError on sizes that
+        do not fit.
         """
         config = self.config
         self._check_latents(latents)
         batch, _, num_frames, height, width = latents.shape
         rows, columns = height // config.patch_size[1], width // config.patch_size[2]
         cache = context if isinstance(context, ContextCache) else self.encode_context(context)
-        cache.check_index(batch, num_frames, context_index)
-        time, projection, levels = self._embed_time(timesteps, batch, num_frames, latents.device)
+        branches = cache.check_index(batch, num_frames, context_index)
+        levels, level_rows = self._levels(timesteps, batch, num_frames, latents.device)
         if positions is None:
             positions = torch.arange(num_frames, device=latents.device).expand(batch, num_frames).contiguous()
         elif tuple(positions.shape) != (batch, num_frames):
             raise ConfigError(f"positions has shape {tuple(positions.shape)}; give [{batch}, {num_frames}].")
-        frames = Frames(levels, positions, context_index)
         rotary = self._rotary_table(rows, columns, latents.device)
-        backends = (self.attention, "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention)
+        cross_backend = "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention
 
-        x = self._to_tokens(latents, rows, columns)
+        # While `shared`, x holds each window once; it is repeated where the branches part.
+        shared = self.shares_branches and branches > 1
+        copies = 1 if shared else branches
+        x = self._to_tokens(latents, rows, columns).repeat(copies, 1, 1, 1)
+        frames, prompts = Frames(level_rows, positions).repeat(copies), context_index
+        keep = None if keep is None else keep.repeat(branches, 1)
         blocks = [cast(Block, block) for block in self.blocks]
-        table = blocks[0].table(projection)  # shift, scale, gate of self-attention, then of the feed-forward
-        h = ops.norm_modulate(x, table[:, 1], table[:, 0], levels, eps=config.eps, dtype=self.dtype)
+        table = blocks[0].table(levels.projection)  # shift, scale, gate of self-attention, then of the feed-forward
+        h = ops.norm_modulate(x, table[:, 1], table[:, 0], frames.rows, eps=config.eps, dtype=self.dtype)
         for i, block in enumerate(blocks):
-            current = table
-            if i + 1 < len(blocks):
-                table, dtype = blocks[i + 1].table(projection), self.dtype
-                following = Modulation(table[:, 1], table[:, 0])
+            current, is_last = table, i + 1 == len(blocks)
+            if is_last:
+                following, dtype = self.head.norm(levels.time), torch.float32
             else:
-                following, dtype = self.head.norm(time), torch.float32
-            h = block(x, h, current, following, frames, cache.text_keys(i), rotary, backends, dtype)
+                table, dtype = blocks[i + 1].table(levels.projection), self.dtype
+                following = Modulation(table[:, 1], table[:, 0])
+            if is_last and keep is not None and self.skips_frames:
+                y = block.self_attn(h, frames, rotary, self.attention, keep[: x.shape[0]])
+                x, frames = take_frames(x, keep[: x.shape[0]]), frames.take(keep[: x.shape[0]])
+                prompts = prompts.gather(1, keep) if prompts is not None and prompts.ndim == 2 else prompts
+            else:
+                y = block.self_attn(h, frames, rotary, self.attention)
+            h = block.after_self_attention(x, y, current, frames)
+            if shared and i == 0:
+                x, h, frames = x.repeat(branches, 1, 1, 1), h.repeat(branches, 1, 1, 1), frames.repeat(branches)
+            h = block.finish(x, h, current, following, frames, cache.text_keys(i), prompts, cross_backend, dtype)
+        if keep is not None and not self.skips_frames:
+            h = take_frames(h, keep)
         return self._to_latents(self.head(h), rows, columns)
+
+    @torch.no_grad()
+    def encode_timesteps(self, timesteps: Tensor) -> Levels:
+        """The time path for timesteps [T], done once for a schedule."""
+        sinusoid = timestep_embedding(timesteps.to(self.head.modulation.device), self.config.freq_dim)
+        first, last, layer = (
+            cast(nn.Linear, layer)
+            for layer in (self.time_embedding[0], self.time_embedding[2], self.time_projection[1])
+        )
+        time = linear_fp32(last, F.silu(linear_fp32(first, sinusoid)))
+        projection = linear_fp32(layer, F.silu(time)).unflatten(-1, (6, -1))
+        projection[:, 1::3] += 1  # shift, scale, gate, twice
+        return Levels(time, projection)
 
     @torch.no_grad()
     def encode_context(self, context: Tensor) -> ContextCache:
@@ -175,6 +216,9 @@ class WanDiT(nn.Module):
                 f"give text embeddings [prompts, up to {text_len}, {text_dim}]."
             )
         is_text = (context != 0).any(dim=2)  # [P, T]
+        if not self.collapses_padding:
+            context = F.pad(context, (0, 0, 0, text_len - context.shape[1]))
+            is_text = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         length = max(is_text.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
         padding = text_len - is_text.sum(dim=1, keepdim=True)
         bias = torch.where(is_text[:, :length], 0.0, -torch.inf)
@@ -194,29 +238,20 @@ class WanDiT(nn.Module):
                 f"choose a video height that is a multiple of {8 * patch_height} and a width of {8 * patch_width}."
             )
 
-    def _embed_time(
-        self, timesteps: Tensor | float, batch: int, num_frames: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embeddings [R, D], their projections [R, 6, D], a 1 added to the scales, and each frame's row [B, F].
-
-        float32; R is B·F, B or 1 as timesteps are given.
-        """
+    def _levels(
+        self, timesteps: Tensor | float | tuple[Levels, Tensor], batch: int, num_frames: int, device: torch.device
+    ) -> tuple[Levels, Tensor]:
+        """Noise levels and each frame's row of them, int64 [B, F]."""
+        if isinstance(timesteps, tuple):
+            return timesteps
         t = torch.as_tensor(timesteps, device=device)
         if tuple(t.shape) not in ((), (1,), (batch,), (batch, num_frames)):
             raise ConfigError(
                 f"timesteps has shape {tuple(t.shape)}; give one number, [{batch}] or [{batch}, {num_frames}]."
             )
         t = t if t.ndim == 2 else t.reshape(-1, 1)
-        sinusoid = timestep_embedding(t.flatten(), self.config.freq_dim)
-        first, last, layer = (
-            cast(nn.Linear, layer)
-            for layer in (self.time_embedding[0], self.time_embedding[2], self.time_projection[1])
-        )
-        time = linear_fp32(last, F.silu(linear_fp32(first, sinusoid)))
-        projection = linear_fp32(layer, F.silu(time)).unflatten(-1, (6, -1))
-        projection[:, 1::3] += 1  # shift, scale, gate, twice
-        levels = torch.arange(t.numel(), device=device).view(t.shape).expand(batch, num_frames)
-        return time, projection, levels.contiguous()
+        rows = torch.arange(t.numel(), device=device).view(t.shape).expand(batch, num_frames)
+        return self.encode_timesteps(t.flatten()), rows.contiguous()
 
     def _rotary_table(self, rows: int, columns: int, device: torch.device) -> RotaryTable:
         key = (rows, columns, device)

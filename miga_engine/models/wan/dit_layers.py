@@ -33,7 +33,19 @@ class Frames(NamedTuple):
 
     rows: Tensor  # int64 [B, F]: row of the modulation tables
     positions: Tensor  # int64 [B, F]: position in time, for the rotation
-    prompts: Tensor | None  # int64 [B] or [B, F]: row of the text keys, None for one prompt or one for each window
+
+    def take(self, keep: Tensor) -> Frames:
+        """Those frames alone that keep [B, K] names."""
+        return Frames(self.rows.gather(1, keep), self.positions.gather(1, keep))
+
+    def repeat(self, count: int) -> Frames:
+        """The same for `count` copies of the windows, one after another."""
+        return Frames(self.rows.repeat(count, 1), self.positions.repeat(count, 1))
+
+
+def take_frames(x: Tensor, keep: Tensor) -> Tensor:
+    """x [B, F, S, D], keep int64 [B, K] -> [B, K, S, D]."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], keep]
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -104,23 +116,38 @@ class AttentionProjections(nn.Module):
 class SelfAttention(AttentionProjections):
     """Attention among all tokens of a window."""
 
-    def forward(self, x: Tensor, frames: Frames, table: RotaryTable, backend: str) -> Tensor:
-        """x [B, F, S, D] in the dtype of the weights -> same shape and dtype."""
+    def forward(
+        self, x: Tensor, frames: Frames, table: RotaryTable, backend: str, keep: Tensor | None = None
+    ) -> Tensor:
+        """x [B, F, S, D] in the dtype of the weights -> the same, of the frames keep [B, K] alone if given."""
         tokens = x.flatten(1, 2)
-        q, k, v = self.q(tokens), self.k(tokens), self.v(tokens)
+        k, v = self.k(tokens), self.v(tokens)
+        if keep is None:
+            q = self.q(tokens)
+            self._norm_rotate(frames, table, q, self.norm_q, k)
+        else:
+            x = take_frames(x, keep)
+            q = self.q(x.flatten(1, 2))
+            self._norm_rotate(frames.take(keep), table, q, self.norm_q)
+            self._norm_rotate(frames, table, k, self.norm_k)
+        out = ops.frame_attention(self.heads(q), self.heads(k), self.heads(v), backend=backend)
+        return self.o(out.flatten(2)).view_as(x)
+
+    def _norm_rotate(
+        self, frames: Frames, table: RotaryTable, x: Tensor, norm: nn.RMSNorm | None, k: Tensor | None = None
+    ) -> None:
+        """x by its norm, and k if given by norm_k, in place."""
         ops.qk_norm_rope(
-            q,
+            x,
             k,
-            None if self.norm_q is None else self.norm_q.weight.float(),
-            None if self.norm_k is None else self.norm_k.weight.float(),
+            None if norm is None else norm.weight.float(),
+            None if self.norm_k is None or k is None else self.norm_k.weight.float(),
             temporal=table.temporal,
             spatial=table.spatial,
             positions=frames.positions,
             num_heads=self.num_heads,
             eps=self.eps,
         )
-        out = ops.frame_attention(self.heads(q), self.heads(k), self.heads(v), backend=backend)
-        return self.o(out.flatten(2)).view_as(x)
 
 
 class CrossAttention(AttentionProjections):
@@ -131,7 +158,7 @@ class CrossAttention(AttentionProjections):
         return self.heads(self.normed(self.k(text), self.norm_k)), self.heads(self.v(text))
 
     def forward(self, x: Tensor, text: TextKeys, prompts: Tensor | None, backend: str) -> Tensor:
-        """x [B, F, S, D] -> same shape and dtype; prompts as in `Frames`."""
+        """x [B, F, S, D] -> same shape and dtype; prompts, int64 [B] or [B, F], are rows of the text keys."""
         q = self.heads(self.normed(self.q(x.flatten(1, 2)), self.norm_q))
         out = ops.frame_attention(q, text.keys, text.values, text.bias, key_rows=prompts, backend=backend)
         return self.o(out.flatten(2)).view_as(x)
@@ -176,21 +203,33 @@ class ContextCache:
         hidden = [F.pad(cache.bias, (0, num_keys - cache.bias.shape[3]), value=-torch.inf) for cache in (self, other)]
         return ContextCache(tuple((join(a[0], b[0]), join(a[1], b[1])) for a, b in pairs), torch.cat(hidden))
 
-    def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> None:
-        """Raises ConfigError unless index names a prompt for each window [B] or latent frame [B, F].
+    def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
+        """How many guidance branches the index names prompts for: G of [G·B] or [G·B, F].
 
-        Without an index the cache holds one prompt for all windows or one for each.
+        Without an index the cache holds one prompt for all windows or one for each. Raises ConfigError on other sizes.
         """
         if index is None and self.num_prompts not in (1, batch):
             raise ConfigError(
                 f"The context holds {self.num_prompts} prompts for {batch} windows; "
                 "give one, one for each window, or a context_index."
             )
-        if index is not None and tuple(index.shape) not in ((batch,), (batch, num_frames)):
+        if index is None:
+            return 1
+        branches, rest = divmod(index.shape[0], batch)
+        if rest or not branches or index.ndim > 2 or tuple(index.shape[1:]) not in ((), (num_frames,)):
             raise ConfigError(
                 f"context_index has shape {tuple(index.shape)}; give [{batch}] (a prompt for each window) "
-                f"or [{batch}, {num_frames}] (one for each latent frame)."
+                f"or [{batch}, {num_frames}] (one for each latent frame), or a multiple of {batch} rows for as many "
+                "guidance branches."
             )
+        return branches
+
+
+class Levels(NamedTuple):
+    """Noise levels as the network sees them, computed once for a schedule."""
+
+    time: Tensor  # float32 [T, D]
+    projection: Tensor  # float32 [T, 6, D], a 1 added to the scales
 
 
 class Modulation(NamedTuple):
@@ -218,7 +257,14 @@ class Block(nn.Module):
         """Modulation [R, 6, D] of the noise levels' projections `time` [R, 6, D], whose scales already hold their 1."""
         return self.modulation.float() + time
 
-    def forward(
+    def after_self_attention(self, x: Tensor, y: Tensor, table: Tensor, frames: Frames) -> Tensor:
+        """Add self-attention's output y to x [B, F, S, D] float32, in place; -> what cross-attention reads."""
+        affine = Modulation(None, None)
+        if self.norm3 is not None:
+            affine = Modulation(self.norm3.weight.float()[None], self.norm3.bias.float()[None])
+        return self._close(x, y, table[:, 2], affine, frames, y.dtype)
+
+    def finish(
         self,
         x: Tensor,
         h: Tensor,
@@ -226,24 +272,14 @@ class Block(nn.Module):
         following: Modulation,
         frames: Frames,
         text: TextKeys,
-        rotary: RotaryTable,
-        backends: tuple[str, str],
+        prompts: Tensor | None,
+        backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Advance the residual stream x [B, F, S, D] float32 in place, and return the next block's input.
-
-        h [B, F, S, D] is x normalised and modulated for this block, as the return value of `dtype` is by `following`
-        for what comes next; table [R, 6, D] as from `table`; backends of self- and cross-attention.
-        """
-        shift, scale, gate = table[:, 3], table[:, 4], table[:, 5]
-        affine = Modulation(None, None)
-        if self.norm3 is not None:
-            affine = Modulation(self.norm3.weight.float()[None], self.norm3.bias.float()[None])
-        y = self.self_attn(h, frames, rotary, backends[0])
-        h = self._close(x, y, table[:, 2], affine, frames, h.dtype)
-        y = self.cross_attn(h, text, frames.prompts, backends[1])
-        h = self._close(x, y, None, Modulation(scale, shift), frames, h.dtype)
-        return self._close(x, self.ffn(h), gate, following, frames, dtype)
+        """Cross-attention and feed-forward on x in place; -> x normalised and modulated by `following`, in `dtype`."""
+        y = self.cross_attn(h, text, prompts, backend)
+        h = self._close(x, y, None, Modulation(table[:, 4], table[:, 3]), frames, h.dtype)
+        return self._close(x, self.ffn(h), table[:, 5], following, frames, dtype)
 
     def _close(
         self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: Frames, dtype: torch.dtype
