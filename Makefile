@@ -25,9 +25,12 @@ lint: $(VENV)/.test $(VENV)/.installed
 aot: $(VENV)/.installed
 	$(BIN)/python bench/aot.py
 
+# One thread, measured in turns; about a quarter of an hour. Rows are appended to bench/results.
+bench: export OMP_NUM_THREADS = 1
 bench: $(VENV)/.test $(VENV)/.installed
-	$(BIN)/python -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-enable --benchmark-group-by=group
-	$(BIN)/python bench/bench_memory.py
+	$(BIN)/python -m pytest bench/bench_kernels.py -q -s -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-disable
+	for name in engine forward load memory savings scaling; do $(BIN)/python bench/bench_$$name.py || exit 1; done
+	$(BIN)/python bench/table.py
 
 venv: $(VENV)/.installed
 

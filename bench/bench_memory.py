@@ -1,30 +1,105 @@
-"""Is memory flat in the length, and when do the first frames leave? `python bench/bench_memory.py [FRAMES]`.
+"""Is memory flat in the length, and when do the first frames leave? `python bench/bench_memory.py [--latents N]`.
 
-Prints the process's resident memory along a run of the embedded model, its growth between a quarter of the run and the
-end, and the share of all network forwards that had been done when the first frame left. glibc keeps freed memory back,
-by some per cent and by chance; `MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536` in the environment takes that out.
+One run of the engine, self-reflection and streamed decoding included, with narrowed networks of random weights, so that
+10,000 latent frames take minutes; `--tiny FRAMES` runs the embedded model over that many video frames instead. Prints
+at several lengths the most that was resident in the process (on a GPU: in torch's allocator) and what was in use, then
+the peak by quarters of the run, its growth, and the share of all network forwards done when the first frame left. Rows
+are appended to bench/results/memory_<device>.csv.
+
+Resident memory is the engine's and the allocator's: glibc keeps freed memory back, by some per cent and by chance.
+What is in use (`mallinfo2`: every block handed out and not freed) tells whether the engine itself is flat;
+`MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536` in the environment makes resident memory follow it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import dataclasses
 import os
-from pathlib import Path
+
+import measure
+import torch
+from bench_engine import random_transformer
 
 from miga_engine import Engine
+from miga_engine.models.wan.vae import WanVAE
+
+LENGTHS = (500, 1000, 5000, 10_000)
+COLUMNS = (
+    "model", "latent_frames", "peak_mib", "in_use_mib", "allocator", "allocated_mib", "reserved_mib", "x_1000",
+    *measure.ENVIRONMENT,
+)  # fmt: skip
+PROMPT = "a red balloon over snowy hills at dawn"
 
 
-def resident_mib() -> float:
-    """Resident memory of this process now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keep",
+        )
+    )
+
+
+def in_use_mib() -> float | None:
+    """Memory of this process that malloc has handed out; None where glibc (2.33 or newer) is not there to ask."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return None
+    mallinfo2.restype = _Mallinfo2
+    info = mallinfo2()
+    return (info.uordblks + info.hblkhd) / 2**20
+
+
+def narrowed(engine: Engine) -> Engine:
+    """The embedded model's engine around networks of its shapes, but narrow, one block deep and with random weights."""
+    bundle, device = engine.bundle, engine.device
+    torch.manual_seed(0)
+    config = dataclasses.replace(bundle.transformer.config, dim=32, ffn_dim=32, freq_dim=32, num_heads=1, num_layers=1)
+    with torch.device(device):
+        vae = WanVAE(dataclasses.replace(bundle.vae.config, dim=4, num_res_blocks=1)).eval().requires_grad_(False)
+    transformer = random_transformer(config, device.type, bundle.dtype)
+    parts = dataclasses.replace(bundle, transformer=transformer, vae=vae.to(device))
+    return Engine(parts, engine.preset, name="narrow", device=device)
+
+
+def _sizes(device: str) -> dict[str, float | None]:
+    """MiB: the peak so far, and what is in use now."""
+    if device == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        torch_sizes = {"allocated_mib": allocated / 2**20, "reserved_mib": reserved / 2**20}
+    else:
+        torch_sizes = {}
+    return {"peak_mib": measure.peak_resident_mib(), "in_use_mib": in_use_mib(), **torch_sizes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("frames", nargs="?", type=int, default=2000)
-    num_frames = parser.parse_args().frames
-    engine = Engine.from_pretrained("tiny")
+    parser.add_argument("--latents", type=int, default=max(LENGTHS), help="latent frames of the narrowed networks")
+    parser.add_argument("--tiny", type=int, metavar="FRAMES", help="the embedded model, over this many video frames")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    engine = Engine.from_pretrained("tiny", options.device)
+    if options.tiny is None:
+        engine = narrowed(engine)
+        num_frames = engine.bundle.num_video_frames(options.latents)
+    else:
+        num_frames = options.tiny
+    ratio = engine.bundle.frame_ratio
+    total = engine.bundle.num_latent_frames(num_frames)
     forwards = 0
 
     def count(*_: object) -> None:
@@ -32,16 +107,47 @@ def main() -> None:
         forwards += 1
 
     engine.bundle.transformer.register_forward_hook(count)
-    out, first_at, peaks = 0, 0, {}
-    for chunk in engine.stream("a red balloon over snowy hills at dawn", num_frames):
+    lengths = sorted({*(length for length in LENGTHS if length < total), total})
+    measured: dict[int, dict[str, float | None]] = {}
+    quarters: dict[int, float] = {}
+    out = first_at = searches = 0
+
+    def on_event(event: object) -> None:
+        nonlocal searches
+        searches += event.kind == "search_started"
+
+    for chunk in engine.stream(PROMPT, num_frames, on_event=on_event):
         first_at = first_at or forwards
         out += len(chunk.frames)
-        bucket = (out - 1) * 4 // num_frames
-        peaks[bucket] = max(peaks.get(bucket, 0.0), resident_mib())
-    for bucket, peak in sorted(peaks.items()):
-        print(f"frames to {min(num_frames, (bucket + 1) * num_frames // 4):>6}: peak {peak:7.1f} MiB")
-    print(f"growth after frame {num_frames // 4}: {100 * (max(peaks.values()) / peaks[0] - 1):.2f} %")
+        latents = (out - 1) // ratio + 1
+        quarter = min(3, (latents - 1) * 4 // total)
+        now = torch.cuda.memory_allocated() / 2**20 if options.device == "cuda" else measure.resident_mib()
+        quarters[quarter] = max(quarters.get(quarter, 0.0), now)
+        for length in lengths:
+            if length not in measured and latents >= length:
+                measured[length] = _sizes(options.device)
+    _report(engine.name, options.device, measured)
+    for quarter, peak in sorted(quarters.items()):
+        print(f"latent frames to {(quarter + 1) * total // 4:>6}: at most {peak:7.1f} MiB")
+    print(f"growth after the first quarter: {100 * (max(quarters.values()) / quarters[min(quarters)] - 1):.2f} %")
     print(f"first frames after {first_at} of {forwards} forwards: {100 * first_at / forwards:.1f} % of the work")
+    print(f"{searches} searches of self-reflection")
+
+
+def _report(model: str, device: str, measured: dict[int, dict[str, float | None]]) -> None:
+    key = "allocated_mib" if device == "cuda" else "peak_mib"
+    reference = measured.get(1000, next(iter(measured.values())))[key]
+    settings = [
+        f"{name.strip('_')}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")
+    ]
+    rows = []
+    for length, sizes in measured.items():
+        row = {"model": model, "latent_frames": length, "allocator": " ".join(settings)}
+        row |= {name: "" if size is None else f"{size:.2f}" for name, size in sizes.items()}
+        rows.append(row | {"x_1000": f"{sizes[key] / reference:.4f}"})
+    for row in measure.record(f"memory_{device}", COLUMNS, rows, device):
+        in_use = f", {row['in_use_mib']} MiB in use" if row["in_use_mib"] else ""
+        print(f"{row['latent_frames']:>6} latent frames: peak {row[key]} MiB{in_use}, {row['x_1000']} of that at 1,000")
 
 
 if __name__ == "__main__":

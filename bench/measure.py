@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import functools
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,9 +21,10 @@ import torch
 from miga_engine import ops
 
 RESULTS = Path(__file__).parent / "results"
+ENVIRONMENT = ("commit", "device", "torch", "triton", "threads")
 COLUMNS = (
     "op", "shape", "dtype", "implementation", "p20_ms", "p50_ms", "p80_ms", "min_ms", "bytes", "flops", "rate", "unit",
-    "of_ceiling", "x_eager", "x_compiled", "x_loop", "commit", "device", "torch", "triton", "threads",
+    "of_ceiling", "x_eager", "x_compiled", "x_loop", *ENVIRONMENT,
 )  # fmt: skip
 
 RIVALS = ("eager", "compiled", "loop")  # straightforward PyTorch, torch.compile of it, a Python loop over frames
@@ -96,39 +98,79 @@ def append(
     *,
     num_bytes: int = 0,
     num_flops: int = 0,
+    ceiling: float | None = None,
 ) -> list[dict[str, object]]:
     """One row for each contender; `eager`, `compiled` and `loop` among them are what the others are compared with.
 
-    num_bytes or num_flops, whichever bounds the op, makes the rate and its share of the ceiling.
+    num_bytes or num_flops, whichever bounds the op, makes the rate and its share of the ceiling: `ceiling` in the
+    unit of the rate, else that of copies or matrix products.
     """
     rows = []
     for name, times in samples.items():
         elapsed = best(times, device)
         if num_flops:
-            rate, unit, ceiling = num_flops / elapsed / 1e9, "TFLOP/s", matmul_ceiling(device, dtype)
+            rate, unit = num_flops / elapsed / 1e9, "TFLOP/s"
+            limit = ceiling or matmul_ceiling(device, dtype)
         else:
-            rate, unit, ceiling = num_bytes / elapsed / 1e6, "GB/s", copy_ceiling(device)
+            rate, unit = num_bytes / elapsed / 1e6, "GB/s"
+            limit = ceiling or copy_ceiling(device)
         faster = {rival: best(samples[rival], device) / elapsed for rival in RIVALS if rival in samples}
         quantile = {q: times[int(q * (len(times) - 1) / 100 + 0.5)] for q in (20, 50, 80)}
         row: dict[str, object] = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
         row |= {"implementation": name, **{f"p{q}_ms": f"{t:.4g}" for q, t in quantile.items()}}
         row |= {"min_ms": f"{times[0]:.4g}", "bytes": num_bytes, "flops": num_flops, "rate": f"{rate:.4g}"}
-        row |= {"unit": unit, "of_ceiling": f"{rate / ceiling:.3f}"}
+        row |= {"unit": unit, "of_ceiling": f"{rate / limit:.3f}"}
         row |= {f"x_{rival}": f"{ratio:.2f}" for rival, ratio in faster.items()}
-        rows.append(row | _environment(device))
+        rows.append(row)
+    return record(file, COLUMNS, rows, device)
+
+
+def record(
+    file: str, columns: Sequence[str], rows: Sequence[Mapping[str, object]], device: str
+) -> list[dict[str, object]]:
+    """Append rows, completed by commit, device and versions, to bench/results/<file>.csv; returns them.
+
+    Raises ValueError where the file was begun with other columns.
+    """
     path = RESULTS / f"{file}.csv"
     path.parent.mkdir(exist_ok=True)
     is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as stream:
+            header = next(csv.reader(stream), [])
+        if header != list(columns):
+            raise ValueError(f"{path} has the columns {header}, not {list(columns)}: move it away or convert it")
+    complete = [{**row, **environment(device)} for row in rows]
     with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows(rows)
-    return rows
+        writer.writerows(complete)
+    return complete
+
+
+def newest(path: Path, *keys: str) -> list[dict[str, str]]:
+    """The last row of every combination of the columns `keys`, in the order of the file; nothing without a file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        return list({tuple(row[key] for key in keys): row for row in csv.DictReader(stream)}.values())
+
+
+def peak_resident_mib() -> float:
+    """Largest resident memory of this process so far (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @functools.cache
-def _environment(device: str) -> dict[str, object]:
+def environment(device: str) -> dict[str, object]:
     try:
         triton = version("triton")
     except PackageNotFoundError:

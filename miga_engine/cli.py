@@ -1,4 +1,4 @@
-"""The ``miga`` command: generate, info."""
+"""The ``miga`` command: generate, estimate, convert, info."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, SamplingConfig, fifo_config, replace_options
-from miga_engine.errors import ConfigError, MigaError
+from miga_engine.errors import CheckpointError, ConfigError, MigaError
 
 if TYPE_CHECKING:
+    import torch
+
     from miga_engine.engine import Engine, Event, Request
+    from miga_engine.memory import MemoryEstimate
 
 RELEASED_NAMES = {
     "saw_width": "zigzag_width",
@@ -85,37 +88,30 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"miga_engine {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    generate = commands.add_parser(
-        "generate", help="make a video from a prompt", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Make a video from a prompt; it is written while it is being made.",
-    )  # fmt: skip
-    generate.set_defaults(run=_generate)
-    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
-    generate.add_argument("--prompt-at", nargs=2, action="append", metavar=("FRAME", "PROMPT"),
-                          help="from this video frame on, this prompt (repeatable)")  # fmt: skip
-    generate.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
-    model = generate.add_argument_group("model")
+    run = _Parser(add_help=False, argument_default=argparse.SUPPRESS)  # options of generate that estimate takes too
+    run.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
+    model = run.add_argument_group("model")
     model.add_argument("--model", metavar="NAME|PATH", help="'tiny' (default), a Wan2.1 folder, or a weights file")
     model.add_argument("--preset", choices=list(PRESETS), help="set of defaults (default: by model)")
     model.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer")
+    model.add_argument("--vae-dtype", choices=["float32", "bfloat16", "float16"], help="of the VAE (default: float32)")
     model.add_argument("--attention", choices=ATTENTION_BACKENDS, help="who computes self-attention (default: auto, "
                        "the fastest exact one installed); a name is obeyed or refused")  # fmt: skip
-    video = generate.add_argument_group("video")
+    video = run.add_argument_group("video")
     video.add_argument("--num-frames", type=int, metavar="N", help="video frames, exactly (default: 240)")
     video.add_argument("--height", type=int, metavar="PX")
     video.add_argument("--width", type=int, metavar="PX")
     video.add_argument("--fps", type=int, metavar="N")
     video.add_argument("--seed", type=int, metavar="N", help="same seed, same video (default: 0)")
-    sampling = generate.add_argument_group("sampling")
+    sampling = run.add_argument_group("sampling")
     sampling.add_argument("--negative-prompt", metavar="TEXT")
     sampling.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 = off")
     sampling.add_argument("--num-inference-steps", type=int, metavar="T")
     sampling.add_argument("--solver", help="unipc, dpmpp_2m, euler or ddim")
     sampling.add_argument("--shift", type=float)
     sampling.add_argument("--eta", type=float, help="ddim only")
-    method = generate.add_argument_group("method")
+    method = run.add_argument_group("method")
     method.add_argument("--method", choices=["miga", "fifo"], help="fifo: FIFO-Diffusion, for comparison")
     for name, field in _MIGA_FIELDS.items():
         kind: dict[str, Any] = {"help": field.metadata["help"]}
@@ -126,13 +122,42 @@ def _build_parser() -> argparse.ArgumentParser:
         else:
             kind |= {"type": float if isinstance(field.default, float) else int, "metavar": "N"}
         method.add_argument("--" + name.replace("_", "-"), **kind)
+
+    generate = commands.add_parser(
+        "generate", help="make a video from a prompt", parents=[run], argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make a video from a prompt; it is written while it is being made.",
+    )  # fmt: skip
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
+    generate.add_argument("--prompt-at", nargs=2, action="append", metavar=("FRAME", "PROMPT"),
+                          help="from this video frame on, this prompt (repeatable)")  # fmt: skip
     output = generate.add_argument_group("output")
     output.add_argument("-o", "--output", metavar="FILE", help=".mp4, .mkv (lossless), folder/%%06d.png, .rgb "
                         "(default: miga.mp4)")  # fmt: skip
     output.add_argument("-y", "--overwrite", action="store_true", help="replace files that exist")
     output.add_argument("--contact-sheet", metavar="PNG", help="frames evenly spaced over the video in one picture")
     output.add_argument("--events", metavar="JSONL", help="scores, searches and chunks as JSON lines")
+    output.add_argument("--overlap-decode", action=argparse.BooleanOptionalAction,
+                        help="decode in a second thread beside the network (default: on CUDA)")  # fmt: skip
     output.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    estimate = commands.add_parser(
+        "estimate", help="show what a run will need of memory", parents=[run], argument_default=argparse.SUPPRESS,
+        description="Show what `miga generate` with the same options will need of memory; no weights are read.",
+    )  # fmt: skip
+    estimate.set_defaults(run=_estimate)
+
+    convert = commands.add_parser(
+        "convert", help="rewrite a weights file as safetensors",
+        description="Rewrite a weights file, such as VideoCrafter2's model.ckpt, as safetensors with the same keys.",
+    )  # fmt: skip
+    convert.set_defaults(run=_convert)
+    convert.add_argument("model", metavar="MODEL", help="the weights file")
+    convert.add_argument("output", metavar="OUT.safetensors")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                         help="of the UNet and the text encoder (default: as they are)")  # fmt: skip
+    convert.add_argument("-y", "--overwrite", action="store_true", help="replace a file that exists")
 
     info = commands.add_parser("info", help="show versions, devices, kernels, and what a model is")
     info.set_defaults(run=_info)
@@ -144,29 +169,56 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    given = vars(options)
-    settings = _read_config(given.pop("config")) if "config" in given else {}
-    settings.update(given)
+    settings = _settings(options)
     prompt = _prompt_timeline(settings)
-    outputs = _Outputs.check(settings)
+    import torch
 
     from miga_engine.engine import Engine
+    from miga_engine.runtime.ranks import Ranks
 
+    ranks = Ranks.from_environment(settings.get("device"))
+    outputs = _Outputs.check(settings) if ranks is None or ranks.rank == 0 else None
+    estimate = _estimate_memory(settings, prompt)
     engine = Engine.from_pretrained(
         settings.get("model", "tiny"),
         settings.get("device"),
         settings.get("dtype"),
         preset=settings.get("preset"),
         attention=settings.get("attention", "auto"),
+        vae_dtype=settings.get("vae_dtype", "float32"),
+        compile=bool(settings.get("compile")),
+        capture=settings.get("capture", True),
+        ranks=ranks,
     )
+    request = engine.resolve(prompt, **_request_options(engine, settings))
+    if outputs is None:  # another rank writes
+        with _interruptible():
+            for _ in engine.run(request):
+                pass
+        return 0
+    overlap = settings.get("overlap_decode")
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    code = _render(engine, request, outputs, overlap_decode=overlap, quiet=bool(settings.get("quiet")))
+    print(_peak_memory(engine.device, estimate), file=sys.stderr)
+    return code
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the --config file says, overridden by the flags."""
+    given = vars(options)
+    settings = _read_config(given.pop("config")) if "config" in given else {}
+    return {**settings, **given}
+
+
+def _request_options(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
+    """Options of `Engine.resolve` beside the prompt."""
     config = engine.preset.miga
     if settings.get("method") == "fifo":
         config = fifo_config(config, engine.bundle.window_frames)
     config = replace_options(config, {name: settings[name] for name in _MIGA_FIELDS if name in settings})
     asked = {name: settings[name] for name in _REQUEST_OPTIONS if name in settings}
-    asked.setdefault("num_frames", 240)
-    request = engine.resolve(prompt, miga=config, **asked)
-    return _render(engine, request, outputs, quiet=bool(settings.get("quiet")))
+    return {"num_frames": 240, **asked, "miga": config}
 
 
 @dataclass(frozen=True)
@@ -193,22 +245,22 @@ class _Outputs:
         return cls(video, sheet, events, overwrite)
 
 
-def _render(engine: Engine, request: Request, outputs: _Outputs, *, quiet: bool) -> int:
+def _render(engine: Engine, request: Request, outputs: _Outputs, *, overlap_decode: bool | None, quiet: bool) -> int:
     """Stream the request into the output files; 130 where it was interrupted, with what was made kept."""
     from tqdm import tqdm
 
     from miga_engine.video.contact_sheet import ContactSheet
-    from miga_engine.video.sinks import open_sink
+    from miga_engine.video.sinks import EncoderThread, open_sink
 
     started = time.perf_counter()
     first_frame_after: float | None = None
     num_out = 0
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interruptible())
-        sink = stack.enter_context(
+        sink = stack.enter_context(EncoderThread(
             open_sink(outputs.video, request.fps, request.width, request.height,
                       metadata=request.metadata(engine.name), overwrite=outputs.overwrite)
-        )  # fmt: skip
+        ))  # fmt: skip
         events = stack.enter_context(outputs.events.open("w", buffering=1)) if outputs.events else None
         bar = stack.enter_context(tqdm(total=request.num_frames, unit="frame", disable=True if quiet else None))
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
@@ -219,7 +271,7 @@ def _render(engine: Engine, request: Request, outputs: _Outputs, *, quiet: bool)
             if event.kind == "stage" and first_frame_after is None:
                 bar.set_description_str(event.data["stage"].replace("_", " "))
 
-        for chunk in engine.run(request, on_event=on_event, is_cancelled=interrupted):
+        for chunk in engine.run(request, on_event=on_event, is_cancelled=interrupted, overlap_decode=overlap_decode):
             if first_frame_after is None:
                 first_frame_after = time.perf_counter() - started
                 bar.set_description_str(outputs.video)
@@ -293,8 +345,9 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is not valid YAML{where}: mend it or leave it out") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
-    known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "attention", "method", "output", "overwrite",
-             "events", "contact_sheet", "quiet", *_REQUEST_OPTIONS, *_MIGA_FIELDS}  # fmt: skip
+    known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "vae_dtype", "attention", "method", "output",
+             "overwrite", "overlap_decode", "compile", "capture", "events", "contact_sheet", "quiet",
+             *_REQUEST_OPTIONS, *_MIGA_FIELDS}  # fmt: skip
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -307,6 +360,65 @@ def _read_config(path: str) -> dict[str, Any]:
             raise ConfigError(f"--config {path} gives {name} twice (as {key!r} again): keep one")
         settings[name] = value
     return settings
+
+
+# estimate --------------------------------------------------------------------------------------------------------
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    import miga_engine.video.sinks  # noqa: F401 - part of what a run loads
+
+    print(_estimate_memory(_settings(options), "any"))
+    return 0
+
+
+def _estimate_memory(settings: dict[str, Any], prompt: str | dict[int, str]) -> MemoryEstimate:
+    from miga_engine.engine import Engine
+
+    model, preset = settings.get("model", "tiny"), settings.get("preset")
+    return Engine.estimate(
+        model,
+        device=settings.get("device"),
+        dtype=settings.get("dtype"),
+        preset=preset,
+        vae_dtype=settings.get("vae_dtype", "float32"),
+        prompt=prompt,
+        **_request_options(Engine.from_pretrained(model, "meta", preset=preset), settings),
+    )
+
+
+def _peak_memory(device: torch.device, estimate: MemoryEstimate) -> str:
+    """The measured peaks beside the estimated ones, in a line."""
+    import torch
+
+    from miga_engine.memory import amount, peak_resident_bytes
+
+    line = f"memory: {amount(peak_resident_bytes())} at most (estimated {amount(estimate.host_total)})"
+    if device.type != "cuda":
+        return line
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return (
+        f"{line}; on {device} {amount(allocated)} allocated, {amount(reserved)} reserved at most "
+        f"(estimated {amount(estimate.device_total)})"
+    )
+
+
+# convert ---------------------------------------------------------------------------------------------------------
+
+
+def _convert(options: argparse.Namespace) -> int:
+    import torch
+
+    from miga_engine.models.convert import convert
+    from miga_engine.video.paths import check_output
+
+    source, target = Path(options.model), check_output(options.output, (".safetensors",), overwrite=options.overwrite)
+    if not source.is_file():
+        raise CheckpointError(f"{source} is not a file: give a weights file such as model.ckpt")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    num_tensors, num_bytes = convert(source, target, dtype)
+    print(f"{target}: {num_tensors} tensors, {num_bytes / 1e9:.2f} GB", file=sys.stderr)
+    return 0
 
 
 # info ------------------------------------------------------------------------------------------------------------

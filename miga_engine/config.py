@@ -40,7 +40,9 @@ class MigaConfig:
                           choices=("leading", "trailing"))  # fmt: skip
     window_order: str = _option("parallel", "whether later windows of a pass see earlier commits (sequential) or not",
                                 choices=("parallel", "sequential"))  # fmt: skip
-    window_batch: int = _option(1, "windows that go through the network together", least=1)
+    window_batch: int | None = _option(
+        None, "windows that go through the network together (on a GPU what fits its memory, on a CPU 1)", least=1
+    )
     warmup: str = _option("grow", "the first queue: grown behind the seed clip, or copies of its first frame (FIFO)",
                           choices=("grow", "copies"))  # fmt: skip
     self_reflection: bool = _option(True, "watch the consistency score, and search again where it falls [DCE]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,9 @@ def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
     arguments = ["--num_frames", 30, "--seed=7", "--prompt-at", 20, "a blue balloon", "--quiet", *SMALL]
     arguments += ["-o", video, "--contact-sheet", sheet, "--events", events]
     assert _miga("generate", "a red balloon", "--model", folder, *arguments) == 0
-    assert "30 frames, 48×32, 16 fps" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "30 frames, 48×32, 16 fps" in told
+    assert re.search(r"^memory: \S+ [MG]iB at most \(estimated \S+ [MG]iB\)$", told, re.MULTILINE)
     assert read_video(video).shape == (30, 32, 48, 3)
     metadata = read_metadata(video)
     assert metadata["prompt"] == {"0": "a red balloon", "20": "a blue balloon"}
@@ -168,6 +171,19 @@ def test_overwrite_replaces_only_when_done(folder, tmp_path):
     assert video.read_bytes() == b"precious"
     assert _miga(*arguments, "--overwrite") == 0
     assert len(read_video(video)) == 9
+
+
+def test_estimate_takes_the_options_of_generate(folder, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("sample_steps: 10\nwindow_batch: 2\n")
+    assert _miga("estimate", "--model", folder, "--config", config, "--device", "cuda", *SMALL) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[0] == "on cuda, all the time"
+    assert re.search(r"^total on cuda +\d", table, re.MULTILINE)
+    assert _miga("estimate", "--model", folder, "--method", "fifo", "--device", "cpu", *SMALL[:6]) == 0
+    assert "total on cpu" not in capsys.readouterr().out
+    assert _miga("estimate", "--model", folder, "--width", 100) == 2
+    assert "width must be a multiple of 16 pixels" in capsys.readouterr().err
 
 
 def test_info(folder, tmp_path, capsys):

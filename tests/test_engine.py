@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import golden_model
@@ -53,6 +55,54 @@ def test_same_seed_same_frames_however_they_are_cut(engine):
         assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
         assert [chunk.first_frame for chunk in chunks] == list(range(0, 30, chunk_frames))
     assert not torch.equal(whole, _generate(engine, seed=1))
+
+
+@pytest.mark.parametrize("chunk_frames", [None, 7])
+def test_overlapped_decoding_changes_nothing(engine, chunk_frames):
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA, "chunk_frames": chunk_frames}
+    plain, overlapped = (list(engine.stream("a red balloon", 61, overlap_decode=o, **options)) for o in (False, True))
+    assert len(plain) > 3
+    assert [(c.index, c.first_frame) for c in plain] == [(c.index, c.first_frame) for c in overlapped]
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(plain, overlapped, strict=True))
+    assert torch.equal(_generate(engine, 61, overlap_decode=True), torch.cat([chunk.frames for chunk in plain]))
+
+
+def test_overlapped_runs_in_two_threads_do_not_disturb_one_another(engine):
+    alone = [_generate(engine, seed=seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda seed: _generate(engine, seed=seed, overlap_decode=True), (0, 1)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("ends", ["close", "drop", "cancel"])
+def test_overlapped_stream_ends_with_its_thread(engine, ends):
+    options = golden_model.OPTIONS | {"miga": golden_model.MIGA, "overlap_decode": True}
+    is_cancelled = []
+    chunks = engine.stream("a red balloon", is_cancelled=lambda: bool(is_cancelled), **options)
+    first = [next(chunks) for _ in range(3)]
+    assert any(thread.name == "miga-decode" for thread in threading.enumerate())
+    if ends == "close":
+        chunks.close()
+    elif ends == "drop":
+        del chunks
+    else:
+        is_cancelled.append(True)
+        first += list(chunks)
+        plain = engine.stream("a red balloon", **options | {"overlap_decode": False})
+        assert len(first) > 3  # what was already made comes out
+        assert all(torch.equal(chunk.frames, next(plain).frames) for chunk in first)
+    assert not any(thread.name == "miga-decode" for thread in threading.enumerate())
+
+
+def test_vae_dtype_is_obeyed_and_close(folder, engine):
+    half = Engine.from_pretrained(folder, vae_dtype="bfloat16")
+    assert half.bundle.vae.dtype == torch.bfloat16
+    assert half.bundle.transformer.dtype == torch.float32
+    frames = _generate(half)
+    difference = (frames.float() - _generate(engine).float()).square().mean().sqrt()
+    assert 0 < difference < 2  # levels of 255
+    with pytest.raises(ConfigError, match="vae_dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        Engine.from_pretrained(folder, vae_dtype="int8")
 
 
 def test_same_frames_in_another_process(engine, folder):

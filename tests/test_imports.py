@@ -17,6 +17,7 @@ LAYERS = [
     ["models"],
     ["runtime"],
     ["tiny"],
+    ["memory"],
     ["engine"],
     ["cli"],
     ["__main__"],

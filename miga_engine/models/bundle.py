@@ -19,6 +19,7 @@ from miga_engine.models.wan.vae import WanVAE
 
 WindowNetwork = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+MOST_EMBEDDINGS = 64  # prompts whose embeddings are kept, 4 MiB each at the published sizes
 NATIVE_WINDOW_FRAMES = 21  # latent frames of the 81-frame clips that Wan2.1 was trained on
 
 
@@ -38,6 +39,7 @@ class ModelBundle:
     open_text_encoder: Callable[[], UMT5Encoder] = field(repr=False)
     open_tokenizer: Callable[[], Tokenizer] = field(repr=False)
     prediction_type: str = "velocity"
+    _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def text_encoder(self) -> UMT5Encoder:
@@ -57,12 +59,22 @@ class ModelBundle:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
 
-        Each prompt is encoded alone, so that its embedding does not depend on its neighbours.
+        Each prompt is encoded alone, so that its embedding does not depend on its neighbours. On a GPU the text
+        encoder's memory is given back afterwards, and the newest embeddings are kept, on the host.
         """
         rows = []
         for prompt in prompts:
-            ids, mask = (tensor.to(self.device) for tensor in self.tokenizer([prompt]))
-            rows.append(self.text_encoder(ids, mask)[0])
+            row = self._embeddings.pop(prompt, None)
+            if row is None:
+                ids, mask = (tensor.to(self.device) for tensor in self.tokenizer([prompt]))
+                row = self.text_encoder(ids, mask)[0]
+            if self.device.type == "cuda":
+                self._embeddings[prompt] = row.cpu()
+            rows.append(row.to(self.device))
+        for prompt in list(self._embeddings)[:-MOST_EMBEDDINGS]:
+            del self._embeddings[prompt]
+        if self.device.type == "cuda":
+            self.release_text_encoder()
         length = max(map(len, rows), default=0)
         return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
 

@@ -86,7 +86,8 @@ class PickleCheckpoint(Checkpoint):
             ) from error
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+        if not is_named or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path} is not a table of named tensors; give the model's weights file.")
         self._tensors: dict[str, Tensor] = content
         self.shapes = {key: tuple(tensor.shape) for key, tensor in content.items()}
@@ -135,6 +136,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
+    """Dtype a checkpoint's tensors are in, where networks can run in it."""
+    if key not in checkpoint.shapes:
+        return torch.float32  # the missing key will be named when the module is filled
+    dtype = checkpoint.read(key).dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{checkpoint.path} stores {name}, in which it cannot run; choose a dtype like bfloat16.")
+    return dtype
+
+
 def load_module(
     build: Callable[[], Module],
     checkpoint: Checkpoint,
@@ -145,7 +157,8 @@ def load_module(
 ) -> Module:
     """Build a module without memory, then give it the checkpoint's tensors one by one, cast on arrival.
 
-    Keys and shapes must agree exactly. The module comes back in evaluation mode, without gradients.
+    Keys and shapes must agree exactly. The module comes back in evaluation mode, without gradients. For the `meta`
+    device no data are read.
     Raises CheckpointError.
     """
     with torch.device("meta"):
@@ -156,6 +169,9 @@ def load_module(
     state = {}
     for name in expected:
         wanted = torch.float32 if keeps_fp32(name) else dtype
+        if target.type == "meta":  # shapes are all that is wanted: touch no data
+            state[name] = torch.empty(expected[name], dtype=wanted, device=target)
+            continue
         # Copied off the map: the file may later change, and its alignment would decide how kernels round.
         state[name] = checkpoint.read(name).to(device=target, dtype=wanted, copy=True)
     module.load_state_dict(state, strict=True, assign=True)

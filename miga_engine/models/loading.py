@@ -14,7 +14,14 @@ import torch
 
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle
-from miga_engine.models.checkpoint import Checkpoint, SafetensorsCheckpoint, load_module, open_checkpoint, read_json
+from miga_engine.models.checkpoint import (
+    Checkpoint,
+    SafetensorsCheckpoint,
+    load_module,
+    open_checkpoint,
+    read_json,
+    stored_dtype,
+)
 from miga_engine.models.wan import layouts
 from miga_engine.models.wan.dit import WanDiT
 from miga_engine.models.wan.tokenizer import Tokenizer
@@ -46,7 +53,7 @@ def load_transformer(path: str | Path, device: Device = None, dtype: torch.dtype
         lambda: WanDiT(config),
         checkpoint,
         device=device,
-        dtype=dtype or _stored_dtype(checkpoint, "patch_embedding.bias"),
+        dtype=dtype or stored_dtype(checkpoint, "patch_embedding.bias"),
         keeps_fp32=WanDiT.keeps_fp32,
     )
 
@@ -74,7 +81,7 @@ def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtyp
         lambda: UMT5Encoder(config),
         checkpoint,
         device=device,
-        dtype=dtype or _stored_dtype(checkpoint, "norm.weight"),
+        dtype=dtype or stored_dtype(checkpoint, "norm.weight"),
     )
 
 
@@ -86,11 +93,16 @@ def load_tokenizer(path: str | Path, text_len: int = layouts.TEXT_LEN) -> Tokeni
     return Tokenizer.from_folder(_tokenizer_file(Path(path)), text_len)
 
 
-def load_bundle(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> ModelBundle:
+def load_bundle(
+    path: str | Path,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+    vae_dtype: torch.dtype = torch.float32,
+) -> ModelBundle:
     """All networks of a model folder, with the facts the runtime asks for.
 
     path is the folder, or the weights file of its transformer. device defaults to the CPU. dtype is that of the
-    transformer and the text encoder, by default each file's own; the VAE stays float32. The text encoder and the
+    transformer and the text encoder, by default each file's own; vae_dtype that of the VAE. The text encoder and the
     tokenizer are read when the first prompt is encoded. Raises CheckpointError.
     """
     root = Path(path).parent if Path(path).is_file() else Path(path)
@@ -104,11 +116,28 @@ def load_bundle(path: str | Path, device: Device = None, dtype: torch.dtype | No
         device=torch.device(device or "cpu"),
         dtype=transformer.dtype,
         transformer=transformer,
-        vae=load_vae(root, device),
+        vae=load_vae(root, device, vae_dtype),
         extra=extra,
         open_text_encoder=lambda: load_text_encoder(root, device, dtype),
         open_tokenizer=lambda: load_tokenizer(root, transformer.config.text_len),
     )
+
+
+def file_bytes(path: str | Path) -> dict[str, int]:
+    """Bytes of the weights files of a model's networks, in the order in which `load_bundle`'s model reads them.
+
+    Raises CheckpointError.
+    """
+    root = Path(path).parent if Path(path).is_file() else Path(path)
+    components = {
+        "transformer": _component_files(Path(path), "transformer", _TRANSFORMER_FILES),
+        "VAE": _component_files(root, "vae", _VAE_FILES),
+        "text encoder": _component_files(root, "text_encoder", _TEXT_ENCODER_FILES),
+    }
+    for files in components.values():
+        if files[0].name.endswith(".index.json"):
+            files[:] = [files[0].parent / name for name in set(read_json(files[0])["weight_map"].values())]
+    return {name: sum(file.stat().st_size for file in files) for name, files in components.items()}
 
 
 def _component_files(path: Path, component: str, patterns: tuple[str, ...]) -> list[Path]:
@@ -148,17 +177,6 @@ def _open(files: list[Path]) -> Checkpoint:
             f"{stray.parent} holds {len(files)} weights files, {stray.name} among them; give one of them."
         )
     return SafetensorsCheckpoint(files[0].parent, files)
-
-
-def _stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
-    """Dtype a checkpoint's tensors are in, where networks can run in it."""
-    if key not in checkpoint.shapes:
-        return torch.float32  # the missing key will be named when the module is filled
-    dtype = checkpoint.read(key).dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        raise CheckpointError(f"{checkpoint.path} stores {name}, in which it cannot run; choose a dtype like bfloat16.")
-    return dtype
 
 
 def _stored_config(file: Path, class_names: set[str]) -> Mapping[str, Any]:

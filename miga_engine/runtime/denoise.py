@@ -8,7 +8,7 @@ windows see earlier commits, as the paper's pseudocode and parts of the release 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -114,7 +114,10 @@ class Denoiser:
         rows = store.capacity + store.scratch + 1
         self._outputs = store.sample.new_empty(self._num_branches, rows, *store.frame_shape)
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
-        self._captured: dict[_Shape, _CapturedForward] | None = {} if capture and store.device.type == "cuda" else None
+        self._captured: dict[_Shape, _CapturedForward] | None = None
+        if capture and store.device.type == "cuda":
+            self._captured = {}
+            self._pool = torch.cuda.graph_pool_handle()  # one for all shapes: only one of them runs at a time
 
     def run(self, windows: Sequence[Window], *, solver_stream: int = 0) -> None:
         """Advance every committed frame of ``windows`` by one step.
@@ -175,7 +178,7 @@ class Denoiser:
             self._run_tables(tables, shape)
             return
         if shape not in self._captured:
-            self._captured[shape] = _CapturedForward(lambda static: self._run_tables(static, shape), tables)
+            self._captured[shape] = _CapturedForward(lambda static: self._run_tables(static, shape), tables, self._pool)
         self._captured[shape].replay(tables)
 
     def _run_tables(self, tables: Tensor, shape: _Shape) -> None:
@@ -257,7 +260,7 @@ class _PlainNetwork:
 class _CapturedForward:
     """A forward of one shape as a CUDA graph; its tables are copied in before each replay."""
 
-    def __init__(self, run: Callable[[Tensor], None], tables: Tensor) -> None:
+    def __init__(self, run: Callable[[Tensor], None], tables: Tensor, pool: Any) -> None:
         self._tables = tables.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -265,7 +268,8 @@ class _CapturedForward:
             run(self._tables)  # what is chosen, timed or allocated at a first call happens here
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads decode and encode meanwhile, which a capture of all threads' calls would forbid.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             run(self._tables)
 
     def replay(self, tables: Tensor) -> None:

@@ -6,10 +6,19 @@ stay equal to the bit, and equal to a single process's that batches its windows 
 
 from __future__ import annotations
 
+import datetime
+import functools
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from miga_engine.errors import DeviceError
+
+Answer = TypeVar("Answer", bool, int)
 
 
 class Ranks:
@@ -19,6 +28,17 @@ class Ranks:
         self.group = group
         self.rank = dist.get_rank(group)
         self.count = dist.get_world_size(group)
+
+    @classmethod
+    def from_environment(cls, device: torch.device | str | None) -> Ranks | None:
+        """The ranks that torchrun started; None in a process of its own. Joins them, on a GPU of its own each."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return None
+        is_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        if is_cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(minutes=10))
+        return cls()
 
     def share(self, num_batches: int, rank: int | None = None) -> range:
         """The neighbouring batches that a rank (this one, if None) computes; shares differ by one at most."""
@@ -30,12 +50,21 @@ class Ranks:
 
         outputs [G,rows,C,H,W]; batch i wrote rows bounds[i] … bounds[i+1]. DeviceError if a rank is lost.
         """
+        for rank in range(self.count):
+            share = self.share(len(bounds) - 1, rank)
+            for branch in outputs[:, bounds[share.start] : bounds[share.stop]]:
+                if branch.numel():
+                    self._guard(functools.partial(dist.broadcast, branch, self._global(rank), self.group))
+
+    def agree(self, answer: Answer) -> Answer:
+        """Rank 0's answer, on every rank: what is asked of the outside may differ between them."""
+        answers = [answer]
+        self._guard(lambda: dist.broadcast_object_list(answers, src=self._global(0), group=self.group))
+        return answers[0]
+
+    def _guard(self, communicate: Callable[[], object]) -> None:
         try:
-            for rank in range(self.count):
-                share = self.share(len(bounds) - 1, rank)
-                for branch in outputs[:, bounds[share.start] : bounds[share.stop]]:
-                    if branch.numel():
-                        dist.broadcast(branch, src=self._global(rank), group=self.group)
+            communicate()
         except RuntimeError as error:
             raise DeviceError(
                 f"rank {self.rank} of {self.count} lost touch with the others ({str(error).splitlines()[0]}): "

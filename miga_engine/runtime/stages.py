@@ -133,7 +133,7 @@ class VideoRun:
         )
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
-            guidance_scale=guidance_scale, window_batch=config.window_batch, order=config.window_order,
+            guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
             capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self.reflection = None

@@ -7,8 +7,10 @@ refused, or with `overwrite=True` kept until the new one, growing beside it as `
 
 import json
 import os
+import queue
 import re
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallbackSink",
+    "EncoderThread",
     "ImageSequenceSink",
     "RawFileSink",
     "Sink",
@@ -142,6 +145,75 @@ def as_frames(frames: Frames) -> "np.ndarray[Any, Any]":
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
         raise ValueError(f"frames have shape {array.shape} and dtype {array.dtype}, expected [n, H, W, 3] and uint8")
     return np.ascontiguousarray(array)
+
+
+class EncoderThread(Sink):
+    """Writes to another sink in a thread, so that encoding does not hold up whoever makes the frames.
+
+    At most `max_chunks` writes wait; the next one then blocks. Frames are read after `write` has returned, so they must
+    stay as they are; on CUDA they are copied to pinned memory, queued behind the current stream's work. An error of the
+    sink is raised by the next `write` or by `close`, with its own type and message. `num_frames` counts what the sink
+    has taken. `close` and `abort` first write all that waits.
+    """
+
+    def __init__(self, sink: Sink, max_chunks: int = 4) -> None:
+        super().__init__(sink.width, sink.height)
+        self._sink = sink
+        self._error: BaseException | None = None
+        self._chunks: queue.Queue[tuple[Frames, Any] | None] = queue.Queue(max_chunks)
+        self._thread = threading.Thread(target=self._run, name="miga-encode", daemon=True)
+        self._thread.start()
+
+    def write(self, frames: Frames) -> None:
+        if self.is_closed:
+            raise ValueError("the sink is closed")
+        if self._error is not None:
+            raise self._error
+        self._chunks.put(_to_host(frames))
+
+    def _write(self, frames: Frames) -> None:
+        self._sink.write(frames)
+        self.num_frames = self._sink.num_frames
+
+    def _close(self) -> None:
+        self._finish()
+        if self._error is not None:
+            self._sink.abort()
+            raise self._error
+        self._sink.close()
+
+    def _abort(self) -> None:
+        self._finish()
+        self._sink.abort()
+
+    def _finish(self) -> None:
+        self._chunks.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            frames, copied = chunk
+            if self._error is None:  # after an error the queue is only emptied, so that no write waits for ever
+                try:
+                    if copied is not None:
+                        copied.synchronize()
+                    self._write(frames)
+                except BaseException as error:
+                    self._error = error
+            del chunk, frames
+
+
+def _to_host(frames: Frames) -> tuple[Frames, Any]:
+    """(frames on the CPU, the CUDA event after which they are there, or None)."""
+    if isinstance(frames, np.ndarray) or not frames.is_cuda:
+        return frames, None
+    import torch
+
+    with torch.cuda.device(frames.device):
+        host = frames.detach().to("cpu", non_blocking=True)  # pinned; its block is reused when the copy is done
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+    return host, copied
 
 
 class CallbackSink(Sink):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import ConfigError
+from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
 from miga_engine.models.wan.dit_layers import (
     Block,
     ContextCache,
@@ -23,10 +24,8 @@ from miga_engine.models.wan.dit_layers import (
     Levels,
     Modulation,
     RotaryTable,
-    linear_fp32,
     rotary_table,
     take_frames,
-    timestep_embedding,
 )
 
 
@@ -154,7 +153,7 @@ class WanDiT(nn.Module):
         levels, level_rows = self._levels(timesteps, batch, num_frames, latents.device)
         if positions is None:
             positions = torch.arange(num_frames, device=latents.device).expand(batch, num_frames).contiguous()
-        elif tuple(positions.shape) != (batch, num_frames):
+        elif positions.ndim != 2 or positions.shape[0] != batch or positions.shape[1] != num_frames:
             raise ConfigError(f"positions has shape {tuple(positions.shape)}; give [{batch}, {num_frames}].")
         rotary = self._rotary_table(rows, columns, latents.device)
         cross_backend = "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention
@@ -245,10 +244,7 @@ class WanDiT(nn.Module):
         if isinstance(timesteps, tuple):
             return timesteps
         t = torch.as_tensor(timesteps, device=device)
-        if tuple(t.shape) not in ((), (1,), (batch,), (batch, num_frames)):
-            raise ConfigError(
-                f"timesteps has shape {tuple(t.shape)}; give one number, [{batch}] or [{batch}, {num_frames}]."
-            )
+        check_timesteps(t, batch, num_frames)
         t = t if t.ndim == 2 else t.reshape(-1, 1)
         rows = torch.arange(t.numel(), device=device).view(t.shape).expand(batch, num_frames)
         return self.encode_timesteps(t.flatten()), rows.contiguous()

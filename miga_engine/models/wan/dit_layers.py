@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
-from miga_engine.errors import ConfigError
+from miga_engine.models.layers import Linear, guidance_branches, linear_fp32
 
 MAX_POSITIONS = 1024
 """Latent frame positions that the rotary table holds, as in the published code."""
@@ -46,30 +46,6 @@ class Frames(NamedTuple):
 def take_frames(x: Tensor, keep: Tensor) -> Tensor:
     """x [B, F, S, D], keep int64 [B, K] -> [B, K, S, D]."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], keep]
-
-
-def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in float32, whatever the dtype of its weights."""
-    return ops.linear(x.float(), layer.weight.float(), layer.bias.float())
-
-
-class Linear(nn.Linear):
-    """A linear map through `ops.linear`, with the tanh-approximated GELU of it if `gelu`."""
-
-    def __init__(self, in_features: int, out_features: int, *, gelu: bool = False) -> None:
-        super().__init__(in_features, out_features)
-        self.gelu = gelu
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias, gelu=self.gelu)
-
-
-def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoids [..., dim] in float32: cosines, then sines, of t · 10000^(-i / (dim/2)), taken in float64."""
-    half = dim // 2
-    frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
-    angles = timesteps.double().unsqueeze(-1) * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> RotaryTable:
@@ -208,21 +184,7 @@ class ContextCache:
 
         Without an index the cache holds one prompt for all windows or one for each. Raises ConfigError on other sizes.
         """
-        if index is None and self.num_prompts not in (1, batch):
-            raise ConfigError(
-                f"The context holds {self.num_prompts} prompts for {batch} windows; "
-                "give one, one for each window, or a context_index."
-            )
-        if index is None:
-            return 1
-        branches, rest = divmod(index.shape[0], batch)
-        if rest or not branches or index.ndim > 2 or tuple(index.shape[1:]) not in ((), (num_frames,)):
-            raise ConfigError(
-                f"context_index has shape {tuple(index.shape)}; give [{batch}] (a prompt for each window) "
-                f"or [{batch}, {num_frames}] (one for each latent frame), or a multiple of {batch} rows for as many "
-                "guidance branches."
-            )
-        return branches
+        return guidance_branches(self.num_prompts, batch, num_frames, index)
 
 
 class Levels(NamedTuple):
@@ -251,7 +213,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
         self.cross_attn = CrossAttention(dim, num_heads, eps, qk_norm)
         self.ffn = nn.Sequential(Linear(dim, ffn_dim, gelu=True), nn.Identity(), Linear(ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(nn.init.normal_(torch.empty(1, 6, dim), std=dim**-0.5))
 
     def table(self, time: Tensor) -> Tensor:
         """Modulation [R, 6, D] of the noise levels' projections `time` [R, 6, D], whose scales already hold their 1."""
@@ -294,7 +256,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = nn.Linear(dim, patch_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(nn.init.normal_(torch.empty(1, 2, dim), std=dim**-0.5))
 
     def norm(self, time: Tensor) -> Modulation:
         """Tables of the norm for time embeddings [R, D] float32."""

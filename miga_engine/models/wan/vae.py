@@ -87,8 +87,8 @@ class WanVAE(nn.Module):
                 module.cache_name = name
         # On the CPU even when the module is built on `meta`: they are constants, no checkpoint brings them.
         mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in config.statistics())
-        self.register_buffer("latents_mean", mean.view(-1, 1, 1), persistent=False)
-        self.register_buffer("latents_std", std.view(-1, 1, 1), persistent=False)
+        self.register_buffer("latents_mean", mean, persistent=False)
+        self.register_buffer("latents_std", std, persistent=False)
         self.latents_mean: Tensor
         self.latents_std: Tensor
 
@@ -103,8 +103,8 @@ class WanVAE(nn.Module):
         Raises ConfigError unless T = 1 mod 4 and H, W are multiples of 8.
         """
         mean, _ = self.encode_moments(video)
-        frames = (mean.transpose(1, 2) - self.latents_mean) / self.latents_std
-        return frames.to(self.dtype).transpose(1, 2)
+        frames = (mean.movedim(1, -1) - self.latents_mean) / self.latents_std
+        return frames.to(self.dtype).movedim(-1, 1)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video [B, 3, T, H, W] -> mean and log-variance of the latents before normalisation, each [B, C, F, h, w].
@@ -112,13 +112,13 @@ class WanVAE(nn.Module):
         The clip runs through in chunks of 1, 4, 4, ... frames with causal caches, which is differentiable as a whole.
         """
         self._check_video(video)
-        frames = video.to(self.dtype).transpose(1, 2)
+        frames = video.to(self.dtype).movedim(1, -1).contiguous()
         cache: FeatureCache = {}
         ratio = self.config.frame_ratio
         starts = [0, *range(1, frames.shape[1], ratio)]
         parts = [self.encoder(frames[:, s : s + (ratio if s else 1)], cache) for s in starts]
-        mean, logvar = self.conv1(torch.cat(parts, dim=1)).chunk(2, dim=2)
-        return mean.transpose(1, 2), logvar.transpose(1, 2)
+        mean, logvar = self.conv1(torch.cat(parts, dim=1)).chunk(2, dim=-1)
+        return mean.movedim(-1, 1), logvar.movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, h, w] -> video [B, 3, 1 + 4(F-1), 8h, 8w], clamped to [-1, 1]."""
@@ -133,8 +133,8 @@ class WanVAE(nn.Module):
 
         `cache` continues a clip and is updated (entries are replaced, never written into).
         """
-        frames = latents.transpose(1, 2) * self.latents_std + self.latents_mean
-        return self.decoder(self.conv2(frames.to(self.dtype)), cache).transpose(1, 2)
+        frames = latents.movedim(1, -1) * self.latents_std + self.latents_mean
+        return self.decoder(self.conv2(frames.to(self.dtype).contiguous()), cache).movedim(-1, 1)
 
     def _check_video(self, video: Tensor) -> None:
         ratio, factor = self.config.frame_ratio, self.config.spatial_factor
@@ -181,7 +181,7 @@ class StreamDecoder:
         return torch.cat(frames, dim=2).clamp(-1.0, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next push depends on: a tensor [B, frames, C, h, w] by name of each layer that looks back."""
+        """All that the next push depends on: a tensor [B, frames, h, w, C] by name of each layer that looks back."""
         return dict(self._cache)
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,370 @@
+"""The engine end to end against a plain diffusers loop: `python bench/bench_engine.py [generate|import|iteration]`.
+
+generate    the embedded model `tiny`, the same request by the engine and by baseline_diffusers.py in turns: video
+            frames a second, time to the first frame, peak memory (each in a process of its own), and where the time
+            goes. Before anything is timed the two are held against each other.
+import      `from miga_engine import Engine` over `import torch`, each in fresh processes.
+iteration   Stage-1 iterations at a published width with random weights: wall time over the sum of the forwards, and
+            how often the host waited for the device. On a CPU choose a small picture and few blocks.
+
+The first two run if none is named. On a CPU: one thread, process time, the minimum of the runs; on a GPU wall time and
+events, the minimum too. Rows are appended to bench/results/engine_<device>.csv. A part's column is its share of the
+time: network, sampler, score, decode, and the rest, which is bookkeeping. Where forwards are captured as graphs, their
+replays count as network; where decoding runs beside the network, the rest leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import measure
+import torch
+
+from miga_engine import Engine, ops
+from miga_engine.config import PRESETS
+from miga_engine.engine import Request
+from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
+from miga_engine.models.wan.vae import StreamDecoder
+from miga_engine.noise import CounterNoise
+from miga_engine.runtime.stages import VideoRun
+from miga_engine.schedule import make_schedule
+
+PARTS = ("network", "sampler", "score", "decode")
+COLUMNS = (
+    "what", "model", "request", "dtype", "implementation", "seconds", "video_frames_per_s", "first_frame_s",
+    "peak_mib", "run_mib", "reserved_mib", *PARTS, "rest", "host_syncs", "x_baseline", *measure.ENVIRONMENT,
+)  # fmt: skip
+PROMPT = "a red balloon over snowy hills at dawn"
+HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
+
+
+class Clock:
+    """Seconds of a run on its device, in all and inside its parts."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._now = time.perf_counter if device == "cuda" else time.process_time
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._start = self.now()
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return self._now()
+
+    def elapsed(self) -> float:
+        return self.now() - self._start
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose time from now on counts as `part`."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.device == "cuda" and torch.cuda.is_current_stream_capturing():
+                return function(*args, **kwargs)
+            start = self._mark()
+            result = function(*args, **kwargs)
+            self._spans.append((part, start, self._mark()))
+            return result
+
+        return run
+
+    def shares(self, seconds: float) -> dict[str, float]:
+        """By part, of `seconds`; the rest too."""
+        sums = dict.fromkeys(PARTS, 0.0)
+        for part, start, stop in self._spans:
+            sums[part] += start.elapsed_time(stop) / 1e3 if self.device == "cuda" else stop - start
+        shares = {part: value / seconds for part, value in sums.items()}
+        beside = shares["decode"] if self.device == "cuda" else 0
+        return {**shares, "rest": 1 - sum(shares.values()) + beside}
+
+    def _mark(self) -> Any:
+        if self.device != "cuda":
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@contextlib.contextmanager
+def _watch(clock: Clock, *targets: tuple[object, str, str]) -> Iterator[None]:
+    """For its duration the targets (owner, attribute, part) count as their parts."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in targets:
+            stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
+        yield
+
+
+def engine_parts(transformer: WanDiT) -> list[tuple[object, str, str]]:
+    parts: list[tuple[object, str, str]] = [
+        (transformer, "forward", "network"),
+        (ops, "sampler_update", "sampler"),
+        (ops, "consistency_score", "score"),
+        (StreamDecoder, "push", "decode"),
+    ]
+    return parts + ([(torch.cuda.CUDAGraph, "replay", "network")] if torch.cuda.is_available() else [])
+
+
+def loop_parts(loop: Any) -> list[tuple[object, str, str]]:
+    return [(loop, "forward", "network"), (loop, "step", "sampler"), (loop, "decode", "decode")]
+
+
+def run_engine(engine: Engine, request: Request) -> dict[str, float]:
+    """One video: seconds, seconds to the first frame, shares of the time."""
+    clock = Clock(engine.device.type)
+    first = None
+    with _watch(clock, *engine_parts(engine.bundle.transformer)):
+        for chunk in engine.run(request):
+            chunk.frames.cpu()
+            first = first or clock.elapsed()
+    seconds = clock.elapsed()
+    return {"seconds": seconds, "first_frame_s": first or seconds, **clock.shares(seconds)}
+
+
+def run_loop(loop: Any, request: Request) -> dict[str, float]:
+    """The same by the diffusers loop, whose first frame comes with the last."""
+    clock = Clock(loop.device.type)
+    with _watch(clock, *loop_parts(loop)):
+        loop.video(request)
+    seconds = clock.elapsed()
+    return {"seconds": seconds, "first_frame_s": seconds, **clock.shares(seconds)}
+
+
+def load(device: str, dtype: str) -> Engine:
+    # The rival attends by SDPA.
+    return Engine.from_pretrained("tiny", device, dtype, attention="sdpa")
+
+
+def resolve(engine: Engine, num_frames: int, **options: Any) -> Request:
+    """The request of the comparison: the preset without reflection, which the loop does not know."""
+    miga = dataclasses.replace(engine.preset.miga, self_reflection=False)
+    return engine.resolve(PROMPT, num_frames=num_frames, **{"miga": miga, **options})
+
+
+def small_request(engine: Engine, **options: Any) -> Request:
+    """A short run through every stage, for the check."""
+    miga = dataclasses.replace(engine.preset.miga, self_reflection=False, stage2_steps=2, refine_steps=2)
+    sizes = {"num_frames": 61, "height": 32, "width": 48, "num_inference_steps": 8}
+    return resolve(engine, **{**sizes, "miga": miga, **options})
+
+
+def generate(device: str, dtypes: list[str], num_frames: int, num_runs: int, with_peaks: bool) -> None:
+    if not HAS_DIFFUSERS:
+        print("diffusers is not installed: the engine is timed without its rival and without the check against it")
+    for dtype in dtypes:
+        engine = load(device, dtype)
+        request = resolve(engine, num_frames)
+        runners = {"engine": lambda engine=engine, request=request: run_engine(engine, request)}
+        if HAS_DIFFUSERS:
+            import baseline_diffusers
+
+            loop = baseline_diffusers.DiffusersLoop(engine)
+            difference = baseline_diffusers.check(engine, loop, small_request(engine))
+            print(f"{dtype}: latents of engine and diffusers loop compared, {difference:.1e}")
+            runners["diffusers"] = lambda loop=loop, request=request: run_loop(loop, request)
+        best: dict[str, dict[str, float]] = {}
+        for _ in range(num_runs):
+            for name, run in runners.items():
+                result = run()
+                if name not in best or result["seconds"] < best[name]["seconds"]:
+                    best[name] = result
+        rows = []
+        for name, result in best.items():
+            row = {"what": "generate", "model": "tiny", "request": f"{num_frames} frames", "dtype": dtype}
+            row |= {"implementation": name, **{key: f"{value:.4g}" for key, value in result.items()}}
+            row["video_frames_per_s"] = f"{num_frames / result['seconds']:.4g}"
+            row |= _peak(name, device, dtype, num_frames) if with_peaks else {}
+            if "diffusers" in best:
+                row["x_baseline"] = f"{best['diffusers']['seconds'] / result['seconds']:.3f}"
+            rows.append(row)
+        _report(rows, device)
+
+
+def _peak(name: str, device: str, dtype: str, num_frames: int) -> dict[str, str]:
+    """Peak memory of one run in a fresh process."""
+    arguments = [__file__, "peak", "--device", device, "--dtypes", dtype, "--frames", str(num_frames)]
+    return json.loads(_fresh_process(*arguments, "--implementation", name))
+
+
+def _fresh_process(*arguments: str) -> str:
+    """What Python prints, run with these arguments where this process finds its modules."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+def peak(device: str, dtype: str, num_frames: int, implementation: str) -> dict[str, str]:
+    """MiB of this process, or of torch's allocator on a GPU: at most, and above what the loaded models take."""
+    engine = load(device, dtype)
+    request = resolve(engine, num_frames)
+    engine.bundle.encode_prompts([PROMPT])  # reads the text encoder
+    run: Callable[[], object]
+    if implementation == "diffusers":
+        import baseline_diffusers
+
+        loop = baseline_diffusers.DiffusersLoop(engine)
+        run = functools.partial(loop.video, request)
+    else:
+        # Frames leave as they come.
+        run = functools.partial(sum, (len(chunk.frames) for chunk in engine.run(request)))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        loaded = torch.cuda.memory_allocated() / 2**20
+        run()
+        most, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
+    else:
+        loaded = measure.resident_mib()
+        run()
+        most, reserved = measure.peak_resident_mib(), None
+    sizes = {"peak_mib": f"{most:.1f}", "run_mib": f"{most - loaded:.1f}"}
+    return sizes | ({} if reserved is None else {"reserved_mib": f"{reserved:.1f}"})
+
+
+def import_time(device: str, num_runs: int) -> None:
+    """Least seconds of the two imports, in turns."""
+    statements = {"torch": "import torch", "miga_engine": "from miga_engine import Engine"}
+    best = dict.fromkeys(statements, float("inf"))
+    for _ in range(num_runs):
+        for name, statement in statements.items():
+            code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
+            best[name] = min(best[name], float(_fresh_process("-c", code)))
+    _report(
+        [{"what": "import", "implementation": name, "seconds": f"{value:.4g}"} for name, value in best.items()], device
+    )
+    print(f"over torch: {best['miga_engine'] - best['torch']:+.3f} s")
+
+
+def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
+    """Stage-1 iterations of the preset wan2.1 with fewer steps, two of them in Stage 2, on random weights."""
+    config = WAN_T2V_CONFIGS[options.model]
+    config = dataclasses.replace(config, num_layers=options.blocks or config.num_layers)
+    transformer = random_transformer(config, device, getattr(torch, dtype))
+    bundle = dataclasses.replace(load(device, dtype).bundle, transformer=transformer, dtype=transformer.dtype, extra={})
+    preset = PRESETS["wan2.1"]
+    schedule = make_schedule(preset.sampling.solver, options.steps, preset.sampling.shift)
+    miga = dataclasses.replace(preset.miga, stage2_steps=2, self_reflection=False)
+    shape = (config.in_dim, options.height // 8, options.width // 8)
+    contexts = torch.randn(2, 64, config.text_dim, device=device)
+    windows = bundle.window_network(contexts, schedule.timesteps)
+    network = SimpleNamespace(forward_batch=lambda b: windows(b.latents, b.steps, b.prompt_rows, b.keep))
+    stage = ""
+
+    def emit(kind: str, **fields: Any) -> None:
+        nonlocal stage
+        stage = fields["stage"] if kind == "stage" else stage
+
+    run = VideoRun(
+        network,
+        schedule,
+        miga,
+        window_frames=bundle.window_frames,
+        frame_shape=shape,
+        noise=CounterNoise(0, shape, torch.device(device)),
+        num_frames=None,
+        guidance_scale=preset.sampling.guidance_scale,
+        device=torch.device(device),
+        emit=emit,
+        capture=options.capture,
+    )
+    with torch.no_grad():
+        while stage != "stage1":
+            run.tick()  # the last of them is the first iteration, which does not count
+        clock = Clock(device)
+        with _watch(clock, *engine_parts(transformer)):
+            for _ in range(options.iterations):
+                run.tick()
+            seconds = clock.elapsed()
+        host_syncs = _host_syncs(run.tick) if device == "cuda" else None
+    shares = clock.shares(seconds)
+    queue = miga.zigzag_width * (options.steps - 1)
+    row = {"what": "iteration", "model": f"{options.model}, {config.num_layers} blocks", "dtype": dtype}
+    row |= {"request": f"{options.height}×{options.width}, {queue} frames queued"}
+    row |= {"implementation": "engine captured" if options.capture else "engine"}
+    row |= {"seconds": f"{seconds / options.iterations:.4g}"}
+    row |= {part: f"{share:.4g}" for part, share in shares.items()}
+    row["host_syncs"] = "" if host_syncs is None else str(host_syncs)
+    _report([row], device)
+    print(f"wall of an iteration ÷ sum of its forwards: {1 / shares['network']:.4f}")
+
+
+def _host_syncs(tick: Callable[[], object]) -> int:
+    """How often the host waits for the device during a tick."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tick()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def random_transformer(config: Any, device: str, dtype: torch.dtype) -> WanDiT:
+    """A network of torch's initial weights, its dtypes as a loader leaves them."""
+    with torch.device(device):
+        transformer = WanDiT(config)
+    for name, parameter in transformer.named_parameters():
+        if not WanDiT.keeps_fp32(name):
+            parameter.data = parameter.data.to(dtype)
+    return transformer.eval().requires_grad_(False)
+
+
+def _report(rows: list[dict[str, str]], device: str) -> None:
+    for row in measure.record(f"engine_{device}", COLUMNS, rows, device):
+        text = [f"{key} {value}" for key, value in row.items() if value != "" and key not in measure.ENVIRONMENT]
+        print("; ".join(text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = ("generate", "import", "iteration", "peak")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help="generate, import or iteration")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--frames", type=int, default=81, help="video frames of generate")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each contender of generate")
+    parser.add_argument("--no-peaks", action="store_true", help="leave the memory out, which runs everything once more")
+    parser.add_argument("--imports", type=int, default=7, help="fresh processes of each import")
+    parser.add_argument("--implementation", choices=("engine", "diffusers"), default="engine", help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=tuple(WAN_T2V_CONFIGS), default="1.3B", help="width of iteration")
+    parser.add_argument("--blocks", type=int, help="of iteration (default: the model's)")
+    parser.add_argument("--height", type=int, default=480, help="pixels of iteration")
+    parser.add_argument("--width", type=int, default=832, help="pixels of iteration")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="sampling steps of iteration; they set the queue's length"
+    )
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--capture", action="store_true", help="iteration: replay forwards as CUDA graphs")
+    options = parser.parse_args()
+    if unknown := set(options.what) - set(choices):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(choices[:3])}")
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    if options.what == ["peak"]:
+        print(json.dumps(peak(options.device, options.dtypes[0], options.frames, options.implementation)))
+        return
+    for what in options.what or ("generate", "import"):
+        if what == "generate":
+            generate(options.device, options.dtypes, options.frames, options.runs, not options.no_peaks)
+        elif what == "import":
+            import_time(options.device, options.imports)
+        else:
+            iteration(options.device, options.dtypes[-1], options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One rank against several on the same windows: `python bench/bench_scaling.py [RANKS]`.
+
+Each rank is a process on one core (gloo) or on one GPU (NCCL); the work is Stage-1 passes of the embedded model, one
+window at a time (12 or 13 of them). Wall times, the minimum over three starts, with the equality of the resulting
+queues; rows go to bench/results/scaling_<device>.csv. The unified windows that become ready between the passes are
+often single ones, which ranks cannot share: whole ticks gain less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import measure
+import torch
+import torch.distributed as dist
+
+from miga_engine import Engine
+from miga_engine.runtime.denoise import Window
+from miga_engine.runtime.ranks import Ranks
+
+TICKS = 4
+PROMPT = "a red balloon over snowy hills at dawn"
+
+
+@torch.inference_mode()
+def work(rank: int, count: int, folder: Path) -> None:
+    """One rank's ticks; rank 0 prints the mean seconds of a pass and the digest of the queue."""
+    is_cuda = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    if not is_cuda and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    device = torch.device(f"cuda:{rank}" if is_cuda else "cpu")
+    meeting = f"file://{folder}/meet"
+    dist.init_process_group("nccl" if is_cuda else "gloo", init_method=meeting, rank=rank, world_size=count)
+    engine = Engine.from_pretrained("tiny", device, ranks=Ranks() if count > 1 else None)
+    request = engine.resolve(PROMPT, num_frames=None)
+    run = engine.start(request)
+    while run.stage != "stage1":
+        run.tick()
+    times = []
+    run_windows = run.denoiser.run
+
+    def timed(windows: Sequence[Window], **options: int) -> None:
+        dist.barrier()
+        start = time.perf_counter()
+        run_windows(windows, **options)
+        if is_cuda:
+            torch.cuda.synchronize()
+        times.append((len(windows), time.perf_counter() - start))
+
+    run.denoiser.run = timed
+    for _ in range(TICKS):
+        run.tick()
+    passes = [seconds for count, seconds in times if count >= 12]
+    if rank == 0:
+        digest = hashlib.sha256(run.store.sample.cpu().numpy().tobytes()).hexdigest()
+        print(json.dumps({"seconds": sum(passes) / len(passes), "digest": digest}))
+    dist.destroy_process_group()
+
+
+def measured(count: int) -> dict[str, float | str]:
+    """What rank 0 of `count` printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, __file__, "--folder", folder, str(count)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen([*arguments, "--rank", str(rank)], env=environment, stdout=subprocess.PIPE, text=True)
+            for rank in range(count)
+        ]
+        outputs = [process.communicate()[0] for process in ranks]
+    if any(process.returncode for process in ranks):
+        raise SystemExit(f"a rank of {count} failed: its error is above")
+    return json.loads(outputs[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks", nargs="?", type=int, default=2)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        work(options.rank, options.ranks, options.folder)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[int, list[dict[str, float | str]]] = {1: [], options.ranks: []}
+    for _ in range(3):
+        for count, outcomes in results.items():
+            outcomes.append(measured(count))
+    seconds = {count: min(float(outcome["seconds"]) for outcome in outcomes) for count, outcomes in results.items()}
+    digests = {outcome["digest"] for outcomes in results.values() for outcome in outcomes}
+    speedup = seconds[1] / seconds[options.ranks]
+    equality = "equal" if len(digests) == 1 else "DIFFERENT"
+    print(f"1 rank: {seconds[1]:.3f} s a pass; {options.ranks} ranks: {seconds[options.ranks]:.3f} s")
+    print(f"{speedup:.2f} times as fast, {100 * speedup / options.ranks:.0f} % efficient, queues {equality}")
+    path = measure.RESULTS / f"scaling_{device}.csv"
+    row = {"ranks": options.ranks, "seconds_1": f"{seconds[1]:.4g}", "seconds": f"{seconds[options.ranks]:.4g}"}
+    row |= {"speedup": f"{speedup:.3f}", "queues_equal": len(digests) == 1, **measure.environment(device)}
+    is_new = not path.exists()
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, list(row), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

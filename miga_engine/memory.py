@@ -1,0 +1,320 @@
+"""What a run will need of memory, known before any weights are read.
+
+The run's own code is executed on the `meta` device, where tensors have shapes and no data, and every allocation is
+counted from its birth to its death: parts and peaks are those of the code as it is, not of a formula beside it. What
+the attention backends allocate inside does not show there, and is added where attention runs. Texts
+count as if they had the most tokens the model takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
+from miga_engine.models.wan.tokenizer import Tokenizer
+from miga_engine.models.wan.umt5 import UMT5Encoder
+from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
+from miga_engine.ops.attention import _SCORES_IN_CACHE
+from miga_engine.runtime.decode import decode_frames
+from miga_engine.runtime.denoise import Window
+from miga_engine.runtime.stages import VideoRun
+
+GIB = 2**30
+
+_ENCODER_BYTES, _ENCODER_FRAMES = 18 * 2**20, 85
+"""Video encoding takes this and so many frames of 12 bits a pixel: libx264 from 96x64 to 832x480 on one thread."""
+
+# glibc gives larger blocks back as soon as they are freed; its own limit grows up to 32 MiB unless it is set.
+_LARGEST_HEAP_BLOCK = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 32 * 2**20))
+_HELD_BACK = 1.5
+"""glibc keeps freed blocks that are smaller, so that their peak is exceeded by this factor of itself: measured 1.5 to
+1.9 in runs of the embedded model with four windows of 128x192 together, against the same run with every block from
+64 KiB on mapped for itself."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a run will need.
+
+    `resident` stays for the whole run. Of `peaks` (loading, prompts, forward, decoding) only one is there at a time,
+    beside what is resident. `process` is what the process needs beside the tensors on the device; on CPUs the tensors
+    lie in the process too. The totals of a GPU leave out the CUDA context and what the caching allocator holds back.
+    """
+
+    device: str
+    resident: Mapping[str, int]
+    peaks: Mapping[str, int]
+    process: Mapping[str, int]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Every part by name."""
+        return {**self.resident, **self.peaks, **self.process}
+
+    @property
+    def device_total(self) -> int:
+        """Tensors on the device, at the worst moment."""
+        return sum(self.resident.values()) + max(self.peaks.values())
+
+    @property
+    def host_total(self) -> int:
+        """The process at its worst moment: resident memory as the system counts it."""
+        return sum(self.process.values()) + (self.device_total if self.device == "cpu" else 0)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.parts)) + 2
+        groups = (
+            (f"on {self.device}, all the time", self.resident),
+            (f"on {self.device}, one at a time", self.peaks),
+            ("in the process", self.process),
+        )
+        lines = []
+        for title, parts in groups:
+            lines.append(title)
+            lines += [f"  {name:<{width}}{amount(size):>12}" for name, size in parts.items()]
+        if self.device != "cpu":
+            lines.append(f"{'total on ' + self.device:<{width + 2}}{amount(self.device_total):>12}")
+        lines.append(f"{'total of the process':<{width + 2}}{amount(self.host_total):>12}")
+        return "\n".join(lines)
+
+
+def amount(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def choose_window_batch(
+    estimate_for: Callable[[int], int], free_bytes: int | None, *, share: float = 0.8, most: int = 64
+) -> int:
+    """Largest of 1, 2, 4, … `most` windows whose `estimate_for(windows)` bytes fit in `share` of the free memory.
+
+    1 where not even two fit, and where `free_bytes` is None: on a CPU, batches gain nothing.
+    """
+    batch = 1
+    while free_bytes is not None and 2 * batch <= most and estimate_for(2 * batch) <= share * free_bytes:
+        batch *= 2
+    return batch
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of tensors that operators on `meta` tensors allocate and that are still referred to.
+
+    `current`, `peak` and `peak_in_heap` (of the blocks that glibc may keep) are bytes; `device` is the type of device
+    the run is meant for. Where the code asks for data, every element counts as nonzero.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.current = self.peak = self.peak_in_heap = self._in_heap = self._most_in_heap = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def peak_of(self, run: Callable[[], object]) -> int:
+        """Bytes that `run` needs for a while, beyond those there before; those in the heap become `peak_in_heap`."""
+        self.peak = before = self.current
+        self._most_in_heap = in_heap = self._in_heap
+        run()
+        self.peak_in_heap = self._most_in_heap - in_heap
+        return self.peak - before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if any(tensor.is_meta for tensor in given):
+            name = func._schema.name
+            if name == "aten::nonzero":
+                return torch.ones(args[0].shape).nonzero()
+            if name == "aten::_local_scalar_dense":
+                return True
+            # Index tables, which a run moves to its device, stay on the CPU here.
+            if not all(tensor.is_meta for tensor in given):
+                args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
+            self._known.update(tensor.untyped_storage() for tensor in given if tensor.is_meta)
+            if name == "miga::frame_attention":
+                self.peak = max(self.peak, self.current + _attention_bytes(given, self.device))
+        result = func(*args, **kwargs)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage() not in self._known:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._known.add(storage)
+        weakref.finalize(storage, self._change, -size)
+        self._change(size)
+
+    def _change(self, size: int) -> None:
+        self.current += size
+        self._in_heap += size if abs(size) < _LARGEST_HEAP_BLOCK else 0
+        self.peak = max(self.peak, self.current)
+        self._most_in_heap = max(self._most_in_heap, self._in_heap)
+
+
+def _as_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta or tensor.ndim == 0 else torch.empty_like(tensor, device="meta")
+
+
+def _attention_bytes(given: Sequence[Tensor], device: str) -> int:
+    """What `ops.frame_attention` needs for a while, its result included.
+
+    The comparison of a backend's first call with the oracle (one head of all keys in float64, scores of 64 queries) or,
+    on CPUs, oneDNN's head of one window and blocks of scores, whichever is more. Kernels on GPUs keep theirs on chip.
+    """
+    q, k = given[:2]
+    (batch, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
+    is_gathered = len(given) > 3 and k.shape[0] != batch  # by key_rows
+    gathered = 2 * batch * num_keys * num_heads * head_dim * q.element_size() if is_gathered else 0
+    check = 8 * batch * (2 * num_keys * head_dim + 3 * min(num_queries, 64) * num_keys)
+    rows = min(num_queries, max(64, _SCORES_IN_CACHE // num_keys))
+    head = 4 * (num_queries + num_keys) * head_dim + k.element_size() * num_keys * head_dim
+    blocks = (8 + (k.element_size() if k.element_size() < 4 else 0)) * rows * num_keys
+    return q.nbytes + gathered + max(check, head + blocks if device == "cpu" else 0)
+
+
+def estimate(
+    bundle: ModelBundle,
+    start: Callable[[ModelBundle], VideoRun],
+    *,
+    device: str,
+    height: int,
+    width: int,
+    stored: Mapping[str, int],
+) -> MemoryEstimate:
+    """What a run of a model needs on a type of device ("cpu", "cuda").
+
+    bundle: on `meta`; start: begins a run of it; height, width: of the video in pixels; stored: bytes of its networks'
+    files, in the order of their loading (`models.loading.file_bytes`).
+    """
+    networks: dict[str, nn.Module] = {
+        "transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder
+    }  # fmt: skip
+    weights = {name: _num_bytes([*network.parameters(), *network.buffers()]) for name, network in networks.items()}
+    loaded = np.cumsum([weights[name] for name in stored])
+    loading = max(int(before) + size for before, size in zip(loaded, stored.values(), strict=True)) - int(loaded[-1])
+    tokens = functools.partial(_longest_texts, bundle.transformer.config.text_len)
+    bundle = dataclasses.replace(
+        bundle,
+        open_text_encoder=lambda: cast(UMT5Encoder, networks["text encoder"]),
+        open_tokenizer=lambda: cast(Tokenizer, tokens),
+    )
+    runs: list[VideoRun] = []
+    with torch.no_grad(), Ledger(device) as ledger:
+        prompts = ledger.peak_of(lambda: runs.append(start(bundle)))
+        run = runs[0]
+        prompts -= ledger.current
+        rings = _num_bytes(getattr(run.store, name) for name in run.store.TENSORS)
+        outputs = _num_bytes(value for value in vars(run.denoiser).values() if isinstance(value, Tensor))
+        cache = ledger.current - rings - outputs
+
+        before = ledger.current
+        forward = ledger.peak_of(lambda: run.denoiser.run(_windows(run)))
+        rotary, in_heap = ledger.current - before, ledger.peak_in_heap
+
+        shape = (bundle.latent_channels, height // bundle.spatial_factor, width // bundle.spatial_factor)
+        decoder = bundle.vae.stream_decoder()
+        decoder.push(torch.empty(1, shape[0], 2, *shape[1:], device="meta"))
+        features = _num_bytes(decoder.state().values())
+        latent = torch.empty(1, *shape, device="meta")
+        decoding = ledger.peak_of(lambda: list(decode_frames([latent], decoder.push, overlap=False)))
+    # The most latent frames that become clean together; their frames wait for the last of them.
+    chunk = run.window_frames * bundle.frame_ratio * 3 * height * width
+    decoding += chunk
+
+    if device != "cpu":  # the text encoder is given back once the prompts are encoded
+        prompts += weights.pop("text encoder")
+    resident = {
+        **{f"{name} weights": size for name, size in weights.items()},
+        "rings of latent frames": rings,
+        "network outputs of a pass": outputs,
+        "prompt keys and values, noise levels": cache,
+        "rotary tables": rotary,
+        "decoder feature cache": features,
+        "output frames": chunk,
+    }
+    peaks = {"encoding prompts": max(0, prompts)}
+    process = {
+        "interpreter and libraries (measured)": _library_bytes(bundle.dtype),
+        "video encoder": _ENCODER_BYTES + _ENCODER_FRAMES * height * width * 3 // 2,
+    }
+    if device == "cpu":
+        peaks |= {"loading (files mapped)": max(0, loading), "forward": forward, "decoding": decoding}
+        process["held back by the allocator"] = int(_HELD_BACK * in_heap)
+    else:  # frames are decoded while the network computes, and wait in the process to be written
+        peaks["forward, with decoding beside it"] = forward + decoding
+        process |= {"weights files (mapped)": max(stored.values()), "output frames to write": chunk}
+    return MemoryEstimate(device, resident, peaks, process)
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "meta")
+
+
+def _longest_texts(text_len: int, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of prompts that could not be longer."""
+    ids = torch.ones(len(prompts), text_len, dtype=torch.int64)
+    return ids, ids
+
+
+def _windows(run: VideoRun) -> list[Window]:
+    """One batch of the most windows that go through the network together."""
+    rows = run.store.capacity + run.store.scratch
+    limit = 1 if run.config.window_order == "sequential" else run.denoiser.window_batch
+    count = max(1, min(limit, rows // run.stride))
+    commit_stop = run.stride if count > 1 else run.window_frames
+    return [Window(np.arange(run.window_frames), 0, commit_stop)] * count
+
+
+def _library_bytes(dtype: torch.dtype) -> int:
+    """Resident memory of this process, after a toy run has made the libraries load and build what they need."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        transformer = WanDiT(
+            WanDiTConfig(dim=32, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=1, text_dim=8, text_len=4, in_dim=4,
+                         out_dim=4)
+        ).to(dtype)  # fmt: skip
+        transformer(torch.zeros(1, 4, 5, 32, 32, dtype=dtype), 0.0, torch.zeros(1, 4, 8))
+        vae = WanVAE(WanVAEConfig(dim=8, z_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)))
+        vae.decode(torch.zeros(1, 4, 2, 8, 8))
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, its peak."""
+    return _from_proc("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    # ru_maxrss would include that of the process which started this one.
+    if (peak := _from_proc("VmHWM")) is not None:
+        return peak
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _from_proc(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

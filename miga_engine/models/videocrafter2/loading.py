@@ -1,0 +1,117 @@
+"""Load VideoCrafter2's networks from its `model.ckpt`, from the same as safetensors, or from the folder of either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from miga_engine.errors import CheckpointError
+from miga_engine.models.checkpoint import PICKLE_SUFFIXES, Checkpoint, load_module, open_checkpoint, stored_dtype
+from miga_engine.models.videocrafter2 import layouts
+from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
+from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
+from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
+from miga_engine.models.videocrafter2.vae import KLVAE
+
+Device = torch.device | str | None
+
+WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+
+
+def is_videocrafter2(path: str | Path) -> bool:
+    """Whether `path` is a weights file with VideoCrafter2's UNet, or a folder that holds one, judged by its keys.
+
+    Raises CheckpointError where a file is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path.suffix in WEIGHTS_SUFFIXES and layouts.is_model(open_checkpoint(path).shapes)
+    return bool(_models_in(path))
+
+
+def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
+    """The UNet under `path`, a weights file or its folder.
+
+    device defaults to the CPU, dtype to the file's own; what the network uses in float32 stays float32.
+    Raises CheckpointError, also where the file's noise schedule is not the sampler's.
+    """
+    checkpoint = _open(path)
+    layouts.check_schedule(checkpoint)
+    unet = layouts.network(checkpoint, layouts.UNET)
+    config = unet_config(unet.shapes)
+    return load_module(
+        lambda: VideoUNet(config),
+        unet,
+        device=device,
+        dtype=dtype or stored_dtype(unet, "input_blocks.0.0.weight"),
+        keeps_fp32=VideoUNet.keeps_fp32,
+    )
+
+
+def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch.float32) -> KLVAE:
+    """The image VAE under `path`, a weights file or its folder. device defaults to the CPU. Raises CheckpointError."""
+    vae = layouts.network(_open(path), layouts.VAE)
+    config = layouts.vae_config(vae)
+    module = load_module(lambda: KLVAE(config), vae, device=device, dtype=dtype)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> CLIPTextEncoder:
+    """The text encoder under `path`, a weights file or its folder.
+
+    device defaults to the CPU, dtype to the file's own. Raises CheckpointError.
+    """
+    text = layouts.text_encoder(_open(path))
+    config = layouts.text_encoder_config(text)
+    dtype = dtype or stored_dtype(text, "ln_final.weight")
+    return load_module(lambda: CLIPTextEncoder(config), text, device=device, dtype=dtype)
+
+
+def load_tokenizer(path: str | Path) -> CLIPTokenizer:
+    """The tokenizer under `path`: the model's folder or weights file, beside which it lies, or the tokenizer's file.
+
+    Raises CheckpointError, also where the model beside it has embeddings for another number of tokens.
+    """
+    path = Path(path)
+    folder = path.parent if path.suffix in WEIGHTS_SUFFIXES else path
+    tokenizer = CLIPTokenizer.from_file(folder)
+    if path != folder or _models_in(path):
+        num_embeddings = layouts.text_encoder_config(layouts.text_encoder(_open(path))).vocab_size
+        if num_embeddings != tokenizer.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens and the text encoder embeddings for "
+                f"{num_embeddings}; use the tokenizer of OpenCLIP ViT-H/14."
+            )
+    return tokenizer
+
+
+def keeps_dtype(key: str) -> bool:
+    """Whether a tensor of model.ckpt stays as it is when the networks are stored in another dtype.
+
+    True of the VAE, of what the UNet uses in float32 whatever its dtype, and of the tables of the noise schedule.
+    """
+    is_fp32 = key.startswith(layouts.UNET) and VideoUNet.keeps_fp32(key.removeprefix(layouts.UNET))
+    return is_fp32 or key.startswith(layouts.VAE) or key in layouts.SCHEDULE_TABLES
+
+
+def _open(path: str | Path) -> Checkpoint:
+    path = Path(path)
+    if path.is_file():
+        return open_checkpoint(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give VideoCrafter2's model.ckpt or its folder.")
+    models = _models_in(path)
+    if len(models) != 1:
+        found = ", ".join(model.path.name for model in models) or "no .safetensors or .ckpt file with its UNet"
+        raise CheckpointError(f"{path} does not hold one VideoCrafter2 model but {found}; give the file itself.")
+    return models[0]
+
+
+def _models_in(folder: Path) -> list[Checkpoint]:
+    """Files of a folder that hold the UNet; pickled ones only where no safetensors file does."""
+    for pattern in ("*.safetensors", "*.ckpt"):
+        checkpoints = map(open_checkpoint, sorted(folder.glob(pattern)))
+        if models := [checkpoint for checkpoint in checkpoints if layouts.is_model(checkpoint.shapes)]:
+            return models
+    return []
