@@ -17,9 +17,9 @@ def require(condition: bool, name: str, trait: str, received: object, expected: 
         raise ValueError(f"{name} has {trait} {received}, expected {expected}")
 
 
-def require_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:
+def require_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """The tensor has this shape and a floating point dtype."""
-    require(tuple(tensor.shape) == shape, name, "shape", tuple(tensor.shape), f"{shape} {meaning}".rstrip())
+    require(tuple(tensor.shape) == shape, name, "shape", tuple(tensor.shape), f"{shape} {meaning}")
     require(tensor.dtype.is_floating_point, name, "dtype", tensor.dtype, "a floating point type")
 
 
