@@ -43,7 +43,8 @@ def work(rank: int, count: int, folder: Path) -> None:
     device = torch.device(f"cuda:{rank}" if is_cuda else "cpu")
     meeting = f"file://{folder}/meet"
     dist.init_process_group("nccl" if is_cuda else "gloo", init_method=meeting, rank=rank, world_size=count)
-    engine = Engine.from_pretrained("tiny", device, ranks=Ranks() if count > 1 else None)
+    ranks = Ranks()
+    engine = Engine.from_pretrained("tiny", device, ranks=ranks if count > 1 else None)
     request = engine.resolve(PROMPT, num_frames=None)
     run = engine.start(request)
     while run.stage != "stage1":
@@ -66,7 +67,8 @@ def work(rank: int, count: int, folder: Path) -> None:
     if rank == 0:
         digest = hashlib.sha256(run.store.sample.cpu().numpy().tobytes()).hexdigest()
         print(json.dumps({"seconds": sum(passes) / len(passes), "digest": digest}))
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    ranks.close()
 
 
 def measured(count: int) -> dict[str, float | str]:

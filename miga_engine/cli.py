@@ -111,6 +111,8 @@ def _build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--solver", help="unipc, dpmpp_2m, euler or ddim")
     sampling.add_argument("--shift", type=float)
     sampling.add_argument("--eta", type=float, help="ddim only")
+    sampling.add_argument("--use-scale-array", action=argparse.BooleanOptionalAction,
+                          help="ddim only: VideoCrafter2's scale of x0 by level")  # fmt: skip
     method = run.add_argument_group("method")
     method.add_argument("--method", choices=["miga", "fifo"], help="fifo: FIFO-Diffusion, for comparison")
     for name, field in _MIGA_FIELDS.items():
@@ -195,12 +197,16 @@ def _generate(options: argparse.Namespace) -> int:
         with _interruptible():
             for _ in engine.run(request):
                 pass
+        if ranks is not None:
+            ranks.close()
         return 0
     overlap = settings.get("overlap_decode")
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     code = _render(engine, request, outputs, overlap_decode=overlap, quiet=bool(settings.get("quiet")))
     print(_peak_memory(engine.device, estimate), file=sys.stderr)
+    if ranks is not None:
+        ranks.close()
     return code
 
 

@@ -111,6 +111,8 @@ class SamplingConfig:
     guidance_scale: float = 5.0
     eta: float = 1.0
     """DDIM only: share of fresh noise in a step."""
+    use_scale_array: bool = False
+    """DDIM only: VideoCrafter2's scale of x0 by level (1 → 0.7 over 400 timesteps)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ _WAN_PAPER = MigaConfig(stage2_steps=9, stride=10, window_order="sequential")
 _WAN_RELEASED = MigaConfig(refine_steps=10, stride=10, guidance_offset=3)
 _WAN = MigaConfig(stride=10)
 _VC2_SAMPLING = SamplingConfig(solver="ddim", num_inference_steps=64, guidance_scale=12.0)
+_VC2_SCALED = dataclasses.replace(_VC2_SAMPLING, use_scale_array=True)
 _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=14,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
 _VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=10, guidance_frames=4,
@@ -139,6 +142,7 @@ PRESETS: Mapping[str, Preset] = {
     "wan2.1": Preset(miga=_WAN),
     "wan2.1-paper": Preset(miga=_WAN_PAPER),
     "wan2.1-released": Preset(miga=_WAN_RELEASED),
+    "videocrafter2": Preset(_VC2_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
     "videocrafter2-paper": Preset(_VC2_SAMPLING, _VC2_PAPER, 320, 512, 10),
     "videocrafter2-released": Preset(_VC2_SAMPLING, _VC2_RELEASED, 320, 512, 10),
     "tiny": Preset(SamplingConfig(num_inference_steps=24, shift=3.0, guidance_scale=3.0), _TINY, 64, 96, 12),

@@ -100,6 +100,7 @@ class Request:
     shift: float
     guidance_scale: float
     eta: float
+    use_scale_array: bool
     miga: MigaConfig
 
     def metadata(self, model: str) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class Engine:
             model: name or path; official Wan2.1 folder and ``-Diffusers`` folder layouts are read.
             device: default "cuda" where there is one, else "cpu".
             dtype: of the transformer; default bfloat16 on CUDA, float32 on CPU.
-            preset: name of the defaults; "tiny" for the embedded model, else "wan2.1".
+            preset: name of the defaults; None for those of the model's family, or of the embedded model.
             attention: backend of the transformer's self-attention, one of `config.ATTENTION_BACKENDS`; "auto" times
                 what is installed at the real shape, once on each GPU. Any other is obeyed or refused.
             vae_dtype: in which frames are decoded. On "tiny" frames in bfloat16 have a PSNR of 54 dB against those of
@@ -158,15 +159,15 @@ class Engine:
         folder = WEIGHTS_DIR if is_tiny else Path(model)
         if not folder.exists():
             raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")
-        preset_name = preset or ("tiny" if is_tiny else "wan2.1")
-        if preset_name not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset_name!r}")
+        if preset is not None and preset not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         bundle = load_bundle(folder, target, compute, _resolve_dtype(vae_dtype, target, "vae_dtype"))
         ops.require_attention(attention, target, compute, bundle.transformer.config.head_dim)
         bundle.transformer.attention = attention
         if compile:
             bundle.transformer.compile()
-        engine = cls(bundle, PRESETS[preset_name], name="tiny" if is_tiny else str(model), device=target)
+        defaults = PRESETS[preset or ("tiny" if is_tiny else bundle.facts.default_preset)]
+        engine = cls(bundle, defaults, name="tiny" if is_tiny else str(model), device=target)
         engine.capture, engine.ranks = capture, ranks
         return engine
 
@@ -244,6 +245,7 @@ class Engine:
         solver: str | None = None,
         shift: float | None = None,
         eta: float | None = None,
+        use_scale_array: bool | None = None,
     ) -> Request:
         """Fill in the preset's defaults and refuse what cannot run, before any work is done."""
         sampling = self.preset.sampling
@@ -260,6 +262,7 @@ class Engine:
             shift=_number("shift", _default(shift, sampling.shift)),
             guidance_scale=_number("guidance_scale", _default(guidance_scale, sampling.guidance_scale)),
             eta=_number("eta", _default(eta, sampling.eta)),
+            use_scale_array=bool(_default(use_scale_array, sampling.use_scale_array)),
             miga=miga or self.preset.miga,
         )
         if num_frames is not None:
@@ -437,7 +440,13 @@ class _BatchNetwork:
 
 
 def _schedule(request: Request) -> Schedule:
-    return make_schedule(request.solver, request.num_inference_steps, request.shift, eta=request.eta)
+    return make_schedule(
+        request.solver,
+        request.num_inference_steps,
+        request.shift,
+        eta=request.eta,
+        use_scale_array=request.use_scale_array,
+    )
 
 
 def _emitter(on_event: Callable[[Event], None] | None) -> Callable[..., None]:

@@ -210,7 +210,7 @@ def estimate(
     weights = {name: _num_bytes([*network.parameters(), *network.buffers()]) for name, network in networks.items()}
     loaded = np.cumsum([weights[name] for name in stored])
     loading = max(int(before) + size for before, size in zip(loaded, stored.values(), strict=True)) - int(loaded[-1])
-    tokens = functools.partial(_longest_texts, bundle.transformer.config.text_len)
+    tokens = functools.partial(_longest_texts, bundle.facts.text_len)
     bundle = dataclasses.replace(
         bundle,
         open_text_encoder=lambda: cast(UMT5Encoder, networks["text encoder"]),

@@ -1,12 +1,18 @@
-"""A whole model folder made of the goldens' tiny networks: the engine's line without trained weights."""
+"""Whole model folders made of the goldens' tiny networks: the engine's line without trained weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from miga_engine.config import MigaConfig
+from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig, CLIPTextEncoder
+from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
 
 GOLDENS = Path(__file__).parent / "goldens"
 OPTIONS = {"height": 32, "width": 48, "num_inference_steps": 10}
@@ -28,3 +34,26 @@ def build(folder: Path) -> Path:
         shutil.copy(GOLDENS / "umt5" / "tokenizer" / name, tokenizer)
     (folder / "miga.json").write_text(json.dumps({"window_frames": 5, "default_negative_prompt": "blurry"}))
     return folder
+
+
+def build_videocrafter2(folder: Path) -> Path:
+    """VideoCrafter2's keys in one file: the goldens' VAE, a random UNet of their widths and text tower, a small BPE."""
+    prefix = "model.diffusion_model."
+    golden = {key.removeprefix(prefix): t for key, t in load_file(GOLDENS / "vc2" / "unet.safetensors").items()}
+    config = dataclasses.replace(unet_config({key: tuple(t.shape) for key, t in golden.items()}), context_dim=64)
+    tensors = load_file(GOLDENS / "vc2" / "vae.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = VideoUNet(config)
+        text = CLIPTextEncoder(CLIPTextConfig(vocab_size=516, dim=64, dim_ffn=128, num_heads=1, num_layers=2))
+        for name, parameter in [*unet.named_parameters(), *text.named_parameters()]:
+            torch.nn.init.normal_(parameter, mean="norm" in name and "weight" in name, std=0.1)
+    tensors |= {prefix + key: value for key, value in unet.state_dict().items()}
+    tensors |= {f"cond_stage_model.model.{key}": value for key, value in text.state_dict().items()}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "merges.txt").write_text("#version: 0.2\na b</w>\nc d\n")
+    (folder / "miga.json").write_text(json.dumps({"window_frames": 5}))
+    return folder
+
+
+BUILDERS = {"wan": build, "videocrafter2": build_videocrafter2}

@@ -192,3 +192,17 @@ def test_info(folder, tmp_path, capsys):
     assert _miga("info", folder) == 0
     assert "5 latent frames = 17 video frames" in capsys.readouterr().out
     assert _miga("info", tmp_path / "missing") == 2
+
+
+def test_two_ranks_write_the_video_of_one(folder, tmp_path):
+    """As `torchrun --nproc-per-node 2 -m miga_engine generate …` does, on CPUs."""
+    options = ["a red balloon", "--model", str(folder), "--num-frames", "13", "--quiet", *SMALL]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name, launcher in (("one.mkv", [sys.executable]), ("two.mkv", torchrun)):
+        program = [*launcher, "-m", "miga_engine", "generate", *options, "--output", str(tmp_path / name)]
+        run = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=150, check=False)
+        assert run.returncode == 0, run.stderr
+    one, two = (read_video(tmp_path / name) for name in ("one.mkv", "two.mkv"))
+    assert len(one) == 13
+    assert np.array_equal(one, two)

@@ -118,8 +118,9 @@ def counted(*arguments):
     global calls
     calls += arguments[0].shape[0] // 2
     return test_denoise.pseudo_network(*arguments)
-torch.save((test_denoise.video(window_batch=batch, network=counted, ranks=Ranks()), calls), f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+ranks = Ranks()
+torch.save((test_denoise.video(window_batch=batch, network=counted, ranks=ranks), calls), f"{folder}/{rank}.pt")
+ranks.close()
 """
 
 

@@ -12,15 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
+from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
+from miga_engine.models.videocrafter2.unet import VideoUNet
+from miga_engine.models.videocrafter2.vae import KLVAE
 from miga_engine.models.wan.dit import WanDiT
-from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
+from miga_engine.models.wan.tokenizer import Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
 
 WindowNetwork = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 MOST_EMBEDDINGS = 64  # prompts whose embeddings are kept, 4 MiB each at the published sizes
-NATIVE_WINDOW_FRAMES = 21  # latent frames of the 81-frame clips that Wan2.1 was trained on
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a family of models says of itself, so that nothing above need know which it is."""
+
+    window_frames: int
+    """Latent frames the network was trained to see together."""
+    size_multiple: int
+    """Height and width of the video, in pixels, are multiples of this."""
+    text_len: int
+    """Tokens of the longest prompt."""
+    prediction_type: str
+    """What the network predicts: velocity or epsilon."""
+    default_preset: str
+    """Name of the defaults, in `config.PRESETS`."""
+    default_negative_prompt: str
+    """Negative prompt where the caller gives none."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +54,21 @@ class ModelBundle:
     path: Path
     device: torch.device
     dtype: torch.dtype
-    transformer: WanDiT
-    vae: WanVAE
+    transformer: WanDiT | VideoUNet
+    vae: WanVAE | KLVAE
+    facts: ModelFacts
     extra: dict[str, Any]
-    open_text_encoder: Callable[[], UMT5Encoder] = field(repr=False)
-    open_tokenizer: Callable[[], Tokenizer] = field(repr=False)
-    prediction_type: str = "velocity"
+    open_text_encoder: Callable[[], UMT5Encoder | CLIPTextEncoder] = field(repr=False)
+    open_tokenizer: Callable[[], Tokenizer | CLIPTokenizer] = field(repr=False)
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
-    def text_encoder(self) -> UMT5Encoder:
+    def text_encoder(self) -> UMT5Encoder | CLIPTextEncoder:
         """Read from its file at the first use."""
         return self.open_text_encoder()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | CLIPTokenizer:
         """Read from its file at the first use."""
         return self.open_tokenizer()
 
@@ -112,17 +133,22 @@ class ModelBundle:
     @property
     def size_multiple(self) -> int:
         """Height and width of the video, in pixels, are multiples of this."""
-        return self.spatial_factor * max(self.transformer.config.patch_size)
+        return self.facts.size_multiple
 
     @property
     def window_frames(self) -> int:
         """Latent frames the network was trained to see together."""
-        return int(self.extra.get("window_frames", NATIVE_WINDOW_FRAMES))
+        return int(self.extra.get("window_frames", self.facts.window_frames))
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts: velocity or epsilon."""
+        return self.facts.prediction_type
 
     @property
     def default_negative_prompt(self) -> str:
         """Negative prompt where the caller gives none."""
-        return str(self.extra.get("default_negative_prompt", WAN_DEFAULT_NEGATIVE_PROMPT))
+        return str(self.extra.get("default_negative_prompt", self.facts.default_negative_prompt))
 
     def num_video_frames(self, num_latents: int) -> int:
         """Frames that a clip of `num_latents` >= 1 latent frames decodes to."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.checkpoint import (
     Checkpoint,
     SafetensorsCheckpoint,
@@ -22,14 +22,17 @@ from miga_engine.models.checkpoint import (
     read_json,
     stored_dtype,
 )
+from miga_engine.models.videocrafter2 import loading as videocrafter2
+from miga_engine.models.videocrafter2.loading import is_videocrafter2
 from miga_engine.models.wan import layouts
 from miga_engine.models.wan.dit import WanDiT
-from miga_engine.models.wan.tokenizer import Tokenizer
+from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
 
 Device = torch.device | str | None
 
+WAN_WINDOW_FRAMES = 21  # latent frames of the 81-frame clips that Wan2.1 was trained on
 EXTRA_FILE = "miga.json"  # facts about a model that no layout has a place for
 
 # File names that hold a component, in the order in which they are looked for.
@@ -106,17 +109,28 @@ def load_bundle(
     tokenizer are read when the first prompt is encoded. Raises CheckpointError.
     """
     root = Path(path).parent if Path(path).is_file() else Path(path)
-    _component_files(root, "text_encoder", _TEXT_ENCODER_FILES)  # read late, but missed at once
-    _tokenizer_file(root)
     extra_file = root / EXTRA_FILE
     extra = read_json(extra_file) if extra_file.is_file() else {}
+    if is_videocrafter2(path):
+        return videocrafter2.load_bundle(path, extra, device, dtype, vae_dtype)
+    _component_files(root, "text_encoder", _TEXT_ENCODER_FILES)  # read late, but missed at once
+    _tokenizer_file(root)
     transformer = load_transformer(path, device, dtype)
+    vae = load_vae(root, device, vae_dtype)
     return ModelBundle(
         path=root,
         device=torch.device(device or "cpu"),
         dtype=transformer.dtype,
         transformer=transformer,
-        vae=load_vae(root, device, vae_dtype),
+        vae=vae,
+        facts=ModelFacts(
+            window_frames=WAN_WINDOW_FRAMES,
+            size_multiple=vae.config.spatial_factor * max(transformer.config.patch_size),
+            text_len=transformer.config.text_len,
+            prediction_type="velocity",
+            default_preset="wan2.1",
+            default_negative_prompt=WAN_DEFAULT_NEGATIVE_PROMPT,
+        ),
         extra=extra,
         open_text_encoder=lambda: load_text_encoder(root, device, dtype),
         open_tokenizer=lambda: load_tokenizer(root, transformer.config.text_len),
@@ -129,6 +143,9 @@ def file_bytes(path: str | Path) -> dict[str, int]:
     Raises CheckpointError.
     """
     root = Path(path).parent if Path(path).is_file() else Path(path)
+    if is_videocrafter2(path):
+        size = videocrafter2.model_file(path).stat().st_size
+        return {"transformer": size, "VAE": size, "text encoder": size}
     components = {
         "transformer": _component_files(Path(path), "transformer", _TRANSFORMER_FILES),
         "VAE": _component_files(root, "vae", _VAE_FILES),

@@ -62,6 +62,11 @@ class Ranks:
         self._guard(lambda: dist.broadcast_object_list(answers, src=self._global(0), group=self.group))
         return answers[0]
 
+    def close(self) -> None:
+        """Leave together: a rank that ended alone would take the others' connections with it."""
+        self._guard(functools.partial(dist.barrier, self.group))
+        dist.destroy_process_group(self.group)
+
     def _guard(self, communicate: Callable[[], object]) -> None:
         try:
             communicate()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from miga_engine.errors import CheckpointError
+from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.checkpoint import PICKLE_SUFFIXES, Checkpoint, load_module, open_checkpoint, stored_dtype
 from miga_engine.models.videocrafter2 import layouts
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
-from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
+from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
 from miga_engine.models.videocrafter2.vae import KLVAE
 
@@ -28,6 +30,37 @@ def is_videocrafter2(path: str | Path) -> bool:
     if path.is_file():
         return path.suffix in WEIGHTS_SUFFIXES and layouts.is_model(open_checkpoint(path).shapes)
     return bool(_models_in(path))
+
+
+def load_bundle(
+    path: str | Path, extra: dict[str, Any], device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype
+) -> ModelBundle:
+    """All networks of a model; the text encoder and the tokenizer are read when the first prompt is encoded."""
+    load_tokenizer(path)  # read late, but missed at once
+    unet, vae = load_unet(path, device, dtype), load_vae(path, device, vae_dtype)
+    return ModelBundle(
+        path=model_file(path).parent,
+        device=torch.device(device or "cpu"),
+        dtype=unet.dtype,
+        transformer=unet,
+        vae=vae,
+        facts=ModelFacts(
+            window_frames=unet.config.temporal_length,
+            size_multiple=vae.config.spatial_factor * unet.config.size_multiple,
+            text_len=TEXT_LEN,
+            prediction_type=unet.prediction_type,
+            default_preset="videocrafter2",
+            default_negative_prompt="",
+        ),
+        extra=extra,
+        open_text_encoder=lambda: load_text_encoder(path, device, dtype),
+        open_tokenizer=lambda: load_tokenizer(path),
+    )
+
+
+def model_file(path: str | Path) -> Path:
+    """The weights file under `path`. Raises CheckpointError."""
+    return _open(path).path
 
 
 def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
