@@ -88,12 +88,16 @@ def _load(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _memory(path: Path, column: str) -> Iterator[tuple[str, ...]]:
-    rows = [row for row in measure.newest(path, "model", "latent_frames") if int(row["latent_frames"]) > 1000]
-    if rows:
-        row = max(rows, key=lambda row: int(row["latent_frames"]))
-        name = f"peak memory over {int(row['latent_frames']):,} latent frames"
-        growth = f"{100 * (float(row['x_1000']) - 1):+.1f} %"
-        yield name, "", growth, f"at 1,000, {float(row[column]) / float(row['x_1000']):.0f} MiB", "", _device(row)
+    rows = [
+        row for row in measure.newest(path, "model", "latent_frames", "allocator") if int(row["latent_frames"]) > 1000
+    ]
+    longest = max((int(row["latent_frames"]) for row in rows), default=0)
+    for row in rows:
+        if int(row["latent_frames"]) == longest:
+            settings = f", `{row['allocator']}`" if row["allocator"] else ""
+            name = f"peak memory over {longest:,} latent frames{settings}"
+            growth = f"{100 * (float(row['x_1000']) - 1):+.1f} %"
+            yield name, "", growth, f"at 1,000, {float(row[column]) / float(row['x_1000']):.0f} MiB", "", _device(row)
 
 
 def _times(ratio: str | float) -> str:
