@@ -405,7 +405,6 @@ def folded_vae(work: Path, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
     scale = wan_std / std
     z = len(mean)
     state["conv1.weight"][:z] *= scale[:, None, None, None, None]
-    state["conv1.weight"][z:] *= 1.0
     state["conv1.bias"][:z] = (state["conv1.bias"][:z] - mean) * scale + wan_mean
     state["conv1.bias"][z:] += 2 * scale.log()
     weight = state["conv2.weight"][..., 0, 0, 0]

@@ -161,7 +161,8 @@ class WanDiT(nn.Module):
         # While `shared`, x holds each window once; it is repeated where the branches part.
         shared = self.shares_branches and branches > 1
         copies = 1 if shared else branches
-        x = self._to_tokens(latents, rows, columns).repeat(copies, 1, 1, 1)
+        x = self._to_tokens(latents, rows, columns)
+        x = x if copies == 1 else x.repeat(copies, 1, 1, 1)
         frames, prompts = Frames(level_rows, positions).repeat(copies), context_index
         keep = None if keep is None else keep.repeat(branches, 1)
         blocks = [cast(Block, block) for block in self.blocks]
