@@ -3,6 +3,7 @@
 Importing this package imports nothing heavy: the public names below are loaded when they are first used.
 """
 
+import logging
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -10,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
-from miga_engine.errors import CheckpointError, ConfigError, DeviceError, MigaError, OutputError
+from miga_engine.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    DriftError,
+    MigaError,
+    NumericsError,
+    OutputError,
+    SessionError,
+)
 
 if TYPE_CHECKING:
     from miga_engine.config import MigaConfig
@@ -21,14 +31,20 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "DeviceError",
+    "DriftError",
     "Engine",
     "Event",
     "MigaConfig",
     "MigaError",
+    "NumericsError",
     "OutputError",
+    "SessionError",
     "Video",
     "__version__",
 ]
+
+# Without it, records that the application does not ask for would be printed.
+logging.getLogger("miga_engine").addHandler(logging.NullHandler())
 
 _LAZY = {"MigaConfig": "config", "Chunk": "engine", "Engine": "engine", "Event": "engine", "Video": "engine"}
 _KERNELS = Path(__file__).resolve().parent.parent / "kernels"

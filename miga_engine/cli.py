@@ -1,30 +1,34 @@
-"""The ``miga`` command: generate, estimate, convert, info."""
+"""The ``miga`` command: generate, resume, estimate, eval, convert, info."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import os
 import platform
+import reprlib
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, SamplingConfig, fifo_config, replace_options
 from miga_engine.errors import CheckpointError, ConfigError, MigaError
+from miga_engine.eval import command as eval_command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-    from miga_engine.engine import Engine, Event, Request
+    from miga_engine.engine import Engine
     from miga_engine.memory import MemoryEstimate
+    from miga_engine.render import Outputs
+    from miga_engine.runtime.ranks import Ranks
+    from miga_engine.runtime.stream import Event, Stream
 
 RELEASED_NAMES = {
     "saw_width": "zigzag_width",
@@ -66,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``miga``; the exit code. Errors are one sentence on standard error."""
     arguments = [_hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
+        if arguments[:2] == ["eval", "export"]:
+            arguments[:2] = ["eval export"]
         options = _build_parser().parse_args(arguments)
         return options.run(options)
     except MigaError as error:
@@ -73,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 1
+    except KeyboardInterrupt:
+        print("miga: interrupted", file=sys.stderr)
+        return 130
 
 
 def _hyphenate(argument: str) -> str:
@@ -140,9 +149,32 @@ def _build_parser() -> argparse.ArgumentParser:
     output.add_argument("-y", "--overwrite", action="store_true", help="replace files that exist")
     output.add_argument("--contact-sheet", metavar="PNG", help="frames evenly spaced over the video in one picture")
     output.add_argument("--events", metavar="JSONL", help="scores, searches and chunks as JSON lines")
+    output.add_argument("--checkpoint-every", type=int, metavar="N", help="video frames between two writings of the "
+                        "session file (default: 500; 0 = only when stopped); given, the file is kept at the end, and "
+                        "the video can be made longer")  # fmt: skip
+    output.add_argument("--session", metavar="FILE", help="where the session file lies (default: beside the video, "
+                        "NAME.session.safetensors); given, it is kept at the end")  # fmt: skip
+    output.add_argument("--stop-on-drift", type=float, metavar="X", help="stop once colours have moved by more than "
+                        "this share of their range since the beginning of the prompt")  # fmt: skip
     output.add_argument("--overlap-decode", action=argparse.BooleanOptionalAction,
                         help="decode in a second thread beside the network (default: on CUDA)")  # fmt: skip
     output.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    resume = commands.add_parser(
+        "resume", help="go on with an interrupted run, or make a finished video longer",
+        argument_default=argparse.SUPPRESS,
+        description="Go on from a session file: the video becomes what it would have been without the interruption.",
+    )  # fmt: skip
+    resume.set_defaults(run=_resume)
+    resume.add_argument("session", metavar="SESSION", help="NAME.session.safetensors, as `miga generate` wrote it")
+    resume.add_argument("--num-frames", type=int, metavar="N", help="length of the whole video (default: as asked for)")
+    resume.add_argument("-o", "--output", metavar="FILE", help="where the frames made so far lie, if they were moved")
+    resume.add_argument("--model", metavar="NAME|PATH", help="where the model lies, if it was moved")
+    resume.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
+    resume.add_argument("--checkpoint-every", type=int, metavar="N", help="as of generate")
+    resume.add_argument("--stop-on-drift", type=float, metavar="X", help="as of generate")
+    resume.add_argument("--events", metavar="JSONL", help="scores, searches and chunks as JSON lines, appended")
+    resume.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
     estimate = commands.add_parser(
         "estimate", help="show what a run will need of memory", parents=[run], argument_default=argparse.SUPPRESS,
@@ -161,9 +193,12 @@ def _build_parser() -> argparse.ArgumentParser:
                          help="of the UNet and the text encoder (default: as they are)")  # fmt: skip
     convert.add_argument("-y", "--overwrite", action="store_true", help="replace a file that exists")
 
+    eval_command.add_parsers(commands, run, _load)
+
     info = commands.add_parser("info", help="show versions, devices, kernels, and what a model is")
     info.set_defaults(run=_info)
-    info.add_argument("path", nargs="?", metavar="MODEL|VIDEO", help="'tiny', a model folder, or a video made by miga")
+    info.add_argument("path", nargs="?", metavar="MODEL|VIDEO|SESSION", help="'tiny', a model folder, or a "
+                      "video or session file made by miga")  # fmt: skip
     return parser
 
 
@@ -173,15 +208,145 @@ def _build_parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> int:
     settings = _settings(options)
     prompt = _prompt_timeline(settings)
-    import torch
-
-    from miga_engine.engine import Engine
+    from miga_engine.render import Outputs
     from miga_engine.runtime.ranks import Ranks
 
     ranks = Ranks.from_environment(settings.get("device"))
-    outputs = _Outputs.check(settings) if ranks is None or ranks.rank == 0 else None
+    outputs = None
+    if ranks is None or ranks.rank == 0:
+        outputs = Outputs.check(
+            str(settings.get("output", "miga.mp4")),
+            sheet=settings.get("contact_sheet"),
+            events=settings.get("events"),
+            session=settings.get("session"),
+            checkpoint_every=_checkpoint_every(settings),
+            overwrite=bool(settings.get("overwrite")),
+        )
     estimate = _estimate_memory(settings, prompt)
+    _refuse_the_impossible(estimate)
+    engine = _load_engine(settings, ranks)
+    request = engine.resolve(prompt, **_request_options(engine, settings))
+    stop_on_drift = settings.get("stop_on_drift")
+
+    def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+        return engine.run(
+            request,
+            on_event=on_event,
+            is_cancelled=is_cancelled,
+            overlap_decode=settings.get("overlap_decode"),
+            stop_on_drift=stop_on_drift,
+        )
+
+    return _write(engine, open_stream, outputs, estimate, quiet=bool(settings.get("quiet")))
+
+
+def _write(
+    engine: Engine,
+    open_stream: Callable[[Callable[[Event], None] | None, Callable[[], bool] | None], Stream],
+    outputs: Outputs | None,
+    estimate: MemoryEstimate | None,
+    *,
+    quiet: bool,
+) -> int:
+    """Render on the rank that writes; the others compute beside it."""
+    import torch
+
+    from miga_engine.render import render
+
+    code = 0
+    if outputs is None:
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        with open_stream(None, None) as stream:
+            for _ in stream:
+                pass
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    else:
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        code = render(open_stream, outputs, model=engine.name, quiet=quiet)
+        print(_peak_memory(engine.device, estimate), file=sys.stderr)
+    if engine.ranks is not None:
+        engine.ranks.close()
+    return code
+
+
+def _checkpoint_every(settings: dict[str, Any]) -> int | None:
+    every = settings.get("checkpoint_every")
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+        raise ConfigError(f"checkpoint_every must be a whole number of video frames, 0 for never, got {every!r}")
+    return every
+
+
+# resume ----------------------------------------------------------------------------------------------------------
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from miga_engine.engine import Engine
+    from miga_engine.render import CHECKPOINT_EVERY, Outputs
+    from miga_engine.runtime.ranks import Ranks
+    from miga_engine.runtime.session import load_session
+    from miga_engine.video.paths import check_output
+
+    settings = vars(options)
+    path = Path(settings["session"])
+    session = load_session(path)
+    record, state = session.model, session.state
+    recorded = (state.numbers.get("output") or {}).get("path")
+    video = settings.get("output") or recorded
+    if video is None:
+        raise ConfigError(f"the session {path} does not say where its video is: give --output")
+    ranks = Ranks.from_environment(settings.get("device"))
     engine = Engine.from_pretrained(
+        settings.get("model") or str(record.get("name")),
+        settings.get("device"),
+        record.get("dtype"),
+        preset=record.get("preset") or None,
+        attention=record.get("attention", "auto"),
+        vae_dtype=record.get("vae_dtype", "float32"),
+        ranks=ranks,
+    )
+    every = _checkpoint_every(settings)
+    outputs = Outputs(
+        str(video),
+        events=check_output(settings["events"], (".jsonl",), overwrite=True) if settings.get("events") else None,
+        session=path,
+        checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
+        keeps_session=every is not None or bool(state.numbers.get("keeps_extension")),
+    )
+
+    def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+        return engine.resume(
+            path,
+            settings.get("num_frames"),
+            on_event=on_event,
+            is_cancelled=is_cancelled,
+            stop_on_drift=settings.get("stop_on_drift"),
+        )
+
+    is_writer = ranks is None or ranks.rank == 0
+    return _write(engine, open_stream, outputs if is_writer else None, None, quiet=bool(settings.get("quiet")))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the --config file says, overridden by the flags."""
+    given = vars(options)
+    settings = _read_config(given.pop("config")) if "config" in given else {}
+    return {**settings, **given}
+
+
+def _load(options: argparse.Namespace) -> tuple[Engine, dict[str, Any]]:
+    """The engine of a run's options, and its options of `Engine.resolve`, num_frames only where it was given."""
+    settings = _settings(options)
+    engine = _load_engine(settings)
+    request = _request_options(engine, settings)
+    return engine, request if "num_frames" in settings else {k: v for k, v in request.items() if k != "num_frames"}
+
+
+def _load_engine(settings: dict[str, Any], ranks: Ranks | None = None) -> Engine:
+    from miga_engine.engine import Engine
+
+    return Engine.from_pretrained(
         settings.get("model", "tiny"),
         settings.get("device"),
         settings.get("dtype"),
@@ -192,29 +357,6 @@ def _generate(options: argparse.Namespace) -> int:
         capture=settings.get("capture", True),
         ranks=ranks,
     )
-    request = engine.resolve(prompt, **_request_options(engine, settings))
-    if outputs is None:  # another rank writes
-        with _interruptible():
-            for _ in engine.run(request):
-                pass
-        if ranks is not None:
-            ranks.close()
-        return 0
-    overlap = settings.get("overlap_decode")
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(engine.device)
-    code = _render(engine, request, outputs, overlap_decode=overlap, quiet=bool(settings.get("quiet")))
-    print(_peak_memory(engine.device, estimate), file=sys.stderr)
-    if ranks is not None:
-        ranks.close()
-    return code
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the --config file says, overridden by the flags."""
-    given = vars(options)
-    settings = _read_config(given.pop("config")) if "config" in given else {}
-    return {**settings, **given}
 
 
 def _request_options(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]:
@@ -225,100 +367,6 @@ def _request_options(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]
     config = replace_options(config, {name: settings[name] for name in _MIGA_FIELDS if name in settings})
     asked = {name: settings[name] for name in _REQUEST_OPTIONS if name in settings}
     return {"num_frames": 240, **asked, "miga": config}
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Files a run writes, each known to be writable before a model is loaded."""
-
-    video: str
-    sheet: Path | None
-    events: Path | None
-    overwrite: bool
-
-    @classmethod
-    def check(cls, settings: dict[str, Any]) -> _Outputs:
-        from miga_engine.video.paths import check_output
-        from miga_engine.video.sinks import open_sink
-
-        overwrite = bool(settings.get("overwrite"))
-        video = str(settings.get("output", "miga.mp4"))
-        open_sink(video, 16, 16, 16, overwrite=overwrite).abort()  # sinks touch nothing before their first frame
-        sheet, events = (
-            check_output(settings[name], suffixes, overwrite=overwrite) if settings.get(name) else None
-            for name, suffixes in (("contact_sheet", (".png",)), ("events", (".jsonl",)))
-        )
-        return cls(video, sheet, events, overwrite)
-
-
-def _render(engine: Engine, request: Request, outputs: _Outputs, *, overlap_decode: bool | None, quiet: bool) -> int:
-    """Stream the request into the output files; 130 where it was interrupted, with what was made kept."""
-    from tqdm import tqdm
-
-    from miga_engine.video.contact_sheet import ContactSheet
-    from miga_engine.video.sinks import EncoderThread, open_sink
-
-    started = time.perf_counter()
-    first_frame_after: float | None = None
-    num_out = 0
-    with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(_interruptible())
-        sink = stack.enter_context(EncoderThread(
-            open_sink(outputs.video, request.fps, request.width, request.height,
-                      metadata=request.metadata(engine.name), overwrite=outputs.overwrite)
-        ))  # fmt: skip
-        events = stack.enter_context(outputs.events.open("w", buffering=1)) if outputs.events else None
-        bar = stack.enter_context(tqdm(total=request.num_frames, unit="frame", disable=True if quiet else None))
-        sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
-
-        def on_event(event: Event) -> None:
-            if events is not None:
-                print(event.to_json(), file=events)
-            if event.kind == "stage" and first_frame_after is None:
-                bar.set_description_str(event.data["stage"].replace("_", " "))
-
-        for chunk in engine.run(request, on_event=on_event, is_cancelled=interrupted, overlap_decode=overlap_decode):
-            if first_frame_after is None:
-                first_frame_after = time.perf_counter() - started
-                bar.set_description_str(outputs.video)
-                bar.set_postfix_str(f"first after {first_frame_after:.1f} s")
-            sink.write(chunk.frames)
-            if sheet is not None:
-                sheet.add(chunk.frames)
-            num_out += len(chunk.frames)
-            bar.update(len(chunk.frames))
-    if sheet is not None and outputs.sheet is not None and num_out:
-        sheet.save(outputs.sheet)
-    seconds = time.perf_counter() - started
-    if num_out == 0:
-        print("miga: interrupted before the first frame; nothing was written", file=sys.stderr)
-        return 130
-    print(
-        f"{outputs.video}: {num_out} frames, {request.width}×{request.height}, {request.fps} fps; {seconds:.1f} s "
-        f"({num_out / seconds:.1f} frames/s, first after {first_frame_after:.1f} s)",
-        file=sys.stderr,
-    )
-    if interrupted():
-        print(f"miga: interrupted; {outputs.video} holds the {num_out} frames made so far", file=sys.stderr)
-        return 130
-    return 0
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Any]:
-    """First Ctrl-C or SIGTERM: finish the chunk at hand and close the files; a second Ctrl-C stops at once."""
-    caught: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
@@ -337,35 +385,72 @@ def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
     return timeline
 
 
+MAX_CONFIG_BYTES = 2**20
+_TEXT_OPTIONS = ("model", "preset", "device", "dtype", "vae_dtype", "attention", "method", "output", "events",
+                 "contact_sheet", "session", "solver", "negative_prompt")  # fmt: skip
+_OTHER_OPTIONS = ("checkpoint_every", "stop_on_drift")
+_FLAGS = ("overwrite", "overlap_decode", "compile", "capture", "quiet", "use_scale_array")
+
+
 def _read_config(path: str) -> dict[str, Any]:
     """Options of a YAML file, by our names; names of the releases are translated, unknown ones refused."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"--config {path} is not valid YAML{where}: mend it or leave it out") from error
+    content = _read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
-    known = {"prompt", "prompt_at", "model", "preset", "device", "dtype", "vae_dtype", "attention", "method", "output",
-             "overwrite", "overlap_decode", "compile", "capture", "events", "contact_sheet", "quiet",
-             *_REQUEST_OPTIONS, *_MIGA_FIELDS}  # fmt: skip
+    known = {"prompt", "prompt_at", *_OTHER_OPTIONS, *_TEXT_OPTIONS, *_FLAGS, *_REQUEST_OPTIONS, *_MIGA_FIELDS}
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         name = RELEASED_NAMES.get(name, name)
         if name not in known:
             raise ConfigError(
-                f"--config {path} has an unknown option {key!r}; the options are {', '.join(sorted(known))}"
+                f"--config {path} has an unknown option {reprlib.repr(key)}; the options are {', '.join(sorted(known))}"
             )
         if name in settings:
             raise ConfigError(f"--config {path} gives {name} twice (as {key!r} again): keep one")
         settings[name] = value
-    return settings
+    for name, value in settings.items():
+        kind = "text" if name in _TEXT_OPTIONS else "true or false" if name in _FLAGS else None
+        if kind and value is not None and not isinstance(value, str if kind == "text" else bool):
+            raise ConfigError(f"--config {path} gives {name} as {reprlib.repr(value)}: give {kind}")
+    if settings.get("method") not in (None, "miga", "fifo"):
+        raise ConfigError(f"--config {path} gives method as {settings['method'][:80]!r}: give miga or fifo")
+    changes = settings.get("prompt_at")
+    if changes is not None and not (isinstance(changes, list) and all(map(_is_prompt_change, changes))):
+        raise ConfigError(f"--config {path} must give prompt_at as a list of [frame, prompt]")
+    unset = {name for name in (*_TEXT_OPTIONS, *_FLAGS, "prompt_at") if settings.get(name) is None}
+    return {name: value for name, value in settings.items() if name not in unset}
+
+
+def _is_prompt_change(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str)
+
+
+def _read_yaml(path: str) -> Any:
+    """A YAML document without aliases, which a short file can unfold to any size, and without deep nesting."""
+    import yaml
+
+    try:
+        with Path(path).open("rb") as stream:
+            text = stream.read(MAX_CONFIG_BYTES + 1).decode()
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader) if len(text) <= MAX_CONFIG_BYTES else ():
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 4 or isinstance(event, yaml.AliasEvent):
+                what = "an alias" if isinstance(event, yaml.AliasEvent) else "lists in lists in lists"
+                line = event.start_mark.line + 1 if event.start_mark else "?"
+                raise ConfigError(f"--config {path} has {what} at line {line}: write the values out")
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"--config {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB: give a file of options")
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"--config {path} is not valid YAML{where}: mend it or leave it out") from error
 
 
 # estimate --------------------------------------------------------------------------------------------------------
@@ -376,6 +461,18 @@ def _estimate(options: argparse.Namespace) -> int:
 
     print(_estimate_memory(_settings(options), "any"))
     return 0
+
+
+def _refuse_the_impossible(estimate: MemoryEstimate) -> None:
+    """ConfigError where a run needs more than twice the memory there is: no estimate is that wrong."""
+    from miga_engine.memory import amount
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if estimate.host_total > 2 * total:
+        raise ConfigError(
+            f"the run would need {amount(estimate.host_total)} of memory and this machine has {amount(total)}: "
+            "make the picture smaller (see: miga estimate)"
+        )
 
 
 def _estimate_memory(settings: dict[str, Any], prompt: str | dict[int, str]) -> MemoryEstimate:
@@ -393,19 +490,22 @@ def _estimate_memory(settings: dict[str, Any], prompt: str | dict[int, str]) -> 
     )
 
 
-def _peak_memory(device: torch.device, estimate: MemoryEstimate) -> str:
+def _peak_memory(device: torch.device, estimate: MemoryEstimate | None) -> str:
     """The measured peaks beside the estimated ones, in a line."""
     import torch
 
     from miga_engine.memory import amount, peak_resident_bytes
 
-    line = f"memory: {amount(peak_resident_bytes())} at most (estimated {amount(estimate.host_total)})"
+    def estimated(size: str) -> str:
+        return "" if estimate is None else f" (estimated {amount(getattr(estimate, size))})"
+
+    line = f"memory: {amount(peak_resident_bytes())} at most{estimated('host_total')}"
     if device.type != "cuda":
         return line
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return (
-        f"{line}; on {device} {amount(allocated)} allocated, {amount(reserved)} reserved at most "
-        f"(estimated {amount(estimate.device_total)})"
+        f"{line}; on {device} {amount(allocated)} allocated, {amount(reserved)} reserved at most"
+        f"{estimated('device_total')}"
     )
 
 
@@ -434,6 +534,7 @@ def _info(options: argparse.Namespace) -> int:
     import torch
 
     from miga_engine import _extension
+    from miga_engine.runtime.session import describe_session, is_session, load_session
 
     rows = [
         ("miga_engine", __version__),
@@ -443,10 +544,12 @@ def _info(options: argparse.Namespace) -> int:
         ("C++ kernels", _extension.status()),
         *_kernels(),
     ]
-    if options.path and Path(options.path).is_file() and Path(options.path).suffix in (".mp4", ".mkv"):
+    if options.path and os.path.isfile(options.path) and Path(options.path).suffix in (".mp4", ".mkv"):
         from miga_engine.video.sinks import read_metadata
 
         rows += [(key, value) for key, value in read_metadata(options.path).items()]
+    elif options.path and options.path.endswith(".safetensors") and is_session(options.path):
+        rows += describe_session(load_session(options.path))
     elif options.path:
         from miga_engine.engine import Engine
 
@@ -454,8 +557,13 @@ def _info(options: argparse.Namespace) -> int:
         rows += [(key, value) for key, value in engine.describe().items()]
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
-        print(f"{key:<{width}}  {value}")
+        print(f"{_printable(key):<{width}}  {_printable(value)}")
     return 0
+
+
+def _printable(value: object) -> str:
+    """Without what a terminal would obey: the text may come out of a stranger's file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def _kernels() -> list[tuple[str, str]]:

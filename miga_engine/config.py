@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from miga_engine._version import __version__
 from miga_engine.errors import ConfigError
 
 ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "onednn", "cudnn", "xformers", "flash", "sage", "reference")
 """Who may compute attention; `miga_engine.ops.frame_attention` says what each needs."""
+
+
+MAX_OPTION = 10_000
+"""Of every count in MigaConfig: buffers are sized by them."""
 
 
 def _option(default: Any, text: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
@@ -88,17 +95,21 @@ class MigaConfig:
 def _check_option(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, got {value!r}")
+            raise ConfigError(f"{name} must be true or false, got {reprlib.repr(value)}")
     elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise ConfigError(f"{name} must be a number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{name} must be a number, got {reprlib.repr(value)}")
     elif isinstance(default, str):
         if value not in metadata["choices"]:
-            raise ConfigError(f"{name} must be {' or '.join(map(repr, metadata['choices']))}, got {value!r}")
+            raise ConfigError(
+                f"{name} must be {' or '.join(map(repr, metadata['choices']))}, got {reprlib.repr(value)}"
+            )
     elif value is None and default is None:
         return
     elif isinstance(value, bool) or not isinstance(value, int) or value < metadata["least"]:
-        raise ConfigError(f"{name} must be a whole number of at least {metadata['least']}, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number of at least {metadata['least']}, got {reprlib.repr(value)}")
+    elif value > MAX_OPTION:
+        raise ConfigError(f"{name} must be at most {MAX_OPTION}, got {reprlib.repr(value)}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,42 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A run with every option resolved; what the metadata of a video and a session file record."""
+
+    prompt: Mapping[int, str]
+    negative_prompt: str
+    num_frames: int | None
+    seed: int
+    height: int
+    width: int
+    fps: int
+    solver: str
+    num_inference_steps: int
+    shift: float
+    guidance_scale: float
+    eta: float
+    use_scale_array: bool
+    miga: MigaConfig
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able, for `from_record`."""
+        return {**dataclasses.asdict(self), "prompt": {str(frame): text for frame, text in self.prompt.items()}}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Request:
+        """What `to_record` gave; KeyError, TypeError or ConfigError where it did not."""
+        prompt = {int(frame): text for frame, text in record["prompt"].items()}
+        return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"])})
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        """JSON-able record: prompt, seed, configuration, model, version."""
+        record = dataclasses.asdict(self)
+        record["prompt"] = self.prompt[0] if len(self.prompt) == 1 else dict(self.prompt)
+        return {"model": model, **record, "miga_engine": __version__}
+
+
+@dataclass(frozen=True)
 class Preset:
     """Everything that has a default: sampling, method, picture."""
 
@@ -126,14 +173,23 @@ class Preset:
     fps: int = 16
 
 
+def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
+    """FIFO-Diffusion (arXiv 2405.11473) as a configuration: one frame a level, look-ahead denoising, nothing else."""
+    return dataclasses.replace(
+        base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, self_reflection=False,
+        commit="trailing", warmup="copies", moving_phase=False, stride=max(1, window_frames // 2),
+    )  # fmt: skip
+
+
 _WAN_PAPER = MigaConfig(stage2_steps=9, stride=10, window_order="sequential")
 _WAN_RELEASED = MigaConfig(refine_steps=10, stride=10, guidance_offset=3)
 _WAN = MigaConfig(stride=10)
 _VC2_SAMPLING = SamplingConfig(solver="ddim", num_inference_steps=64, guidance_scale=12.0)
 _VC2_SCALED = dataclasses.replace(_VC2_SAMPLING, use_scale_array=True)
-_VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=14,
+_VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
-_VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=10, guidance_frames=4,
+# The release counts DDIM indices: it judges at index 50 of 63 and refines from index 10 on, the identity at 0 included.
+_VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
                                     self_reflection=False, score_drop=0.001)  # fmt: skip
 _TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, stride=6, judge_step=8, reference_groups=2,
                    judge="x0", channels="all", score_drop=0.2)  # fmt: skip
@@ -145,16 +201,9 @@ PRESETS: Mapping[str, Preset] = {
     "videocrafter2": Preset(_VC2_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
     "videocrafter2-paper": Preset(_VC2_SAMPLING, _VC2_PAPER, 320, 512, 10),
     "videocrafter2-released": Preset(_VC2_SAMPLING, _VC2_RELEASED, 320, 512, 10),
+    "videocrafter2-fifo": Preset(_VC2_SAMPLING, fifo_config(MigaConfig(), 16), 320, 512, 10),
     "tiny": Preset(SamplingConfig(num_inference_steps=24, shift=3.0, guidance_scale=3.0), _TINY, 64, 96, 12),
 }
-
-
-def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
-    """FIFO-Diffusion (arXiv 2405.11473) as a configuration: one frame a level, look-ahead denoising, nothing else."""
-    return dataclasses.replace(
-        base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, self_reflection=False,
-        commit="trailing", warmup="copies", moving_phase=False, stride=max(1, window_frames // 2),
-    )  # fmt: skip
 
 
 def replace_options(config: MigaConfig, options: Mapping[str, Any]) -> MigaConfig:

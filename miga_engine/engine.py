@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,33 +16,22 @@ import torch
 
 from miga_engine import ops
 from miga_engine._version import __version__
-from miga_engine.config import PRESETS, MigaConfig, Preset
-from miga_engine.errors import CheckpointError, ConfigError, DeviceError
+from miga_engine.config import PRESETS, MigaConfig, Preset, Request
+from miga_engine.errors import CheckpointError, ConfigError, DeviceError, SessionError
 from miga_engine.models.bundle import ModelBundle, WindowNetwork
 from miga_engine.models.loading import file_bytes, load_bundle
 from miga_engine.noise import CounterNoise
-from miga_engine.prompts import PromptTimeline
-from miga_engine.runtime.decode import decode_frames
-from miga_engine.runtime.denoise import Batch
+from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
+from miga_engine.runtime.denoise import Batch, is_out_of_memory
 from miga_engine.runtime.ranks import Ranks
+from miga_engine.runtime.session import Session, State, fingerprint, guarded, load_session
 from miga_engine.runtime.stages import VideoRun
+from miga_engine.runtime.stream import Chunk, Event, Stream, has_parted
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.tiny import WEIGHTS_DIR
 
 if TYPE_CHECKING:
     from miga_engine.memory import MemoryEstimate
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Frames that left the decoder together: ``frames`` uint8 ``[n, H, W, 3]`` on the engine's device.
-
-    ``index`` counts chunks from 0, ``first_frame`` is the video frame number of ``frames[0]``.
-    """
-
-    index: int
-    first_frame: int
-    frames: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,17 +52,6 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that happened in a run: ``kind`` is stage, score, search_started, search_finished or chunk."""
-
-    kind: str
-    data: Mapping[str, Any]
-
-    def to_json(self) -> str:
-        return json.dumps({"event": self.kind, **self.data})
-
-
-@dataclass(frozen=True)
 class Progress:
     """What a callback is told after each chunk; returning False from the callback ends the run."""
 
@@ -80,34 +60,10 @@ class Progress:
     chunk: Chunk
 
 
+_log = logging.getLogger("miga_engine")
+
 MOST_WINDOWS = 8
 """Windows that go together at most where the GPU's memory decides: more gain next to nothing at the sizes of Wan2.1."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A run with every option resolved; what the metadata of a video records."""
-
-    prompt: Mapping[int, str]
-    negative_prompt: str
-    num_frames: int | None
-    seed: int
-    height: int
-    width: int
-    fps: int
-    solver: str
-    num_inference_steps: int
-    shift: float
-    guidance_scale: float
-    eta: float
-    use_scale_array: bool
-    miga: MigaConfig
-
-    def metadata(self, model: str) -> dict[str, Any]:
-        """JSON-able record: prompt, seed, configuration, model, version."""
-        record = dataclasses.asdict(self)
-        record["prompt"] = self.prompt[0] if len(self.prompt) == 1 else dict(self.prompt)
-        return {"model": model, **record, "miga_engine": __version__}
 
 
 class Engine:
@@ -118,6 +74,7 @@ class Engine:
         self.preset = preset
         self.name = name
         self.device = device
+        self.preset_name = next((known for known, entry in PRESETS.items() if entry is preset), "")
         self.capture = True
         self.ranks: Ranks | None = None
 
@@ -157,10 +114,10 @@ class Engine:
         compute = _resolve_dtype(dtype, target)
         is_tiny = str(model) == "tiny"
         folder = WEIGHTS_DIR if is_tiny else Path(model)
-        if not folder.exists():
+        if not os.path.exists(folder):
             raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")
         if preset is not None and preset not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(preset)}")
         bundle = load_bundle(folder, target, compute, _resolve_dtype(vae_dtype, target, "vae_dtype"))
         ops.require_attention(attention, target, compute, bundle.transformer.config.head_dim)
         bundle.transformer.attention = attention
@@ -250,7 +207,7 @@ class Engine:
         """Fill in the preset's defaults and refuse what cannot run, before any work is done."""
         sampling = self.preset.sampling
         request = Request(
-            prompt=_check_prompt(prompt),
+            prompt=check_prompt(prompt),
             negative_prompt=_default(negative_prompt, self.bundle.default_negative_prompt),
             num_frames=num_frames,
             seed=seed,
@@ -267,19 +224,18 @@ class Engine:
         )
         if num_frames is not None:
             _check_count("num_frames", num_frames, "video frames")
-        _check_count("fps", request.fps, "frames per second")
-        _check_count("num_inference_steps", request.num_inference_steps, "steps")
+        _check_count("fps", request.fps, "frames per second", most=1000)
+        _check_count("num_inference_steps", request.num_inference_steps, "steps", most=1000)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ConfigError(f"seed must be a whole number from 0 to 2^64 − 1, got {seed!r}")
+            raise ConfigError(f"seed must be a whole number from 0 to 2^64 − 1, got {reprlib.repr(seed)}")
         multiple = self.bundle.size_multiple
         for name, size in (("height", request.height), ("width", request.width)):
-            _check_count(name, size, "pixels")
+            _check_count(name, size, "pixels", most=16384)
             if size % multiple:
                 below = size // multiple * multiple
                 nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
                 raise ConfigError(f"{name} must be a multiple of {multiple} pixels, got {size}; use {nearest}")
-        if not isinstance(request.negative_prompt, str):
-            raise ConfigError(f"negative_prompt must be a text, got {type(request.negative_prompt).__name__}")
+        check_text("negative_prompt", request.negative_prompt)
         request.miga.check(request.num_inference_steps, self.bundle.window_frames)
         predicted = _schedule(request).coefficients.prediction_type
         if (predicted == "flow") != (self.bundle.prediction_type == "velocity"):
@@ -297,25 +253,27 @@ class Engine:
         on_event: Callable[[Event], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
         overlap_decode: bool | None = None,
+        stop_on_drift: float | None = None,
         **options: Any,
-    ) -> Iterator[Chunk]:
-        """Yield chunks of video frames while the video is being made; ``num_frames`` None never ends.
+    ) -> Stream:
+        """Chunks of video frames while the video is being made; ``num_frames`` None never ends.
 
         ``chunk_frames`` re-cuts the stream into chunks of that many frames (the last may be shorter); the frames
         themselves do not depend on it. ``is_cancelled`` is asked between passes; True ends the stream after what was
         already made. ``overlap_decode`` decodes in a second thread while the network computes the next frames: the
         chunks are the same bit for bit, and all but the first come one pass later; None means on CUDA, and not on CPUs.
-        Other options are those of :meth:`resolve`; they are checked before the first chunk is asked for.
+        ``stop_on_drift`` ends the stream with DriftError once colours have moved further from the beginning than this
+        share of their range (`runtime.drift`). Other options are those of :meth:`resolve`; they are checked before the
+        first chunk is asked for.
         """
         request = self.resolve(prompt, num_frames=num_frames, **options)
-        if chunk_frames is not None:
-            _check_count("chunk_frames", chunk_frames, "video frames")
         return self.run(
             request,
             chunk_frames=chunk_frames,
             on_event=on_event,
             is_cancelled=is_cancelled,
             overlap_decode=overlap_decode,
+            stop_on_drift=stop_on_drift,
         )
 
     def generate(
@@ -334,13 +292,45 @@ class Engine:
         are those of :meth:`stream` and :meth:`resolve`.
         """
         request = self.resolve(prompt, num_frames=num_frames, **options)
-        frames, count = [], 0
-        for chunk in self.run(request, on_event=on_event, overlap_decode=overlap_decode):
-            frames.append(chunk.frames.cpu())
-            count += len(chunk.frames)
-            if callback is not None and callback(Progress(count, num_frames, chunk)) is False:
-                break
+        frames = []
+        with self.run(request, on_event=on_event, overlap_decode=overlap_decode) as stream:
+            for chunk in stream:
+                frames.append(chunk.frames.cpu())
+                if callback is not None and callback(Progress(stream.num_frames_out, num_frames, chunk)) is False:
+                    break
         return Video(torch.cat(frames), request.fps, request.metadata(self.name))
+
+    def resume(
+        self,
+        path: str | os.PathLike[str],
+        num_frames: int | None = None,
+        *,
+        chunk_frames: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
+        overlap_decode: bool | None = None,
+        stop_on_drift: float | None = None,
+    ) -> Stream:
+        """Go on from a session file with the frames that come next, as if the run had never stopped.
+
+        ``num_frames`` is the length of the whole video, None for that of the saved run. A longer one gives what a
+        longer run from the start would have given: where the end of the saved run had already shaped it, its last
+        frames are made again, and the stream's ``num_frames_out`` says from which frame on. Other options are those of
+        :meth:`stream`. SessionError names what has changed where this engine is not the one of the session.
+        """
+        session = load_session(path)
+        self._check_same_model(path, session.model)
+        request, state = self._resumed(path, session, num_frames)
+        stream = self.run(
+            request,
+            chunk_frames=chunk_frames,
+            on_event=on_event,
+            is_cancelled=is_cancelled,
+            overlap_decode=overlap_decode,
+            stop_on_drift=stop_on_drift,
+        )
+        stream.load(path, state, has_extension=state is session.state and session.extension is not None)
+        return stream
 
     def run(
         self,
@@ -350,38 +340,100 @@ class Engine:
         on_event: Callable[[Event], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
         overlap_decode: bool | None = None,
-    ) -> Iterator[Chunk]:
+        stop_on_drift: float | None = None,
+    ) -> Stream:
         """Stream a resolved request; see :meth:`stream`."""
-        latents = self._clean_latents(request, _emitter(on_event), is_cancelled or (lambda: False))
-        if self.ranks is not None and self.ranks.rank != 0:
-            for _ in latents:
-                pass
-            return
-        overlap = self.device.type == "cuda" if overlap_decode is None else overlap_decode
-        chunks = decode_frames(latents, self.bundle.vae.stream_decoder().push, overlap=overlap)
-        for index, (first, frames) in enumerate(_rechunk(chunks, chunk_frames, request.num_frames)):
-            if on_event is not None:
-                on_event(Event("chunk", {"index": index, "first_frame": first, "num_frames": len(frames)}))
-            yield Chunk(index, first, frames)
+        if chunk_frames is not None:
+            _check_count("chunk_frames", chunk_frames, "video frames")
+        if stop_on_drift is not None:
+            _number("stop_on_drift", stop_on_drift)
+        return Stream(
+            self.start(request, _emitter(on_event)),
+            self.bundle.vae.stream_decoder(),
+            request,
+            self.identity(),
+            chunk_frames=chunk_frames,
+            on_event=on_event,
+            is_cancelled=is_cancelled or (lambda: False),
+            overlap_decode=self.device.type == "cuda" if overlap_decode is None else overlap_decode,
+            stop_on_drift=stop_on_drift,
+        )
 
-    def _clean_latents(
-        self, request: Request, emit: Callable[..., None], is_cancelled: Callable[[], bool]
-    ) -> Iterator[torch.Tensor | None]:
-        """Latent frames ``[n,C,h,w]`` that became clean in each pass, None where there were none."""
-        remaining = None if request.num_frames is None else self.bundle.num_latent_frames(request.num_frames)
-        run = self.start(request, emit)
-        ranks = self.ranks
-        while (remaining is None or remaining > 0) and not (
-            is_cancelled() if ranks is None else ranks.agree(is_cancelled())
-        ):
-            with torch.no_grad():
-                clean = run.tick()
-            if clean is not None and remaining is not None:
-                remaining -= len(clean.latents)
-            yield None if clean is None else clean.latents
+    def identity(self) -> dict[str, Any]:
+        """What computes the frames, as session files record it: all of it decides over the last bits."""
+        return {
+            "name": self.name,
+            "preset": self.preset_name,
+            "dtype": str(self.bundle.dtype).removeprefix("torch."),
+            "vae_dtype": str(self.bundle.vae.dtype).removeprefix("torch."),
+            "attention": self.bundle.transformer.attention,
+            "transformer": fingerprint(self.bundle.transformer),
+            "VAE": fingerprint(self.bundle.vae),
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "miga_engine": __version__,
+        }
+
+    def _check_same_model(self, path: str | os.PathLike[str], saved: Mapping[str, Any]) -> None:
+        here = self.identity()
+        for name in ("dtype", "vae_dtype", "attention", "transformer", "VAE"):
+            if saved.get(name) != here[name]:
+                what = (
+                    f"other weights of the {name}"
+                    if name in ("transformer", "VAE")
+                    else f"{name} {reprlib.repr(saved.get(name))}"
+                )
+                raise SessionError(
+                    f"the session {path} was made with {what} ({self.name!r} has {here[name]!r} here): load the model "
+                    "as it was, or start a new run"
+                )
+        for name in ("device", "torch", "miga_engine"):
+            if saved.get(name) != here[name]:
+                _log.warning(
+                    "the session %s was made with %s %s, and this is %s: frames may differ in their last bits",
+                    path, name, saved.get(name), here[name],
+                )  # fmt: skip
+
+    def _resumed(self, path: str | os.PathLike[str], session: Session, num_frames: int | None) -> tuple[Request, State]:
+        """The request and the state to go on from, for a video of num_frames."""
+        found: list[tuple[Request, State]] = []
+
+        def read() -> None:
+            saved = Request.from_record(session.request)
+            fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
+            if num_frames is not None:
+                fields["num_frames"] = num_frames
+            request = self.resolve(**fields)
+            state = session.state
+            # The end of a run shapes it from the tick on that hands over its last frames.
+            if has_parted(state) and request.num_frames != saved.num_frames:
+                if session.extension is None:
+                    raise SessionError(
+                        f"the session {path} can be finished, but not be made longer or shorter: its run had come near "
+                        "its end, and it was not saved to be extended"
+                    )
+                state = session.extension
+            out = int(state.numbers["num_frames_out"])
+            if request.num_frames is not None and request.num_frames < out:
+                raise SessionError(f"the session {path} has {out} frames already: give --num-frames of at least {out}")
+            found.append((request, state))
+
+        guarded(path, read)
+        return found[0]
 
     def start(self, request: Request, emit: Callable[..., None] = lambda kind, **fields: None) -> VideoRun:
-        """The run of a resolved request, for those who take its latents themselves."""
+        """The run of a resolved request, for those who take its latents themselves; DeviceError if memory is short."""
+        try:
+            return self._start(request, emit)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceError(
+                f"out of memory on {self.device} before the first pass of a video of {request.width}×{request.height}: "
+                "choose a smaller picture or bfloat16; `miga estimate` tells what it needs"
+            ) from error
+
+    def _start(self, request: Request, emit: Callable[..., None]) -> VideoRun:
         config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
         bundle = self.bundle
         schedule = _schedule(request)
@@ -414,13 +466,17 @@ class Engine:
             return request.miga.window_batch or 1
         from miga_engine import memory
 
-        preset = next(name for name, preset in PRESETS.items() if preset is self.preset)
         asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
         asked["prompt"] = dict(asked["prompt"])
 
         def estimated(window_batch: int) -> int:
             need = self.estimate(
-                self.name, device="cuda", dtype=self.bundle.dtype, preset=preset, window_batch=window_batch, **asked
+                self.name,
+                device="cuda",
+                dtype=self.bundle.dtype,
+                preset=self.preset_name,
+                window_batch=window_batch,
+                **asked,
             )
             return need.device_total
 
@@ -457,52 +513,21 @@ def _emitter(on_event: Callable[[Event], None] | None) -> Callable[..., None]:
     return emit
 
 
-def _rechunk(
-    chunks: Iterator[torch.Tensor], size: int | None, num_frames: int | None
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """``(first_frame, frames)`` of the first num_frames; with a size, every chunk but the last has that many."""
-    first = 0
-    pending: torch.Tensor | None = None
-    for frames in chunks:
-        pending = frames if pending is None else torch.cat([pending, frames])
-        if num_frames is not None:
-            pending = pending[: num_frames - first]
-        step = len(pending) if size is None else size
-        while step and len(pending) >= step:
-            yield first, pending[:step]
-            first += step
-            pending = pending[step:]
-    if pending is not None and len(pending):
-        yield first, pending
-
-
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ConfigError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        raise ConfigError(f"{name} must be a finite number of at least 0, got {reprlib.repr(value)}")
     return float(value)
 
 
-def _check_count(name: str, value: Any, unit: str) -> None:
+def _check_count(name: str, value: Any, unit: str, most: int = MAX_FRAME) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1 ({unit}), got {value!r}")
-
-
-def _check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
-    timeline = {0: prompt} if isinstance(prompt, str) else prompt
-    if not isinstance(timeline, Mapping):
-        raise ConfigError(f"prompt must be a text or a timeline {{first_frame: text}}, got {type(prompt).__name__}")
-    if 0 not in timeline:
-        raise ConfigError(f"a prompt timeline must start at frame 0, got frames {sorted(timeline)}")
-    for frame, text in timeline.items():
-        if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
-            raise ConfigError(f"a prompt timeline's keys are video frame numbers from 0 on, got {frame!r}")
-        if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"the prompt is empty at frame {frame}: describe the video in a few words")
-    return {frame: timeline[frame] for frame in sorted(timeline)}
+        raise ConfigError(f"{name} must be a whole number of at least 1 ({unit}), got {reprlib.repr(value)}")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most} ({unit}), got {reprlib.repr(value)}")
 
 
 def _resolve_device(device: str | torch.device | None) -> torch.device:
@@ -522,5 +547,5 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, option
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(dtype).removeprefix("torch.")
     if name not in choices:
-        raise ConfigError(f"{option} must be one of {', '.join(choices)}, got {name!r}")
+        raise ConfigError(f"{option} must be one of {', '.join(choices)}, got {reprlib.repr(name)}")
     return choices[name]

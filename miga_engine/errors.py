@@ -22,3 +22,15 @@ class OutputError(MigaError, OSError):
 
 class DeviceError(MigaError, RuntimeError):
     """A device, data type or backend that is absent or refused."""
+
+
+class SessionError(MigaError, ValueError):
+    """A session file that cannot be read, or that belongs to another model, configuration or version."""
+
+
+class NumericsError(MigaError, ArithmeticError):
+    """A network gave NaN or infinity."""
+
+
+class DriftError(MigaError, RuntimeError):
+    """A video moved further from its beginning than was allowed."""

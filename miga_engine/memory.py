@@ -31,7 +31,7 @@ from miga_engine.models.wan.tokenizer import Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 from miga_engine.ops.attention import _SCORES_IN_CACHE
-from miga_engine.runtime.decode import decode_frames
+from miga_engine.runtime.decode import Decoding
 from miga_engine.runtime.denoise import Window
 from miga_engine.runtime.stages import VideoRun
 
@@ -201,8 +201,8 @@ def estimate(
 ) -> MemoryEstimate:
     """What a run of a model needs on a type of device ("cpu", "cuda").
 
-    bundle: on `meta`; start: begins a run of it; height, width: of the video in pixels; stored: bytes of its networks'
-    files, in the order of their loading (`models.loading.file_bytes`).
+    bundle: on `meta`; start: begins a run of it; height, width: of the video in pixels; stored: bytes of its networks
+    in their files, in the order of their loading (`models.loading.file_bytes`).
     """
     networks: dict[str, nn.Module] = {
         "transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder
@@ -234,7 +234,7 @@ def estimate(
         decoder.push(torch.empty(1, shape[0], 2, *shape[1:], device="meta"))
         features = _num_bytes(decoder.state().values())
         latent = torch.empty(1, *shape, device="meta")
-        decoding = ledger.peak_of(lambda: list(decode_frames([latent], decoder.push, overlap=False)))
+        decoding = ledger.peak_of(lambda: list(Decoding(decoder.push, overlap=False).exchange(latent)))
     # The most latent frames that become clean together; their frames wait for the last of them.
     chunk = run.window_frames * bundle.frame_ratio * 3 * height * width
     decoding += chunk

@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import reprlib
+import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
-from itertools import count, takewhile
+from itertools import count
 
 import torch
 from torch.nn.functional import pad
+
+from miga_engine.errors import ConfigError
+
+MAX_PROMPT_CHARS = 10_000  # several times what any text encoder reads
+MAX_PROMPTS = 1000
+MAX_FRAME = 10**9  # two years of video
+
+
+def check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
+    """A text or a timeline ``{first video frame: text}`` as a timeline in order. Raises ConfigError."""
+    timeline = {0: prompt} if isinstance(prompt, str) else prompt
+    if not isinstance(timeline, Mapping):
+        raise ConfigError(f"prompt must be a text or a timeline {{first_frame: text}}, got {type(prompt).__name__}")
+    if len(timeline) > MAX_PROMPTS:
+        raise ConfigError(f"a prompt timeline may have {MAX_PROMPTS} entries, got {len(timeline)}")
+    for frame, text in timeline.items():
+        if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
+            raise ConfigError(f"a prompt timeline's keys are video frame numbers from 0 on, got {reprlib.repr(frame)}")
+        if frame > MAX_FRAME:
+            raise ConfigError(f"a prompt timeline may reach frame {MAX_FRAME}, got {reprlib.repr(frame)}")
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"the prompt is empty at frame {frame}: describe the video in a few words")
+        check_text(f"the prompt at frame {frame}", text)
+    if 0 not in timeline:
+        raise ConfigError(f"a prompt timeline must start at frame 0, got frames {reprlib.repr(sorted(timeline))}")
+    return {frame: timeline[frame] for frame in sorted(timeline)}
+
+
+def check_text(name: str, text: object) -> None:
+    """ConfigError unless `text` is a text that a tokenizer can be given; it may be empty."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} must be a text, got {type(text).__name__}")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise ConfigError(f"{name} has {len(text)} characters: shorten it to {MAX_PROMPT_CHARS}")
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs") and not character.isspace():
+            raise ConfigError(f"{name} holds {character!a}, which is no character of a text: leave it out")
 
 
 class PromptTimeline:
@@ -27,14 +66,14 @@ class PromptTimeline:
         self.texts = [prompts[start] for start in self.starts]
         self.blend_frames = blend_frames
         self.first_video_frame = first_video_frame
-        last = max((start + blend_frames for start in self.starts[1:]), default=0)
-        latent_starts = takewhile(lambda frame: frame < last, map(first_video_frame, count()))
-        entries = ((bisect_right(self.starts, frame) - 1, frame) for frame in latent_starts)
-        self._blends = [
-            (entry, frame - self.starts[entry] + 1)
-            for entry, frame in entries
-            if entry > 0 and frame < self.starts[entry] + blend_frames
-        ]
+        self._blends: list[tuple[int, int]] = []
+        for entry, start in enumerate(self.starts[1:], 1):
+            stop = min([start + blend_frames, *self.starts[entry + 1 : entry + 2]])
+            first = bisect_left(range(start), start, key=first_video_frame)
+            for frame in map(first_video_frame, count(first)):
+                if frame >= stop:
+                    break
+                self._blends.append((entry, frame - start + 1))
         self._blend_rows = {key: 1 + len(self.starts) + i for i, key in enumerate(self._blends)}
 
     def row(self, latent_frame: int) -> int:

@@ -17,6 +17,7 @@ Sources: UniPC (Zhao et al. 2023; B₂(h), order 2, x0 prediction), DPM-Solver++
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -101,9 +102,9 @@ def make_schedule(
     the last step is an identity; sigmas[num_steps] is 0 by contract. `use_scale_array`: x0 is divided by the level's
     scale (1 → 0.7 over 400 timesteps) and multiplied by the next level's.
     """
-    name = _SOLVER_NAMES.get(solver)
+    name = _SOLVER_NAMES.get(solver) if isinstance(solver, str) else None
     if name is None:
-        raise ConfigError(f"solver {solver!r} is unknown: choose one of {', '.join(_SOLVER_NAMES)}")
+        raise ConfigError(f"solver {reprlib.repr(solver)} is unknown: choose one of {', '.join(_SOLVER_NAMES)}")
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ConfigError(f"num_steps is {num_steps!r}: give a whole number of at least 1")
     allowed = ("epsilon", "v") if name == "ddim" else ("flow",)

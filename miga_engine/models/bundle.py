@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.errors import CheckpointError
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet
@@ -87,8 +88,13 @@ class ModelBundle:
         for prompt in prompts:
             row = self._embeddings.pop(prompt, None)
             if row is None:
-                ids, mask = (tensor.to(self.device) for tensor in self.tokenizer([prompt]))
-                row = self.text_encoder(ids, mask)[0]
+                ids, mask = self.tokenizer([prompt])
+                if int(ids.max()) >= self.text_encoder.config.vocab_size:
+                    raise CheckpointError(
+                        f"The tokenizer in {self.path} gives token {int(ids.max())} and the text encoder has "
+                        f"embeddings for {self.text_encoder.config.vocab_size}; give both of one and the same model."
+                    )
+                row = self.text_encoder(ids.to(self.device), mask.to(self.device))[0]
             if self.device.type == "cuda":
                 self._embeddings[prompt] = row.cpu()
             rows.append(row.to(self.device))

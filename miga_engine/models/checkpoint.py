@@ -1,25 +1,41 @@
 """Weight files as named, lazily read tensors, and the one function that puts them into a module.
 
 Reads safetensors, sharded or not, and torch's own format with code execution ruled out. Every failure is a
-CheckpointError of one sentence with the file, the key, both shapes where shapes are the trouble, and the remedy.
+CheckpointError of one sentence with the file, the key, both shapes where shapes are the trouble, and the remedy. Files
+are taken to be hostile: what they claim is compared with their size before memory is asked for.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
+import pickletools
+import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miga_engine.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+
+MAX_TABLE_BYTES = 8 * 2**20
+"""Of a JSON file, a safetensors header or a pickle without its tensors: twenty times those of the published models."""
+MAX_KEY_CHARS = 500
+
+# All that the pickles of published weights name; torch alone would also let a few bytes ask for any amount of memory.
+_PICKLE_NAMES = re.compile(
+    r"collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor(_v[23])?|parameter)"
+    r"|torch (\w+Storage|b?float\w+|u?int\d+|bool)|torch\.storage (\w+Storage)"
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,23 +60,47 @@ class SafetensorsCheckpoint(Checkpoint):
     """One or more safetensors files; the header's sizes are checked against the file's before anything is allocated."""
 
     def __init__(self, path: Path, files: list[Path]) -> None:
-        from safetensors import SafetensorError, safe_open
-
         super().__init__(path)
         self._handles: dict[str, Any] = {}
         for file in files:
-            try:
-                handle = safe_open(file, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file} is cut short or not a safetensors file ({error}); download it again."
-                ) from error
+            handle = _open_safetensors(file)
             for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                _check_key(file, key)
+                if key in self.shapes:
+                    raise CheckpointError(
+                        f"{path} holds {key} in two files, {file.name} being one; keep the files of one set of weights."
+                    )
                 self.shapes[key] = tuple(handle.get_slice(key).get_shape())
                 self._handles[key] = handle
 
     def read(self, key: str) -> Tensor:
-        return self._handles[key].get_tensor(key)
+        try:
+            return self._handles[key].get_tensor(key)
+        except Exception as error:  # the library's own error, and whatever torch makes of an odd dtype or shape
+            raise CheckpointError(
+                f"{self.path} holds {key} in a form that cannot be read ({first_line(error)}); download it again."
+            ) from error
+
+
+def _open_safetensors(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > size - 8:
+                raise ValueError(f"a header of {header_bytes} bytes in {size}")
+            if header_bytes > MAX_TABLE_BYTES:
+                raise ValueError(f"a header of {header_bytes} bytes")
+            json.loads(stream.read(header_bytes), object_pairs_hook=_without_duplicates)
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is cut short or not a safetensors file ({first_line(error)}); download it again."
+        ) from error
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise _not_mapped(file, error) from error
 
 
 class PickleCheckpoint(Checkpoint):
@@ -68,21 +108,28 @@ class PickleCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        is_archive = zipfile.is_zipfile(path)
-        with path.open("rb") as stream:
-            is_cut_archive = not is_archive and stream.read(2) == b"PK"
-        if is_cut_archive:
-            raise CheckpointError(f"{path} is cut short: its end is missing; download it again.")
         try:
+            is_archive = zipfile.is_zipfile(path)
+            with path.open("rb") as stream:
+                is_cut_archive = not is_archive and stream.read(2) == b"PK"
+            if is_cut_archive:
+                raise CheckpointError(f"{path} is cut short: its end is missing; download it again.")
+            _check_pickle(path, is_archive)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds more than tensors, which could run code, or is no weights file; "
                 "use a safetensors version of it."
             ) from error
-        except (RuntimeError, EOFError, ValueError) as error:
+        except CheckpointError:
+            raise
+        except (OSError, MemoryError) as error:
+            raise _not_mapped(path, error) from error
+        except Exception as error:  # an unpickler raises whatever its bytes lead to
+            if "mmap" in str(error):
+                raise _not_mapped(path, error) from error
             raise CheckpointError(
-                f"{path} is cut short or damaged ({_first_line(error)}); download it again."
+                f"{path} is cut short or damaged ({first_line(error)}); download it again."
             ) from error
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -90,10 +137,46 @@ class PickleCheckpoint(Checkpoint):
         if not is_named or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path} is not a table of named tensors; give the model's weights file.")
         self._tensors: dict[str, Tensor] = content
-        self.shapes = {key: tuple(tensor.shape) for key, tensor in content.items()}
+        for key, tensor in content.items():
+            _check_key(path, key)
+            self.shapes[key] = tuple(tensor.shape)
+        # Strides of 0 and shared storages let a short file name tensors of any size.
+        if sum(tensor.nbytes for tensor in content.values()) > 2 * path.stat().st_size:
+            raise CheckpointError(f"{path} names more numbers than it holds; use a safetensors version of it.")
 
     def read(self, key: str) -> Tensor:
         return self._tensors[key]
+
+
+def _check_pickle(path: Path, is_archive: bool) -> None:
+    """Raise UnpicklingError where a pickle names more than tensors are made of, ValueError where it is damaged."""
+    if is_archive:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+            if len(pickles) != 1 or any(entry.file_size > entry.compress_size for entry in entries):
+                raise ValueError("no archive of torch.save")
+            if pickles[0].file_size > MAX_TABLE_BYTES:
+                raise ValueError(f"a pickle of {pickles[0].file_size} bytes")
+            content = archive.read(pickles[0])
+        num_pickles = 1
+    else:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TABLE_BYTES + 1)
+        num_pickles = 4  # magic number, protocol, system, then the tensors
+    pickles_in_order = io.BytesIO(content)
+    for i in range(num_pickles):
+        try:
+            for code, argument, _ in pickletools.genops(pickles_in_order):
+                is_other = code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+                if is_other or (code.name == "GLOBAL" and not _PICKLE_NAMES.fullmatch(str(argument))):
+                    raise pickle.UnpicklingError(f"{code.name} {argument}")
+        except ValueError:
+            if len(content) > MAX_TABLE_BYTES:
+                raise ValueError(f"a pickle of more than {MAX_TABLE_BYTES >> 20} MiB") from None
+            if i == 0:
+                raise pickle.UnpicklingError("no pickle") from None
+            raise
 
 
 class RenamedCheckpoint(Checkpoint):
@@ -114,6 +197,8 @@ class RenamedCheckpoint(Checkpoint):
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a weights file or a `*.index.json`. Raises CheckpointError."""
+    if not os.path.isfile(path):  # a pipe or device would be read for ever
+        raise CheckpointError(f"{path} is not a regular file; give a weights file.")
     if path.name.endswith(".index.json"):
         return SafetensorsCheckpoint(path, _indexed_files(path))
     if path.suffix == ".safetensors":
@@ -125,15 +210,43 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
+    """The content of a regular file of at most `max_bytes`. Raises CheckpointError."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is not a regular file; download it again.")
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it readable.") from error
+    if len(content) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes >> 20} MiB, as no such file is; download it again.")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises CheckpointError when it is not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({_first_line(error)}); download it again.") from error
+        content = json.loads(read_bounded(path).decode())
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({first_line(error)}); download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again.")
     return content
+
+
+def count_numbered(keys: Collection[str], pattern: str, holder: object) -> int:
+    r"""One more than the largest number that `pattern`, with `(\d+)` in it, captures at the start of a key.
+
+    Raises CheckpointError, blaming the `holder` of the keys, where the numbers go beyond the number of keys.
+    """
+    found = (match[1] for key in keys if (match := re.match(pattern, key)))
+    last = max((int(digits) if len(digits) < 9 else 10**9 for digits in found), default=-1)
+    if last >= len(keys):
+        raise CheckpointError(f"Layers in {holder} are numbered beyond its {len(keys)} tensors; download it again.")
+    return last + 1
 
 
 def stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
@@ -145,6 +258,27 @@ def stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
         name = str(dtype).removeprefix("torch.")
         raise CheckpointError(f"{checkpoint.path} stores {name}, in which it cannot run; choose a dtype like bfloat16.")
     return dtype
+
+
+def check_fit(root: Path, what: str, **sizes: int) -> None:
+    """CheckpointError where networks of one folder differ in a size that they must share."""
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{size} ({name.replace('_', ' ')})" for name, size in sizes.items())
+        raise CheckpointError(
+            f"The networks in {root} do not fit together, with {what} of {found}; give those of one and the same model."
+        )
+
+
+class _Uninitialised(TorchFunctionMode):
+    """`torch.nn.init` does nothing: on the meta device torch would import its compiler to draw numbers for nobody."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def load_module(
@@ -161,8 +295,15 @@ def load_module(
     device no data are read.
     Raises CheckpointError.
     """
-    with torch.device("meta"):
-        module = build()
+    try:
+        with torch.device("meta"), _Uninitialised():
+            module = build()
+    except CheckpointError:
+        raise
+    except Exception as error:  # sizes that fit no network fail anywhere in its layers
+        raise CheckpointError(
+            f"{checkpoint.path} does not describe a network ({first_line(error)}); download it again."
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_keys(checkpoint, expected)
     target = torch.device(device or "cpu")
@@ -172,38 +313,56 @@ def load_module(
         if target.type == "meta":  # shapes are all that is wanted: touch no data
             state[name] = torch.empty(expected[name], dtype=wanted, device=target)
             continue
-        # Copied off the map: the file may later change, and its alignment would decide how kernels round.
-        state[name] = checkpoint.read(name).to(device=target, dtype=wanted, copy=True)
+        state[name] = _copied(checkpoint, name, target, wanted)
     module.load_state_dict(state, strict=True, assign=True)
     return module.to(target).eval().requires_grad_(False)
 
 
+def _copied(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copied off the map: the file may later change, and its alignment would decide how kernels round."""
+    tensor = checkpoint.read(name)
+    key, stored = checkpoint.key_in_file(name), str(tensor.dtype).removeprefix("torch.")
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{checkpoint.path} holds {key} as {stored}, from which no weights follow; give float weights."
+        )
+    try:
+        return tensor.to(device=device, dtype=dtype, copy=True)
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {key} as {stored} {list(tensor.shape)}, which cannot be brought to {device} as "
+            f"{str(dtype).removeprefix('torch.')} ({first_line(error)}); free memory or choose a smaller dtype."
+        ) from error
+
+
 def _check_keys(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
     path, shapes = checkpoint.path, checkpoint.shapes
+    has_config = any((folder / "config.json").is_file() for folder in (path, path.parent))
     missing = [name for name in expected if name not in shapes]
     if missing:
         raise CheckpointError(
             f"{path} lacks {missing[0]} {list(expected[missing[0]])}{_and_more(missing)}; "
-            "give the complete weights that belong to its config.json."
+            f"give the complete weights {'that belong to its config.json' if has_config else 'of the model'}."
         )
     unexpected = [name for name in shapes if name not in expected]
     if unexpected:
         first = unexpected[0]
         raise CheckpointError(
             f"{path} holds {checkpoint.key_in_file(first)} {list(shapes[first])}{_and_more(unexpected)}, "
-            "which this model has no place for; give weights of the model that its config.json describes."
+            "which this model has no place for; "
+            f"give weights of the model {'that its config.json describes' if has_config else 'alone'}."
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
             key = checkpoint.key_in_file(name)
             raise CheckpointError(
                 f"{path} holds {key} as {list(shapes[name])} where the model has {list(shape)}; "
-                "give weights and config.json of one and the same model."
+                f"give weights {'and config.json ' if has_config else ''}of one and the same model."
             )
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """Files that an index names, each of them beside it."""
+    """Files that an index names, each of them beside it. They may be links, as in the caches of hubs."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} names no files in a weight_map; download it again.")
@@ -211,18 +370,45 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in sorted({str(name) for name in weight_map.values()}):
         if name != Path(name).name or "\\" in name:
             raise CheckpointError(
-                f"{index} points outside its folder, at {name}; use an index that names files beside it."
+                f"{index} points outside its folder, at {short(name)}; use an index that names files beside it."
             )
         file = index.parent / name
-        if not file.is_file():
-            raise CheckpointError(f"{index} names {name}, which is not in {index.parent}; download the missing file.")
+        if not os.path.isfile(file):
+            raise CheckpointError(
+                f"{index} names {short(name)}, which is not in {index.parent}; download the missing file."
+            )
         files.append(file)
     return files
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return table
+
+
+def _check_key(path: Path, key: str) -> None:
+    if len(key) > MAX_KEY_CHARS or not key.isprintable():
+        raise CheckpointError(f"{path} holds a tensor called {short(key)}, as in no model; download it again.")
+
+
+def _not_mapped(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be mapped into memory ({getattr(error, 'strerror', None) or first_line(error)}); "
+        "make it readable, free memory, or give the weights in several smaller files."
+    )
+
+
+def short(name: str, max_chars: int = 100) -> str:
+    """A name out of a file, fit for a message."""
+    name = name if len(name) <= max_chars else name[:max_chars] + "…"
+    return name if name.isprintable() else ascii(name)
 
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    return short(str(error).strip().partition("\n")[0], 300) or type(error).__name__

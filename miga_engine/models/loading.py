@@ -17,15 +17,18 @@ from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.checkpoint import (
     Checkpoint,
     SafetensorsCheckpoint,
+    check_fit,
     load_module,
     open_checkpoint,
     read_json,
+    short,
     stored_dtype,
 )
 from miga_engine.models.videocrafter2 import loading as videocrafter2
 from miga_engine.models.videocrafter2.loading import is_videocrafter2
 from miga_engine.models.wan import layouts
 from miga_engine.models.wan.dit import WanDiT
+from miga_engine.models.wan.dit_layers import MAX_POSITIONS
 from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
@@ -109,14 +112,21 @@ def load_bundle(
     tokenizer are read when the first prompt is encoded. Raises CheckpointError.
     """
     root = Path(path).parent if Path(path).is_file() else Path(path)
-    extra_file = root / EXTRA_FILE
-    extra = read_json(extra_file) if extra_file.is_file() else {}
+    extra = _extra_facts(root / EXTRA_FILE)
     if is_videocrafter2(path):
         return videocrafter2.load_bundle(path, extra, device, dtype, vae_dtype)
     _component_files(root, "text_encoder", _TEXT_ENCODER_FILES)  # read late, but missed at once
     _tokenizer_file(root)
     transformer = load_transformer(path, device, dtype)
     vae = load_vae(root, device, vae_dtype)
+    config = transformer.config
+    check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_dim, output=config.out_dim)
+
+    def open_text_encoder() -> UMT5Encoder:
+        encoder = load_text_encoder(root, device, dtype)
+        check_fit(root, "widths of a text", text_encoder=encoder.config.dim, transformer=config.text_dim)
+        return encoder
+
     return ModelBundle(
         path=root,
         device=torch.device(device or "cpu"),
@@ -125,27 +135,26 @@ def load_bundle(
         vae=vae,
         facts=ModelFacts(
             window_frames=WAN_WINDOW_FRAMES,
-            size_multiple=vae.config.spatial_factor * max(transformer.config.patch_size),
-            text_len=transformer.config.text_len,
+            size_multiple=vae.config.spatial_factor * max(config.patch_size),
+            text_len=config.text_len,
             prediction_type="velocity",
             default_preset="wan2.1",
             default_negative_prompt=WAN_DEFAULT_NEGATIVE_PROMPT,
         ),
         extra=extra,
-        open_text_encoder=lambda: load_text_encoder(root, device, dtype),
-        open_tokenizer=lambda: load_tokenizer(root, transformer.config.text_len),
+        open_text_encoder=open_text_encoder,
+        open_tokenizer=lambda: load_tokenizer(root, config.text_len),
     )
 
 
 def file_bytes(path: str | Path) -> dict[str, int]:
-    """Bytes of the weights files of a model's networks, in the order in which `load_bundle`'s model reads them.
+    """Bytes that a model's networks take of its weights files, in the order in which `load_bundle`'s model reads them.
 
     Raises CheckpointError.
     """
     root = Path(path).parent if Path(path).is_file() else Path(path)
     if is_videocrafter2(path):
-        size = videocrafter2.model_file(path).stat().st_size
-        return {"transformer": size, "VAE": size, "text encoder": size}
+        return videocrafter2.network_bytes(path)
     components = {
         "transformer": _component_files(Path(path), "transformer", _TRANSFORMER_FILES),
         "VAE": _component_files(root, "vae", _VAE_FILES),
@@ -155,6 +164,21 @@ def file_bytes(path: str | Path) -> dict[str, int]:
         if files[0].name.endswith(".index.json"):
             files[:] = [files[0].parent / name for name in set(read_json(files[0])["weight_map"].values())]
     return {name: sum(file.stat().st_size for file in files) for name, files in components.items()}
+
+
+def _extra_facts(file: Path) -> dict[str, Any]:
+    """What miga.json says, or nothing where there is none."""
+    if not file.is_file():
+        return {}
+    extra = read_json(file)
+    frames, negative = extra.get("window_frames", WAN_WINDOW_FRAMES), extra.get("default_negative_prompt", "")
+    if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= MAX_POSITIONS:
+        raise CheckpointError(
+            f"{file} says window_frames {short(repr(frames))}; give a whole number from 1 to {MAX_POSITIONS}."
+        )
+    if not isinstance(negative, str):
+        raise CheckpointError(f"{file} says default_negative_prompt {short(repr(negative))}; give a text.")
+    return extra
 
 
 def _component_files(path: Path, component: str, patterns: tuple[str, ...]) -> list[Path]:
@@ -202,4 +226,4 @@ def _stored_config(file: Path, class_names: set[str]) -> Mapping[str, Any]:
     if not config_file.is_file():
         return {}
     config = read_json(config_file)
-    return config if config.get("_class_name") in class_names else {}
+    return config if str(config.get("_class_name")) in class_names else {}

@@ -10,53 +10,147 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 Push = Callable[[Tensor], Tensor]
-"""A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]."""
+"""A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]. A push that fails
+must leave the decoder as it was."""
 
 MOST_PENDING = 2
 """Groups handed to the thread whose frames the caller has not taken."""
 
 
-def decode_frames(groups: Iterable[Tensor | None], push: Push, *, overlap: bool) -> Iterator[Tensor]:
-    """Frames uint8 ``[t,H,W,3]`` of each group of latents ``[n,C,h,w]``, in order and on the latents' device.
+class Decoding:
+    """Groups of latents in, their frames out, in order and on the latents' device.
 
-    ``groups`` yields None where a unit of its work finished no latent; the frames that are ready then leave. It must
-    not write into a tensor it has given. With ``overlap`` decoding runs in a second thread: the frames are the same
-    bit for bit, an error of ``push`` is raised here with its own type, and the thread ends with this generator.
-    An error of ``groups`` is raised after the frames of all earlier groups.
+    With ``overlap`` a second thread decodes: the frames are the same bit for bit. What was put and not yet decoded is
+    never lost: where ``push`` fails, the frames of all latents before come out first, then the error with its own type,
+    and ``undecoded`` is the rest.
     """
-    if not overlap:
-        for latents in groups:
-            if latents is not None:
-                yield _decode(latents, push)
-        return
-    failure: Exception | None = None
-    remaining = iter(groups)
-    most_pending = 0
-    with _DecodeThread(push) as thread:
-        while failure is None:
-            try:
-                latents = next(remaining)
-            except StopIteration:
-                break
-            except Exception as error:
-                failure = error
-                break
-            if latents is not None:
-                thread.put(latents)
-            while thread.num_pending > most_pending or thread.has_frames():
-                yield thread.get()
-                most_pending = MOST_PENDING
-        while thread.num_pending:
-            yield thread.get()
-    if failure is not None:
-        raise failure
+
+    def __init__(self, push: Push, *, overlap: bool) -> None:
+        self.num_pending = 0
+        self._push = push
+        self._most_pending = 0
+        self._failure: BaseException | None = None
+        self._undecoded: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._outputs: queue.SimpleQueue[tuple[Tensor | None, BaseException | None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._is_stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if overlap:
+            # A daemon, so that a stream that was dropped half-way never keeps the interpreter from ending.
+            self._thread = threading.Thread(target=self._run, name="miga-decode", daemon=True)
+            self._thread.start()
+
+    def __enter__(self) -> Decoding:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread, after the latent frame at hand."""
+        self._is_stopped.set()
+        if self._thread is not None:
+            self._jobs.put(False)
+            self._thread.join()
+            self._thread = None
+
+    def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
+        """Hand over the next latents ``[n,C,h,w]`` or none; the frames uint8 ``[t,H,W,3]`` that leave meanwhile.
+
+        On CUDA the latents need only be queued on the current stream. They must not be written into afterwards.
+        """
+        if latents is not None:
+            ready = None
+            if latents.is_cuda:
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(latents.device))
+            self.num_pending += 1
+            self._undecoded.append((latents, ready))
+            self._jobs.put(True)
+        while self.num_pending > self._most_pending or not self._outputs.empty():
+            yield self._take()
+            self._most_pending = MOST_PENDING if self._thread is not None else 0
+
+    def drain(self) -> Iterator[Tensor]:
+        """The frames of all groups that were handed over, waited for."""
+        while self.num_pending:
+            yield self._take()
+
+    @property
+    def undecoded(self) -> list[Tensor]:
+        """Latents that were handed over and not decoded, once `drain` has ended or failed."""
+        return [latents for latents, _ in self._undecoded]
+
+    def _take(self) -> Tensor:
+        """Frames of the oldest group, finished on the device too; the error where it failed."""
+        if self._failure is not None:
+            raise self._failure
+        if self._thread is None:
+            self._decode_next()
+        frames, self._failure = self._outputs.get()
+        if self._failure is None:
+            self.num_pending -= 1
+        if frames is None:
+            assert self._failure is not None
+            raise self._failure
+        if frames.is_cuda:  # allocated on the decoder's stream, used on the caller's
+            frames.record_stream(torch.cuda.current_stream(frames.device))
+        return frames
+
+    def _run(self) -> None:
+        # OpenMP counts threads by thread; asking makes torch set this one's count to the process's.
+        torch.get_num_threads()
+        while self._jobs.get() and self._decode_next():
+            pass
+
+    def _decode_next(self) -> bool:
+        """Decode the oldest group, as far as it goes; False where that was not to its end."""
+        latents, ready = self._undecoded[0]
+        parts: list[Tensor] = []
+        failure: BaseException | None = None
+        try:
+            if ready is None:
+                self._decode(latents, parts)
+            else:
+                stream = _decode_stream(latents.device)
+                with torch.cuda.stream(stream):
+                    stream.wait_event(ready)
+                    try:
+                        self._decode(latents, parts)
+                    finally:
+                        # Handed on only when finished: a caller that waited in its stream would hold up the network,
+                        # and the number of pending groups would not bound the work. The latents live until here, so
+                        # their memory is not reused early.
+                        done = torch.cuda.Event(blocking=True)
+                        done.record(stream)
+                        done.synchronize()
+        except BaseException as error:
+            failure = error
+        if len(parts) == len(latents):
+            self._undecoded.popleft()
+        else:
+            self._undecoded[0] = (latents[len(parts) :], ready)
+        del latents
+        self._outputs.put((torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None, failure))
+        return failure is None
+
+    def _decode(self, latents: Tensor, parts: list[Tensor]) -> None:
+        """One latent frame at a time, until stopped."""
+        with torch.no_grad():
+            for latent in latents:
+                if self._is_stopped.is_set():
+                    break
+                parts.append(to_uint8(self._push(latent[None, :, None])[0]))
 
 
 def to_uint8(frames: Tensor) -> Tensor:
@@ -64,89 +158,7 @@ def to_uint8(frames: Tensor) -> Tensor:
     return frames.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
-def _decode(latents: Tensor, push: Push, is_stopped: Callable[[], bool] = lambda: False) -> Tensor:
-    """One latent frame at a time; frames of the latents before ``is_stopped`` was true."""
-    parts = []
-    with torch.no_grad():
-        for latent in latents:
-            if is_stopped():
-                break
-            parts.append(to_uint8(push(latent[None, :, None])[0]))
-    return torch.cat(parts) if len(parts) != 1 else parts[0]
-
-
 @functools.cache
 def _decode_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all runs: memory that the allocator holds for a stream serves no other."""
     return torch.cuda.Stream(device)
-
-
-class _DecodeThread:
-    """Decodes the groups it is given, in order. Leaving the context ends it after the latent frame at hand."""
-
-    def __init__(self, push: Push) -> None:
-        self.num_pending = 0
-        self._inputs: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | None] = queue.SimpleQueue()
-        self._outputs: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
-        self._is_stopped = threading.Event()
-        # A daemon, so that a stream that was dropped half-way never keeps the interpreter from ending.
-        self._thread = threading.Thread(target=self._run, args=(push,), name="miga-decode", daemon=True)
-
-    def __enter__(self) -> _DecodeThread:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._is_stopped.set()
-        self._inputs.put(None)
-        self._thread.join()
-
-    def put(self, latents: Tensor) -> None:
-        """Hand over latents ``[n,C,h,w]``; on CUDA they need only be queued on the current stream."""
-        ready = None
-        if latents.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(latents.device))
-        self.num_pending += 1
-        self._inputs.put((latents, ready))
-
-    def has_frames(self) -> bool:
-        return not self._outputs.empty()
-
-    def get(self) -> Tensor:
-        """Frames of the oldest group, finished on the device too; the thread's error where it failed."""
-        result = self._outputs.get()
-        self.num_pending -= 1
-        if isinstance(result, BaseException):
-            raise result
-        if result.is_cuda:  # allocated on the decoder's stream, used on the caller's
-            result.record_stream(torch.cuda.current_stream(result.device))
-        return result
-
-    def _run(self, push: Push) -> None:
-        # OpenMP counts threads by thread; asking makes torch set this one's count to the process's.
-        torch.get_num_threads()
-        while (job := self._inputs.get()) is not None:
-            try:
-                self._outputs.put(self._decode(push, *job))
-            except BaseException as error:
-                self._outputs.put(error)
-                return
-            finally:
-                del job
-
-    def _decode(self, push: Push, latents: Tensor, ready: torch.cuda.Event | None) -> Tensor:
-        if ready is None:
-            return _decode(latents, push, self._is_stopped.is_set)
-        stream = _decode_stream(latents.device)
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
-            frames = _decode(latents, push, self._is_stopped.is_set)
-            done = torch.cuda.Event(blocking=True)
-            done.record(stream)
-        # Handed on only when finished: a caller that waited in its stream would hold up the network, and the number
-        # of pending groups would not bound the work. The latents live until here, so their memory is not reused early.
-        done.synchronize()
-        return frames

@@ -7,7 +7,7 @@ windows see earlier commits, as the paper's pseudocode and parts of the release 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from miga_engine import ops
+from miga_engine.errors import DeviceError, NumericsError
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
 from miga_engine.runtime.frame_queue import FrameStore
 from miga_engine.runtime.ranks import Ranks
@@ -107,6 +108,10 @@ class Denoiser:
         self.emit = emit
         self.ranks = ranks
         self.num_forwards = 0
+        self.is_intact = True
+        """Whether the state is as it was between two passes; False from an update that failed on."""
+        self._parts_done = 0
+        self._checks: list[tuple[Tensor, np.ndarray]] = []  # flags [n], and (frame, step, window) [n,3]
         self._num_branches = 1 if self.guidance_scale == 1.0 else 2
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
@@ -125,10 +130,53 @@ class Denoiser:
         ``solver_stream`` separates the noise of a stochastic solver between stages that visit the same level twice.
         """
         parts = [[window] for window in windows] if self.order == "sequential" else [windows] if windows else []
-        for part in parts:
-            slots = np.concatenate([window.committed for window in part])
-            self._forward_all(part)
+        for number in range(self._parts_done, len(parts)):
+            slots = np.concatenate([window.committed for window in parts[number]])
+            self._forward_all(parts[number])
+            self.is_intact = False
+            self._note_finite(parts[number], slots, first_window=number)
             self._update(slots, solver_stream)
+            self._parts_done = number + 1
+            self.is_intact = True
+        self._parts_done = 0
+
+    def forget_parts(self) -> None:
+        """Begin the next pass at its first window, whatever an earlier one left."""
+        self._parts_done = 0
+
+    def progress(self) -> dict[str, int]:
+        """What a resumed run must know beside its frames."""
+        return {
+            "num_forwards": self.num_forwards,
+            "parts_done": self._parts_done,
+            "window_batch": self.window_batch,
+            "share_windows": self._share_windows,
+        }
+
+    def load_progress(self, numbers: Mapping[str, int]) -> None:
+        self.num_forwards, self._parts_done = numbers["num_forwards"], numbers["parts_done"]
+        self.window_batch, self._share_windows = numbers["window_batch"], numbers["share_windows"]
+
+    def check_finite(self) -> None:
+        """NumericsError if the network gave NaN or infinity since the last call: one wait for the device."""
+        checks, self._checks = self._checks, []
+        if not checks or bool((is_finite := torch.cat([flags for flags, _ in checks])).all()):
+            return
+        self.is_intact = False
+        frame, step, window = np.concatenate([rows for _, rows in checks])[int((~is_finite).nonzero()[0])]
+        raise NumericsError(
+            f"the network gave NaN or infinity for latent frame {frame} at step {step} (timestep "
+            f"{self.schedule.timesteps[step]:g}, window {window} of its pass): try float32, another attention backend, "
+            "or a lower guidance scale"
+        )
+
+    def _note_finite(self, windows: Sequence[Window], slots: np.ndarray, first_window: int) -> None:
+        """Keep a flag a frame on the device: NaN and infinity stay in a sum."""
+        lengths = [window.commit_stop - window.commit_start for window in windows]
+        window_of = np.repeat(np.arange(first_window, first_window + len(windows)), lengths)
+        sums = self._outputs[:, : len(slots)].sum(dim=(2, 3, 4))
+        rows = np.stack([self.store.frame_number[slots], self.store.step_index[slots], window_of], axis=1)
+        self._checks.append((sums.isfinite().all(0), rows))
 
     def _forward_all(self, windows: Sequence[Window]) -> None:
         """Model output of all committed frames, in the windows' order, into the first rows of ``_outputs``."""
@@ -141,9 +189,15 @@ class Denoiser:
                 part = range(start, min(start + self.window_batch, batch.stop))
                 try:
                     self._forward([windows[i] for i in part], int(rows[start]))
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if len(part) == 1 or not _is_out_of_memory(error):
+                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
                         raise
+                    if len(part) == 1:
+                        frames, (_, height, width) = len(windows[start].slots), self.store.frame_shape
+                        raise DeviceError(
+                            f"out of memory on {self.store.device} in the network, with one window of {frames} latent "
+                            f"frames of {height}×{width}: choose a smaller picture or bfloat16, or free memory"
+                        ) from error
                     self._shrink(len(part))
                     continue
                 start = part.stop
@@ -277,5 +331,5 @@ class _CapturedForward:
         self._graph.replay()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

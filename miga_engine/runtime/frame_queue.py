@@ -7,7 +7,7 @@ because the plan needs them there; the tensors never leave the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -73,3 +73,17 @@ class FrameStore:
         for name in self.INTEGERS:
             array = getattr(self, name)
             array[target] = array[source]
+
+    def rows(self, slots: np.ndarray) -> dict[str, torch.Tensor]:
+        """All that is known of the frames in ``slots``, by name, on the host."""
+        index = self.index(slots)
+        tensors = {name: getattr(self, name)[index].cpu() for name in self.TENSORS}
+        return tensors | {name: torch.from_numpy(getattr(self, name)[slots]) for name in self.INTEGERS}
+
+    def put_rows(self, slots: np.ndarray, rows: Mapping[str, torch.Tensor]) -> None:
+        """Write what `rows` gave."""
+        index = self.index(slots)
+        for name in self.TENSORS:
+            getattr(self, name)[index] = rows[name].to(self.device)
+        for name in self.INTEGERS:
+            getattr(self, name)[slots] = rows[name].numpy()

@@ -47,6 +47,7 @@ class Reflection:
     def after_pass(self, head: int, tail: int) -> None:
         """Judge the queue of frames ``head … tail − 1`` after a pass, before anything is popped or pushed."""
         config, store = self.config, self.denoiser.store
+        self.denoiser.forget_parts()
         width = config.zigzag_width
         head_step = int(store.step_index[store.slots([head])[0]])
         group = head_step - config.judge_step
@@ -61,7 +62,7 @@ class Reflection:
         if self.previous_score is None or self.previous_score - score <= config.score_drop:
             self.previous_score = score
             return
-        self.previous_score = self._search(reference, judged.start, score)
+        self._search(reference, judged.start, score)
 
     def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
         """Scores ``[k]`` of the candidate groups ``slots [k, m]`` against the reference ``slots [n]``."""
@@ -71,8 +72,8 @@ class Reflection:
             values[store.index(reference)], values[store.index(candidates)], channels=self.config.channels
         )
 
-    def _search(self, reference: np.ndarray, first: int, score: float) -> float:
-        """Try ``candidates`` continuations of the reference; return the score that becomes C₀.
+    def _search(self, reference: np.ndarray, first: int, score: float) -> None:
+        """Try ``candidates`` continuations of the reference; C₀ becomes the score of the one that stays.
 
         A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on.
         """
@@ -100,16 +101,16 @@ class Reflection:
         adopted = best_score > score
         if adopted:
             store.copy(slots[best], store.slots(numbers))
+        self.previous_score = best_score if adopted else score
+        self.num_searches += 1
         self.emit(
             "search_finished",
             frame=first,
-            search=self.num_searches,
+            search=self.num_searches - 1,
             scores=scores.tolist(),
             score=score,
             adopted=adopted,
         )
-        self.num_searches += 1
-        return best_score if adopted else score
 
     def _windows(self, reference: np.ndarray, candidates: np.ndarray) -> list[Window]:
         """Windows over (reference + candidate frames) of every candidate; reference frames are only read."""

@@ -7,13 +7,14 @@ it returns the latent frames that became clean. Memory does not depend on the le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from miga_engine.config import MigaConfig
+from miga_engine.errors import SessionError
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import BatchNetwork, Denoiser, Network, NoiseSource, Window
 from miga_engine.runtime.frame_queue import FrameStore
@@ -23,6 +24,9 @@ from miga_engine.runtime.window_plan import guidance_indices, next_cut, plan_win
 from miga_engine.schedule import Schedule, add_noise
 
 SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
+_PUSH, _QUEUE, _JUDGE, _UNIFIED = "push", "queue", "judge", "unified"
+"""What a tick does next. A forward that fails leaves it, and all of the state, as it was before its pass."""
+
 _STREAMS = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
 """Solver-noise streams: stages that visit the same (frame, step) twice must not draw the same noise."""
 
@@ -140,6 +144,7 @@ class VideoRun:
         if config.self_reflection:
             self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit)
         self.stage = SEED_CLIP
+        self._next = _PUSH
         self._announced = ""
         self.head = 0
         self.tail = 0
@@ -153,7 +158,11 @@ class VideoRun:
                 yield clean
 
     def tick(self) -> CleanLatents | None:
-        """One unit of work; the latent frames that became clean by it, or None."""
+        """One unit of work; the latent frames that became clean by it, or None.
+
+        Raises NumericsError where the network gave NaN or infinity; those frames never become clean. After any other
+        error of the network the same tick can be tried again, here or where `state` was loaded.
+        """
         if self.stage != self._announced:
             self._announced = self.stage
             self.emit("stage", stage=self.stage, head=self.head, tail=self.tail)
@@ -165,15 +174,69 @@ class VideoRun:
             self._tick_stage1()
         elif self.stage == FLUSH and not self._unified_pass():
             self.stage = DONE
+        self.denoiser.check_finite()
         return self._emit_clean()
+
+    @property
+    def parts_next(self) -> bool:
+        """Whether the next tick is the first that a longer run, or an endless one, would do otherwise."""
+        end = self.unified.num_frames
+        return end is not None and self.stage == STAGE1 and self.head + self.config.zigzag_width >= end
+
+    @property
+    def has_parted(self) -> bool:
+        """Whether the end of the run has begun to shape it: it can be finished from here, and not made longer."""
+        return self.stage in (FLUSH, DONE)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors, numbers) that the following ticks depend on, beside what the run was made from.
+
+        The tensors are those of `FrameStore` for the frames that are still needed, float32 ``[n, C, H, W]`` and int64
+        ``[n]``; the numbers go through JSON unchanged.
+        """
+        first = min(self.emitted, self.head - self.padding)
+        reflection = self.reflection
+        numbers = {
+            "stage": self.stage,
+            "next": self._next,
+            "head": self.head,
+            "tail": self.tail,
+            "first": first,
+            "num_passes": self.num_passes,
+            "emitted": self.emitted,
+            "unified": self.unified.done,
+            "previous_score": None if reflection is None else reflection.previous_score,
+            "num_searches": 0 if reflection is None else reflection.num_searches,
+            **self.denoiser.progress(),
+        }
+        return self.store.rows(self.store.slots(range(first, self.tail))), numbers
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer."""
+        frames = range(numbers["first"], numbers["tail"])
+        if len(frames) > self.store.capacity or len(numbers["unified"]) != self.unified.num_levels:
+            raise SessionError("the saved run does not fit its own configuration: the session file is damaged")
+        self.store.put_rows(self.store.slots(frames), tensors)
+        end = self.unified.num_frames
+        if end is not None and numbers["stage"] == STAGE1 and numbers["head"] >= end:
+            raise SessionError("the saved run has gone past the end that is asked for now: give a larger --num-frames")
+        self.stage, self._next = numbers["stage"], numbers["next"]
+        self.head, self.tail = numbers["head"], numbers["tail"]
+        self.num_passes, self.emitted = numbers["num_passes"], numbers["emitted"]
+        self.unified.done = list(numbers["unified"])
+        if self.reflection is not None:
+            self.reflection.previous_score = numbers["previous_score"]
+            self.reflection.num_searches = numbers["num_searches"]
+        self.denoiser.load_progress(numbers)
 
     # Seed clip and warm-up -------------------------------------------------------------------------------------
 
     def _tick_seed_clip(self) -> None:
         """An ordinary clip of ``window_frames`` frames; its clean frames then start the queue."""
         frames = range(self.window_frames)
-        if self.tail == 0:
+        if self._next == _PUSH:
             self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)))
+            self._next = _QUEUE
         slots = self.store.slots(frames)
         self.denoiser.run([Window(slots, 0, len(slots))], solver_stream=_STREAMS[SEED_CLIP])
         if self.store.step_index[slots[0]] == self.schedule.num_steps:
@@ -186,12 +249,12 @@ class VideoRun:
             num_groups = self.handoff_step
             steps = np.arange(num_groups - 1, -1, -1).repeat(width)
             self.head = min(0, self.window_frames - num_groups * width)
-            self.stage = STAGE1
+            self.stage, self._next = STAGE1, _QUEUE
         else:
             num_groups = min(self.window_frames // width, self.handoff_step - 1)
             steps = np.arange(num_groups, 0, -1).repeat(width)
             self.head = 0
-            self.stage = WARMUP
+            self.stage, self._next = WARMUP, _PUSH
         numbers = np.arange(self.head, self.head + num_groups * width)
         sources = torch.from_numpy(numbers.clip(0, self.window_frames - 1)).to(clip.device)
         noise = self.noise(Purpose.WARMUP, numbers)
@@ -206,13 +269,16 @@ class VideoRun:
 
     def _tick_warmup(self) -> None:
         """Push one group of noise; unless the queue now holds every level once, advance all of it by one step."""
-        self._push_noise()
-        if self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1:
-            self.stage = STAGE1
-            return
+        if self._next == _PUSH:
+            self._push_noise()
+            self._next = _QUEUE
+            if self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1:
+                self.stage = STAGE1
+                return
         num_frames = self.tail - self.head
         phase = (num_frames - self._local_frames) % self.stride if num_frames >= self._local_frames else 0
         self._queue_pass(phase, WARMUP)
+        self._next = _PUSH
 
     # Stage 1 ---------------------------------------------------------------------------------------------------
 
@@ -222,22 +288,35 @@ class VideoRun:
 
     def _tick_stage1(self) -> None:
         """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
-        phase = self.num_passes % self.stride if self.config.moving_phase else 0
-        self._queue_pass(phase, STAGE1)
+        if self._next != _UNIFIED:
+            self._queue_pass(self.num_passes % self.stride if self.config.moving_phase else 0, STAGE1)
+            self._pop_group()
+            if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
+                self.stage = FLUSH
+                return
+        while self._unified_pass():
+            pass
+        self._push_noise()
+        self._next = _QUEUE
+
+    def _pop_group(self) -> None:
+        """Hand the cleanest group of the queue over to the unified passes."""
         self.num_passes += 1
+        self._next = _UNIFIED
         popped = self.store.slots(range(self.head, self.head + self.config.zigzag_width))
         self.store.history_length[popped] = 0
         self.head += self.config.zigzag_width
         if self.unified.num_levels and self.unified.stage2_steps == 0:
             self._renoise(popped)
-        if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
-            self.stage = FLUSH
-            return
-        while self._unified_pass():
-            pass
-        self._push_noise()
 
     def _queue_pass(self, phase: int, stage: str) -> None:
+        if self._next == _QUEUE:
+            self.denoiser.run(self._queue_windows(phase), solver_stream=_STREAMS[stage])
+            self._next = _JUDGE
+        if self.reflection is not None:
+            self.reflection.after_pass(self.head, self.tail)
+
+    def _queue_windows(self, phase: int) -> list[Window]:
         config = self.config
         num_frames = self.tail - self.head
         if config.commit == "trailing":
@@ -256,9 +335,7 @@ class VideoRun:
             ]  # fmt: skip
             offset = len(guidance) - start
             windows.append(Window(slots, commit_start + offset, commit_stop + offset))
-        self.denoiser.run(windows, solver_stream=_STREAMS[stage])
-        if self.reflection is not None:
-            self.reflection.after_pass(self.head, self.tail)
+        return windows
 
     def _push_noise(self) -> None:
         numbers = range(self.tail, self.tail + self.config.zigzag_width)
@@ -276,20 +353,21 @@ class VideoRun:
         """One pass over the blocks that are ready, at most one a level; False where there is none."""
         available = self.head if self.unified.num_frames is None else min(self.head, self.unified.num_frames)
         blocks = self.unified.ready(available)
-        windows = []
-        for level, start, stop, commit_stop in blocks:
-            windows.append(Window(self.store.slots(range(start, stop)), 0, commit_stop - start))
-            self.unified.done[level] = commit_stop
+        windows = [Window(self.store.slots(range(start, stop)), 0, cut - start) for _, start, stop, cut in blocks]
         if self.schedule.uses_noise:
             num_stage2 = sum(level < self.config.stage2_steps for level, *_ in blocks)
-            self.denoiser.run(windows[:num_stage2], solver_stream=_STREAMS[FLUSH])
-            self.denoiser.run(windows[num_stage2:], solver_stream=_STREAMS["refine"])
+            self._unified_part(blocks[:num_stage2], windows[:num_stage2], FLUSH)
+            self._unified_part(blocks[num_stage2:], windows[num_stage2:], "refine")
         else:
-            self.denoiser.run(windows)
-        for (level, *_), window in zip(blocks, windows, strict=True):
+            self._unified_part(blocks, windows, FLUSH)
+        return bool(blocks)
+
+    def _unified_part(self, blocks: list[tuple[int, int, int, int]], windows: list[Window], stage: str) -> None:
+        self.denoiser.run(windows, solver_stream=_STREAMS[stage])
+        for (level, _, _, commit_stop), window in zip(blocks, windows, strict=True):
+            self.unified.done[level] = commit_stop
             if level == self.config.stage2_steps - 1 and self.config.refine_steps:
                 self._renoise(window.committed)
-        return bool(blocks)
 
     def _renoise(self, slots: np.ndarray) -> None:
         """Refine: noise a clean latent to step T − refine_steps; the noise belongs to its frame number."""

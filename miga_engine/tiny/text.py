@@ -53,6 +53,27 @@ def wording(scene: world.Scene, rng: np.random.Generator) -> str:
     return " ".join(p for p in parts if p)
 
 
+def read_prompt(prompt: str) -> dict[str, str]:
+    """The attributes (subject, colour, terrain, time) that a prompt in the world's wordings names."""
+    rest = f" {prompt.lower()} "
+    found = {}
+    tables = {
+        "time": _TIME_WORDS,
+        "terrain": _TERRAIN_WORDS,
+        "subject": _SUBJECT_WORDS,
+        "colour": {c: _COLOUR_WORDS.get(c, (c,)) for c in world.COLOURS},
+    }
+    for attribute, words in tables.items():  # "green hills" is taken out before a colour is looked for
+        phrases = sorted(((p, value) for value, ps in words.items() for p in ps), key=lambda entry: -len(entry[0]))
+        for phrase, value in phrases:
+            pattern = rf"\b{re.escape(phrase)}\b"
+            if re.search(pattern, rest):
+                found[attribute] = value
+                rest = re.sub(pattern, " ", rest)
+                break
+    return found
+
+
 def build_tokenizer() -> Tokenizer:
     """A word-level tokenizer over every word of the wordings; other words become <unk>, `</s>` ends each text."""
     groups = [_SUBJECT_WORDS, _COLOUR_WORDS, _TERRAIN_WORDS, _TIME_WORDS]

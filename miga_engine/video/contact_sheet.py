@@ -115,9 +115,9 @@ def _strip(frames: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     return strip
 
 
-def _label(text: str, width: int) -> "np.ndarray[Any, Any]":
-    """One line of text, cut off at the width; unknown characters are left blank."""
-    letters = []
+def text_dots(text: str) -> "np.ndarray[Any, Any]":
+    """One line of text as dots, bool [5,n]: ASCII letters as capitals; unknown characters are left blank."""
+    letters = [np.zeros((5, 0), np.int64)]
     for character in text.upper():
         rows = np.array(_GLYPHS.get(character, [0] * 5))
         num_columns = max(3, int(rows.max()).bit_length())
@@ -125,9 +125,12 @@ def _label(text: str, width: int) -> "np.ndarray[Any, Any]":
             rows[:, None] >> np.arange(num_columns - 1, -2, -1).clip(0) & 1
         )  # the last column becomes the gap
         letters[-1][:, -1] = 0
+    return np.concatenate(letters, 1).astype(bool)
+
+
+def _label(text: str, width: int) -> "np.ndarray[Any, Any]":
+    """One line of text, cut off at the width."""
     band = _blank(_LABEL_HEIGHT, width)
-    if letters:
-        dots = np.concatenate(letters, 1).astype(bool).repeat(_LABEL_SCALE, 0).repeat(_LABEL_SCALE, 1)
-        dots = dots[:, : max(0, width - 2 * _GAP)]
-        band[2 * _GAP : 2 * _GAP + dots.shape[0], _GAP : _GAP + dots.shape[1]][dots] = _INK
+    dots = text_dots(text).repeat(_LABEL_SCALE, 0).repeat(_LABEL_SCALE, 1)[:, : max(0, width - 2 * _GAP)]
+    band[2 * _GAP : 2 * _GAP + dots.shape[0], _GAP : _GAP + dots.shape[1]][dots] = _INK
     return band

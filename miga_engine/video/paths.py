@@ -10,7 +10,7 @@ from miga_engine.errors import OutputError
 def check_output(path: str | os.PathLike[str], suffixes: Sequence[str], *, overwrite: bool = False) -> Path:
     """The path, if a file can be written there; otherwise OutputError with one sentence."""
     target = Path(path)
-    if target.is_dir() or os.fspath(path).endswith("/"):
+    if os.path.isdir(target) or os.fspath(path).endswith("/"):
         raise OutputError(
             f"cannot write {path}: it is a folder, and a file name ending in {' or '.join(suffixes)} is expected"
         )
@@ -18,15 +18,21 @@ def check_output(path: str | os.PathLike[str], suffixes: Sequence[str], *, overw
         received = f"the suffix {target.suffix!r} is" if target.suffix else "a name without suffix is"
         raise OutputError(f"cannot write {path}: {received} not one of {', '.join(suffixes)}")
     check_folder(target.parent, path)
-    if target.exists() and not overwrite:
+    if os.path.exists(target) and not overwrite:
         raise OutputError(f"cannot write {path}: it exists already, and --overwrite (overwrite=True) was not given")
     return target
 
 
 def check_folder(folder: Path, path: str | os.PathLike[str]) -> None:
-    if not folder.exists():
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long a name, or a character that no name may have
+        raise OutputError(f"cannot write {os.fspath(path)[:100]!r}: {reason(error)}") from error
+    if not os.path.exists(folder):
         raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"cannot write {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}: the folder {folder} is not writable")

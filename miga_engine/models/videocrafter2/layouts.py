@@ -5,14 +5,13 @@ A safetensors file with the same keys is read alike. Sizes follow from the shape
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint
+from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered
 from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig
 from miga_engine.models.videocrafter2.vae import KLVAEConfig
 from miga_engine.schedule import COLUMNS, make_schedule
@@ -72,20 +71,20 @@ def network(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
 def text_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The text tower without what VideoCrafter2 does not use of it: its last block and two heads of CLIP."""
     part = network(checkpoint, TEXT_ENCODER)
-    last_block = f"transformer.resblocks.{_count(part, _BLOCK) - 1}."
+    last_block = f"transformer.resblocks.{count_numbered(part.shapes, _BLOCK, part.path) - 1}."
     return RenamedCheckpoint(part, lambda key: None if key.startswith((last_block, *_UNUSED_TEXT_KEYS)) else key)
 
 
 def vae_config(vae: Checkpoint) -> KLVAEConfig:
     """Sizes from the shapes of the VAE. Raises CheckpointError."""
-    levels = range(_count(vae, r"encoder\.down\.(\d+)\."))
+    levels = range(count_numbered(vae.shapes, r"encoder\.down\.(\d+)\.", vae.path))
     dim = _size(vae, "encoder.conv_in.weight", 32)
     widths = [_size(vae, f"encoder.down.{level}.block.0.conv1.weight", dim) for level in levels]
     return KLVAEConfig(
         dim=dim,
         z_dim=_size(vae, "post_quant_conv.weight", 1),
         dim_mult=tuple(width // dim for width in widths),
-        num_res_blocks=_count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
+        num_res_blocks=count_numbered(vae.shapes, r"encoder\.down\.0\.block\.(\d+)\.", vae.path),
     )
 
 
@@ -97,7 +96,7 @@ def text_encoder_config(text: Checkpoint) -> CLIPTextConfig:
         dim=dim,
         dim_ffn=_size(text, "transformer.resblocks.0.mlp.c_fc.weight", 1),
         num_heads=dim // _HEAD_DIM,
-        num_layers=_count(text, _BLOCK),
+        num_layers=count_numbered(text.shapes, _BLOCK, text.path),
         text_len=_size(text, "positional_embedding", 1),
     )
 
@@ -107,13 +106,13 @@ def check_schedule(checkpoint: Checkpoint) -> None:
     for name, expected in _schedule_tables().items():
         if name not in checkpoint.shapes:
             continue
-        stored = checkpoint.read(name).double()
-        if stored.shape != expected.shape:
+        if checkpoint.shapes[name] != expected.shape:
             raise CheckpointError(
-                f"{checkpoint.path} holds {name} as {list(stored.shape)} where VideoCrafter2 has "
+                f"{checkpoint.path} holds {name} as {list(checkpoint.shapes[name])} where VideoCrafter2 has "
                 f"{list(expected.shape)}; give the model.ckpt of VideoCrafter2."
             )
         dtype = checkpoint.read(name).dtype
+        stored = checkpoint.read(name).double()
         tolerance = max(_TOLERANCE, torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
         differs = ~torch.isclose(stored, expected, rtol=tolerance, atol=tolerance)
         if differs.any():
@@ -168,8 +167,3 @@ def _size(checkpoint: Checkpoint, key: str, divisor: int) -> int:
             "give weights of VideoCrafter2."
         )
     return shape[0]
-
-
-def _count(checkpoint: Checkpoint, pattern: str) -> int:
-    """One more than the largest number that `pattern` captures at the start of a key."""
-    return max((int(m[1]) + 1 for key in checkpoint.shapes if (m := re.match(pattern, key))), default=0)

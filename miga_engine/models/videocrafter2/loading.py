@@ -9,7 +9,14 @@ import torch
 
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
-from miga_engine.models.checkpoint import PICKLE_SUFFIXES, Checkpoint, load_module, open_checkpoint, stored_dtype
+from miga_engine.models.checkpoint import (
+    PICKLE_SUFFIXES,
+    Checkpoint,
+    check_fit,
+    load_module,
+    open_checkpoint,
+    stored_dtype,
+)
 from miga_engine.models.videocrafter2 import layouts
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
@@ -38,15 +45,20 @@ def load_bundle(
     """All networks of a model; the text encoder and the tokenizer are read when the first prompt is encoded."""
     load_tokenizer(path)  # read late, but missed at once
     unet, vae = load_unet(path, device, dtype), load_vae(path, device, vae_dtype)
+    root, config = model_file(path).parent, unet.config
+    check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_channels, output=config.out_channels)
+    text = layouts.text_encoder_config(layouts.text_encoder(_open(path)))
+    check_fit(root, "widths of a text", text_encoder=text.dim, UNet=config.context_dim)
+    check_fit(root, "tokens of a text", text_encoder=text.text_len, tokenizer=TEXT_LEN)
     return ModelBundle(
-        path=model_file(path).parent,
+        path=root,
         device=torch.device(device or "cpu"),
         dtype=unet.dtype,
         transformer=unet,
         vae=vae,
         facts=ModelFacts(
-            window_frames=unet.config.temporal_length,
-            size_multiple=vae.config.spatial_factor * unet.config.size_multiple,
+            window_frames=config.temporal_length,
+            size_multiple=vae.config.spatial_factor * config.size_multiple,
             text_len=TEXT_LEN,
             prediction_type=unet.prediction_type,
             default_preset="videocrafter2",
@@ -61,6 +73,20 @@ def load_bundle(
 def model_file(path: str | Path) -> Path:
     """The weights file under `path`. Raises CheckpointError."""
     return _open(path).path
+
+
+def network_bytes(path: str | Path) -> dict[str, int]:
+    """Bytes that each network has in the weights file under `path`, of which no others are read with it.
+
+    Raises CheckpointError.
+    """
+    checkpoint = _open(path)
+    networks = {
+        "transformer": layouts.network(checkpoint, layouts.UNET),
+        "VAE": layouts.network(checkpoint, layouts.VAE),
+        "text encoder": layouts.text_encoder(checkpoint),
+    }
+    return {name: sum(part.read(key).nbytes for key in part.shapes) for name, part in networks.items()}
 
 
 def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import read_json
+from miga_engine.models.checkpoint import MAX_TABLE_BYTES, read_bounded, read_json
 from miga_engine.models.wan import tokenizer as wan_tokenizer
 
 TEXT_LEN = 77
@@ -59,10 +60,8 @@ class CLIPTokenizer:
         """Read one of `VOCABULARY_FILES`, or the first of them that is in the folder `path`. Raises CheckpointError."""
         file = _vocabulary_file(Path(path))
         merges = _merges_of_json(file) if file.suffix == ".json" else _merges_of_text(file)
-        try:
+        with wan_tokenizer.reported(f"{file} is not a usable CLIP tokenizer"):
             return cls(merges)
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file} is not a usable CLIP tokenizer ({error}); download it again.") from error
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> ids and mask, int64 [P, 77]: start, text, end, zeros; what is too long is cut before its end.
@@ -71,7 +70,7 @@ class CLIPTokenizer:
         """
         ids = torch.zeros(len(prompts), self.text_len, dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
-            text_ids = self._backend.encode(clean_prompt(prompt), add_special_tokens=False).ids
+            text_ids = wan_tokenizer.encode(self._backend, clean_prompt(prompt))
             tokens = [self.start_id, *text_ids[: self.text_len - 2], self.end_id]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids, torch.ones_like(ids)
@@ -97,9 +96,12 @@ def _vocabulary_file(path: Path) -> Path:
 
 def _merges_of_text(file: Path) -> list[tuple[str, str]]:
     """One merge a line behind a line with the version."""
+    content = read_bounded(file)
     try:
-        content = file.read_bytes()
-        lines = (gzip.decompress(content) if file.suffix == ".gz" else content).decode().splitlines()
+        if file.suffix == ".gz":  # may unpack to a thousand times its size
+            with gzip.open(io.BytesIO(content)) as stream:
+                content = stream.read(MAX_TABLE_BYTES)
+        lines = content.decode().splitlines()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is cut short or damaged ({error}); download it again.") from error
     return _pairs(file, [line.split() for line in lines[1 : NUM_MERGES + 1]])

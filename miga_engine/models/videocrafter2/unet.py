@@ -8,7 +8,7 @@ MIGA.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import CheckpointError, ConfigError
+from miga_engine.models.checkpoint import count_numbered
 from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
 from miga_engine.models.videocrafter2.unet_layers import (
     GROUPS,
@@ -67,7 +68,7 @@ class VideoUNetConfig:
         for level, mult in enumerate(self.channel_mult):
             width = mult * self.model_channels
             has_heads = ratios[level] in self.attention_ratios or level + 1 == len(ratios)
-            if width % GROUPS or (has_heads and width % self.head_dim):
+            if width % GROUPS or (has_heads and (self.head_dim < 1 or width % self.head_dim)):
                 raise ConfigError(
                     f"A width of {width} does not split into {GROUPS} groups and heads of {self.head_dim} channels; "
                     "correct model_channels, channel_mult or head_dim."
@@ -108,7 +109,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoUNetConfig:
     model_channels, in_channels = shape("input_blocks.0.0.weight", 4)[:2]
     levels: list[list[int]] = [[]]  # widths of each level's residual blocks
     ratios: set[int] = set()
-    for i in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
+    for i in range(1, count_numbered(shapes, r"input_blocks\.(\d+)\.", "the UNet")):
         if f"input_blocks.{i}.0.op.weight" in shapes:
             levels.append([])
             continue
@@ -128,14 +129,9 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoUNetConfig:
         num_res_blocks=len(levels[0]),
         attention_ratios=tuple(sorted(ratios)),
         head_dim=shape("init_attn.0.proj_in.weight", 3)[0] // INITIAL_HEADS,
-        transformer_depth=_count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        transformer_depth=count_numbered(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.", "the UNet"),
         context_dim=shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
     )
-
-
-def _count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` captures at the start of a key."""
-    return max((int(match[1]) + 1 for key in keys if (match := re.match(pattern, key))), default=0)
 
 
 class VideoUNet(nn.Module):

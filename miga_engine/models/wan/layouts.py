@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from miga_engine.errors import CheckpointError, ConfigError
-from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint
+from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered, short
 from miga_engine.models.wan.dit import WanDiTConfig
-from miga_engine.models.wan.umt5 import UMT5Config
+from miga_engine.models.wan.umt5 import MAX_DISTANCE, UMT5Config
 from miga_engine.models.wan.vae import WanVAEConfig
 
 Config = TypeVar("Config")
 
 HEAD_DIM = 128  # of every published Wan2.1 transformer
 TEXT_LEN = 512
+MAX_TEXT_LEN = 4096  # no tensor tells it
 SINGLE_FILE_PREFIX = "model.diffusion_model."  # under which single-file exports put the official names
 
 # (pattern in Diffusers keys, official replacement), applied one after the other.
@@ -82,12 +84,14 @@ def official_vae(checkpoint: Checkpoint) -> Checkpoint:
     _require(checkpoint, "a Wan2.1 VAE", "decoder.conv1.weight", "decoder.conv_in.weight")
     if "decoder.conv_in.weight" not in checkpoint.shapes:
         return checkpoint
-    slots = [int(m[1]) for key in checkpoint.shapes if (m := re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", key))]
-    per_block = max(slots, default=0) + 2  # the residual blocks of a level and the upsampler behind them
+    # The residual blocks of a level and the upsampler behind them.
+    per_block = (
+        max(1, count_numbered(checkpoint.shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", checkpoint.path)) + 1
+    )
 
     def rename(key: str) -> str:
         key = re.sub(
-            r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
+            r"^decoder\.up_blocks\.(\d{1,9})\.(?:resnets\.(\d{1,9})|upsamplers\.0)\.",
             lambda m: f"decoder.upsamples.{int(m[1]) * per_block + (int(m[2]) if m[2] else per_block - 1)}.",
             key,
         )
@@ -116,17 +120,30 @@ def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
 def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanDiTConfig:
     """Sizes from the shapes under official keys; what a config.json of either layout stores takes precedence.
 
-    Raises CheckpointError for other model types and where the number of heads cannot be known.
+    Raises CheckpointError for other model types, where the number of heads cannot be known, and for sizes that are no
+    whole numbers or larger than all the weights together.
     """
     if str(stored.get("model_type", "t2v")) != "t2v" or stored.get("image_dim") is not None:
         raise CheckpointError(
-            f"{checkpoint.path} belongs to a {stored.get('model_type', 'image-conditioned')} model; "
+            f"{checkpoint.path} belongs to a {short(str(stored.get('model_type', 'image-conditioned')))} model; "
             "give a Wan2.1 text-to-video model."
         )
     shapes = _Shapes(checkpoint)
     dim, in_dim, *patch = shapes.of("patch_embedding.weight", 5)
-    num_heads = stored.get("num_heads", stored.get("num_attention_heads"))
-    if num_heads is None:
+    num_weights = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+
+    def size(*names: str, default: int = 0, most: int = num_weights) -> int:
+        """What config.json says under one of its names, or the default."""
+        name, value = next(((name, stored[name]) for name in names if stored.get(name) is not None), ("", default))
+        if name and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise CheckpointError(
+                f"The config.json beside {checkpoint.path} says {name} {reprlib.repr(value)}, where its weights allow "
+                f"whole numbers from 1 to {most}; give weights and config.json of one and the same model."
+            )
+        return value
+
+    num_heads = size("num_heads", "num_attention_heads")
+    if not num_heads:
         if dim % HEAD_DIM:
             raise CheckpointError(
                 f"{checkpoint.path} does not tell its number of heads and its width of {dim} is no multiple of "
@@ -134,24 +151,28 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
             )
         num_heads = dim // HEAD_DIM
 
+    eps = stored.get("eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, float | int) or not 0 < eps < 1:
+        raise CheckpointError(
+            f"The config.json beside {checkpoint.path} says eps {reprlib.repr(eps)}, which must lie between 0 and 1; "
+            "download it again."
+        )
+    patch_channels = shapes.of("head.head.weight", 2)[0]
+    num_layers = count_numbered(checkpoint.shapes, r"blocks\.(\d+)\.", checkpoint.path)
+
     def build() -> WanDiTConfig:
-        width = num_heads * stored["attention_head_dim"] if "attention_head_dim" in stored else dim
-        patch_channels = shapes.of("head.head.weight", 2)[0]
-        sizes = {
-            "dim": stored.get("dim", width),
-            "ffn_dim": stored.get("ffn_dim", shapes.of("blocks.0.ffn.0.weight", 2)[0]),
-            "freq_dim": stored.get("freq_dim", shapes.of("time_embedding.0.weight", 2)[1]),
-            "num_heads": num_heads,
-            "num_layers": stored.get("num_layers", shapes.count(r"blocks\.(\d+)\.")),
-            "text_dim": stored.get("text_dim", shapes.of("text_embedding.0.weight", 2)[1]),
-            "text_len": stored.get("text_len", TEXT_LEN),
-            "in_dim": stored.get("in_dim", stored.get("in_channels", in_dim)),
-            "out_dim": stored.get("out_dim", stored.get("out_channels", patch_channels // math.prod(patch))),
-        }
         return WanDiTConfig(
-            **{name: int(size) for name, size in sizes.items()},
+            dim=size("dim", default=num_heads * size("attention_head_dim") or dim),
+            ffn_dim=size("ffn_dim", default=shapes.of("blocks.0.ffn.0.weight", 2)[0]),
+            freq_dim=size("freq_dim", default=shapes.of("time_embedding.0.weight", 2)[1]),
+            num_heads=num_heads,
+            num_layers=size("num_layers", default=num_layers, most=len(checkpoint.shapes)),
+            text_dim=size("text_dim", default=shapes.of("text_embedding.0.weight", 2)[1]),
+            text_len=size("text_len", default=TEXT_LEN, most=MAX_TEXT_LEN),
+            in_dim=size("in_dim", "in_channels", default=in_dim),
+            out_dim=size("out_dim", "out_channels", default=patch_channels // math.prod(patch)),
             patch_size=(patch[0], patch[1], patch[2]),
-            eps=float(stored.get("eps", 1e-6)),
+            eps=float(eps),
             cross_attn_norm="blocks.0.norm3.weight" in checkpoint.shapes,
             qk_norm="blocks.0.self_attn.norm_q.weight" in checkpoint.shapes,
         )
@@ -166,7 +187,7 @@ def vae_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanVAEConfi
     widths: list[int] = []  # by level
     blocks_in_level = 0
     temporal: list[bool] = []
-    for i in range(shapes.count(r"encoder\.downsamples\.(\d+)\.")):
+    for i in range(count_numbered(checkpoint.shapes, r"encoder\.downsamples\.(\d+)\.", checkpoint.path)):
         prefix = f"encoder.downsamples.{i}."
         if prefix + "resample.1.weight" in checkpoint.shapes:
             temporal.append(prefix + "time_conv.weight" in checkpoint.shapes)
@@ -178,7 +199,7 @@ def vae_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanVAEConfi
 
     def build() -> WanVAEConfig:
         statistics = {
-            name: tuple(float(value) for value in stored[name])
+            name: _numbers(name, stored[name])
             for name in ("latents_mean", "latents_std")
             if stored.get(name) is not None
         }
@@ -195,17 +216,23 @@ def vae_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanVAEConfi
 
 
 def text_encoder_config(checkpoint: Checkpoint) -> UMT5Config:
-    """Sizes from the shapes under official keys."""
+    """Sizes from the shapes under official keys. Raises CheckpointError."""
     shapes = _Shapes(checkpoint)
     vocab_size, dim = shapes.of("token_embedding.weight", 2)
     num_buckets, num_heads = shapes.of("blocks.0.pos_embedding.embedding.weight", 2)
+    dim_attn = shapes.of("blocks.0.attn.q.weight", 2)[0]
+    if dim_attn % num_heads or not 4 <= num_buckets < 4 * MAX_DISTANCE:
+        raise CheckpointError(
+            f"{checkpoint.path} has {num_heads} heads and {num_buckets} buckets of positions for a width of "
+            f"{dim_attn}, which is no UMT5 text encoder; download it again."
+        )
     return UMT5Config(
         vocab_size=vocab_size,
         dim=dim,
-        dim_attn=shapes.of("blocks.0.attn.q.weight", 2)[0],
+        dim_attn=dim_attn,
         dim_ffn=shapes.of("blocks.0.ffn.fc1.weight", 2)[0],
         num_heads=num_heads,
-        num_layers=shapes.count(r"blocks\.(\d+)\."),
+        num_layers=count_numbered(checkpoint.shapes, r"blocks\.(\d+)\.", checkpoint.path),
         num_buckets=num_buckets,
     )
 
@@ -230,9 +257,12 @@ class _Shapes:
             )
         return shape
 
-    def count(self, pattern: str) -> int:
-        """One more than the largest number that `pattern` captures at the start of a key."""
-        return max((int(m[1]) + 1 for key in self._checkpoint.shapes if (m := re.match(pattern, key))), default=0)
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    is_list = isinstance(values, list) and all(isinstance(v, int | float) and abs(v) < 1e6 for v in values)
+    if not is_list or (name == "latents_std" and not all(v > 0 for v in values)):
+        raise ValueError(f"{name} must be a list of numbers, got {reprlib.repr(values)}")
+    return tuple(map(float, values))
 
 
 def _checked(checkpoint: Checkpoint, build: Callable[[], Config]) -> Config:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
+from miga_engine.models.checkpoint import first_line, read_bounded
 
 if TYPE_CHECKING:
     import tokenizers
+
+MAX_TOKENIZER_BYTES = 32 * 2**20  # twice that of google/umt5-xxl
 
 # The negative prompt of the Wan2.1 release, part of how its checkpoints are meant to be sampled.
 WAN_DEFAULT_NEGATIVE_PROMPT = (
@@ -29,6 +34,26 @@ def clean_prompt(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+@contextmanager
+def reported(sentence: str) -> Iterator[None]:
+    """What the tokenizers library raises, which is bare Exception and Rust's panics, as one CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{sentence} ({first_line(error)}); download it again.") from error
+
+
+def encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Token ids without special tokens. Raises CheckpointError."""
+    with reported("the tokenizer fails on the prompt"):
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 class Tokenizer:
@@ -56,17 +81,16 @@ class Tokenizer:
             raise CheckpointError(
                 f"{file} does not exist; download the tokenizer.json of the model's tokenizer folder."
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise CheckpointError(f"{file} is not a readable tokenizer ({error}); download it again.") from error
+        content = read_bounded(file, MAX_TOKENIZER_BYTES)
+        with reported(f"{file} is not a readable tokenizer"):
+            backend = tokenizers.Tokenizer.from_buffer(content)
         return cls(backend, text_len)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> ids and mask, int64 [P, T], padded to the longest; T <= text_len."""
         rows = []
         for prompt in prompts:
-            text_ids = self._backend.encode(clean_prompt(prompt), add_special_tokens=False).ids
+            text_ids = encode(self._backend, clean_prompt(prompt))
             rows.append([*text_ids[: self.text_len - 1], self.end_id])
         length = max(map(len, rows), default=0)
         ids = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)

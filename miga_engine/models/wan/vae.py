@@ -177,7 +177,9 @@ class StreamDecoder:
                 "open a new stream_decoder() for another clip."
             )
         self._sizes = sizes
-        frames = [self._vae.decode_core(latent, self._cache) for latent in latents.split(1, dim=2)]
+        cache = dict(self._cache)  # a push that fails leaves the stream as it was
+        frames = [self._vae.decode_core(latent, cache) for latent in latents.split(1, dim=2)]
+        self._cache = cache
         return torch.cat(frames, dim=2).clamp(-1.0, 1.0)
 
     def state(self) -> dict[str, Tensor]:
