@@ -1,4 +1,5 @@
-# demo: a video from a prompt · test: lint and all tests · lint · aot: the GPU kernels, compiled · bench · venv · clean
+# demo: a video from a prompt · test: lint and all tests · lint · aot: the GPU kernels, compiled · embed: the C interface
+# bench · venv · clean
 # The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test lint aot bench venv clean
+.PHONY: demo test lint aot embed bench venv clean
 
 demo: venv
 	mkdir -p out
@@ -25,6 +26,10 @@ lint: $(VENV)/.test $(VENV)/.installed
 aot: $(VENV)/.installed
 	$(BIN)/python bench/aot.py
 
+# Into build/embed: libmiga_embed.so and example; the header is csrc/embed/miga_embed.h.
+embed: $(VENV)/.installed
+	$(BIN)/python csrc/embed/build.py
+
 # One thread, measured in turns; about a quarter of an hour. Rows are appended to bench/results.
 bench: export OMP_NUM_THREADS = 1
 bench: $(VENV)/.test $(VENV)/.installed
@@ -40,12 +45,13 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.runtime: requirements.lock | $(VENV)/.created
-	$(PIP) install -r requirements.lock
+$(VENV)/.runtime: requirements.lock requirements-torch.lock | $(VENV)/.created
+	$(PIP) install --require-hashes -r requirements.lock
+	$(PIP) install -r requirements-torch.lock
 	@touch $@
 
 $(VENV)/.test: requirements-test.lock $(VENV)/.runtime
-	$(PIP) install -r requirements-test.lock
+	$(PIP) install --require-hashes -r requirements-test.lock
 	@touch $@
 
 # Editable, without dependencies (the lock has them) and without isolation (so that the C++ kernels see the locked torch).

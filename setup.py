@@ -65,7 +65,9 @@ def extensions() -> list[Extension]:
     torch = find_torch()
     if torch is None:
         if MODE == "1":
-            raise SystemExit("MIGA_BUILD_EXT=1, but torch>=2.11 is not installed: install it first (requirements.lock)")
+            raise SystemExit(
+                "MIGA_BUILD_EXT=1 needs torch>=2.11, which is missing: install requirements-torch.lock first"
+            )
         say("torch>=2.11 is not installed yet, so the C++ CPU kernels are left out: reinstall after torch to have them")
         return []
     return [

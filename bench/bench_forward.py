@@ -1,4 +1,4 @@
-"""The transformer at the published widths with random weights: `python bench/bench_forward.py [1.3B] [14B]`.
+"""Networks at the published widths, random weights: `python bench/bench_forward.py [1.3B] [14B] [videocrafter2]`.
 
 Ours, with attention by SDPA and by whatever `auto` chooses, against diffusers' network of the same weights (SDPA),
 eager and compiled, in turns: a window whose frames all have their own noise level, 64 tokens of text in 512 rows. Ours
@@ -9,6 +9,9 @@ more that weighs, so that a ratio over few blocks flatters ours.
 
 Rows are appended to bench/results/forward_<device>.csv; the share of the matmul ceiling counts the work of the
 published network's blocks. Both networks are held against each other first, at a small size.
+
+videocrafter2 is its UNet alone, in bfloat16: one window of 320×512 (`--frames` latent frames), its time and its memory,
+in bench/results/unet_<device>.csv. No other library has this network.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import measure
 import torch
 from bench_engine import random_transformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from miga_engine.models.videocrafter2.unet import VIDEOCRAFTER2_CONFIG, VideoUNet
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,6 +35,10 @@ HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 BATCH, FRAMES, HEIGHT, WIDTH = (2, 21, 60, 104) if DEVICE == "cuda" else (1, 3, 30, 52)
 BLOCKS = {"1.3B": 30, "14B": 4} if DEVICE == "cuda" else {"1.3B": 4, "14B": 1}
 NUM_TEXT = 64
+UNET_COLUMNS = (
+    "model", "shape", "dtype", "min_ms", "samples", "flops", "tflop_per_s", "of_ceiling", "weights_mib", "forward_mib",
+    "peak_mib", *measure.ENVIRONMENT,
+)  # fmt: skip
 FP32_TOLERANCE = 3e-5  # of the largest output, as in tests/test_models_dit.py
 
 
@@ -119,19 +128,60 @@ def compare(name: str, dtype: torch.dtype, num_blocks: int, repeats: int, with_c
         )
 
 
+def unet(num_frames: int, repeats: int) -> None:
+    """Time and memory of VideoCrafter2's UNet over a window whose frames all have their own noise level."""
+    dtype, shape = torch.bfloat16, (1, VIDEOCRAFTER2_CONFIG.in_channels, num_frames, 40, 64)
+    with torch.device("meta"):
+        network = VideoUNet(VIDEOCRAFTER2_CONFIG).eval().requires_grad_(False)
+        arguments = torch.empty(shape), torch.empty(1, num_frames), torch.empty(1, 77, VIDEOCRAFTER2_CONFIG.context_dim)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.miga.frame_attention: _attention_flops}) as counter:
+        network(*arguments)
+    torch.manual_seed(0)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        stored = torch.float32 if VideoUNet.keeps_fp32(name) else dtype
+        state[name] = torch.empty(tensor.shape, dtype=stored, device=DEVICE).normal_(std=0.02)
+    network.load_state_dict(state, assign=True)
+    latents = torch.randn(shape, dtype=dtype, device=DEVICE)
+    cache = network.encode_context(torch.randn(arguments[2].shape, device=DEVICE))
+    levels = network.encode_timesteps(torch.linspace(0, 999, num_frames, device=DEVICE).round())
+    rows = torch.arange(num_frames, device=DEVICE)[None]
+    before = torch.cuda.memory_allocated() / 2**20 if DEVICE == "cuda" else measure.resident_mib()
+    samples = measure.interleave({"op": lambda: network(latents, (levels, rows), cache)}, DEVICE, repeats)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else measure.peak_resident_mib()
+    assert network(latents[:, :, :1], (levels, rows[:, :1]), cache).isfinite().all()
+    rate = counter.get_total_flops() / measure.best(samples["op"], DEVICE) / 1e9
+    row: dict[str, object] = {"model": "videocrafter2", "shape": "×".join(map(str, shape)), "dtype": "bfloat16"}
+    row |= {"min_ms": f"{samples['op'][0]:.4g}", "samples": repeats, "flops": counter.get_total_flops()}
+    row |= {"tflop_per_s": f"{rate:.4g}", "of_ceiling": f"{rate / measure.matmul_ceiling(DEVICE, dtype):.3f}"}
+    row |= {"weights_mib": f"{sum(t.nbytes for t in state.values()) / 2**20:.1f}"}
+    row |= {"forward_mib": f"{peak - before:.1f}", "peak_mib": f"{peak:.1f}"}
+    print(measure.record(f"unet_{DEVICE}", UNET_COLUMNS, [row], DEVICE))
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+    return 4 * q.numel() * k[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="1.3B and 14B (default: both on a GPU, 1.3B on a CPU)")
+    parser.add_argument("models", nargs="*", help="1.3B, 14B, videocrafter2 (default: 1.3B, on a GPU 14B too)")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU both")
     parser.add_argument("--blocks", type=int, help="(default: see above)")
+    parser.add_argument("--frames", type=int, default=16, help="latent frames of videocrafter2")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile(diffusers) out")
     options = parser.parse_args()
-    if unknown := set(options.models) - set(WAN_T2V_CONFIGS):
-        parser.error(f"there is no model {', '.join(sorted(unknown))}: choose from {', '.join(WAN_T2V_CONFIGS)}")
+    known = [*WAN_T2V_CONFIGS, "videocrafter2"]
+    if unknown := set(options.models) - set(known):
+        parser.error(f"there is no model {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if DEVICE == "cpu":
         torch.set_num_threads(1)
     for name in options.models or (list(BLOCKS) if DEVICE == "cuda" else ["1.3B"]):
+        if name == "videocrafter2":
+            with torch.inference_mode():
+                unet(options.frames, options.repeats)
+            continue
         for dtype in options.dtypes or (["bfloat16"] if DEVICE == "cuda" else ["float32", "bfloat16"]):
             blocks = options.blocks or BLOCKS[name]
             compare(name, getattr(torch, dtype), blocks, options.repeats, not options.no_compiled)

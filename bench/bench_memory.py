@@ -1,7 +1,9 @@
 """Is memory flat in the length, and when do the first frames leave? `python bench/bench_memory.py [--latents N]`.
 
 One run of the engine, self-reflection and streamed decoding included, with narrowed networks of random weights, so that
-10,000 latent frames take minutes; `--tiny FRAMES` runs the embedded model over that many video frames instead. Prints
+10,000 latent frames take minutes; `--tiny FRAMES` runs the embedded model over that many video frames instead, and
+`--model FOLDER` any other as it is (`--preset`, `--height`, `--width` and `--steps` where its defaults are too large;
+searches of self-reflection take most of the time where weights are random). Prints
 at several lengths the most that was resident in the process (on a GPU: in torch's allocator) and what was in use, then
 the peak by quarters of the run, its growth, and the share of all network forwards done when the first frame left. Rows
 are appended to bench/results/memory_<device>.csv.
@@ -17,15 +19,17 @@ import argparse
 import ctypes
 import dataclasses
 import os
+from pathlib import Path
 
 import measure
 import torch
 from bench_engine import random_transformer
 
 from miga_engine import Engine
+from miga_engine.config import PRESETS
 from miga_engine.models.wan.vae import WanVAE
 
-LENGTHS = (500, 1000, 5000, 10_000)
+LENGTHS = (200, 500, 1000, 5000, 10_000)
 COLUMNS = (
     "model", "latent_frames", "peak_mib", "in_use_mib", "allocator", "allocated_mib", "reserved_mib", "x_1000",
     *measure.ENVIRONMENT,
@@ -86,15 +90,20 @@ def _sizes(device: str) -> dict[str, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, default=max(LENGTHS), help="latent frames of the narrowed networks")
+    parser.add_argument("--latents", type=int, default=max(LENGTHS), help="latent frames, but of the embedded model")
     parser.add_argument("--tiny", type=int, metavar="FRAMES", help="the embedded model, over this many video frames")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the model in this folder")
+    parser.add_argument("--preset", choices=PRESETS)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
-    engine = Engine.from_pretrained("tiny", options.device)
+    engine = Engine.from_pretrained(options.model or "tiny", options.device, preset=options.preset)
     if options.tiny is None:
-        engine = narrowed(engine)
+        engine = engine if options.model else narrowed(engine)
         num_frames = engine.bundle.num_video_frames(options.latents)
     else:
         num_frames = options.tiny
@@ -116,7 +125,8 @@ def main() -> None:
         nonlocal searches
         searches += event.kind == "search_started"
 
-    for chunk in engine.stream(PROMPT, num_frames, on_event=on_event):
+    sizes = {"height": options.height, "width": options.width, "num_inference_steps": options.steps}
+    for chunk in engine.stream(PROMPT, num_frames, on_event=on_event, **sizes):
         first_at = first_at or forwards
         out += len(chunk.frames)
         latents = (out - 1) // ratio + 1
@@ -126,7 +136,7 @@ def main() -> None:
         for length in lengths:
             if length not in measured and latents >= length:
                 measured[length] = _sizes(options.device)
-    _report(engine.name, options.device, measured)
+    _report(f"{Path(engine.name).name} {options.preset or ''}".strip(), options.device, measured)
     for quarter, peak in sorted(quarters.items()):
         print(f"latent frames to {(quarter + 1) * total // 4:>6}: at most {peak:7.1f} MiB")
     print(f"growth after the first quarter: {100 * (max(quarters.values()) / quarters[min(quarters)] - 1):.2f} %")

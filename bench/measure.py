@@ -163,9 +163,9 @@ def peak_resident_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def resident_mib() -> float:
-    """Resident memory of this process now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident_mib(process: int | str = "self") -> float:
+    """Resident memory of a process now (Linux); 0 once it has ended."""
+    pages = int((Path(f"/proc/{process}/statm").read_text() or "0 0").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,8 +38,9 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def build_videocrafter2(folder: Path) -> Path:
+def build_videocrafter2(folder: Path, window_frames: int = 5) -> Path:
     """VideoCrafter2's keys in one file: the goldens' VAE, a random UNet of their widths and text tower, a small BPE."""
+    folder.mkdir(parents=True, exist_ok=True)
     prefix = "model.diffusion_model."
     golden = {key.removeprefix(prefix): t for key, t in load_file(GOLDENS / "vc2" / "unet.safetensors").items()}
     config = dataclasses.replace(unet_config({key: tuple(t.shape) for key, t in golden.items()}), context_dim=64)
@@ -52,8 +55,30 @@ def build_videocrafter2(folder: Path) -> Path:
     tensors |= {f"cond_stage_model.model.{key}": value for key, value in text.state_dict().items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
     (folder / "merges.txt").write_text("#version: 0.2\na b</w>\nc d\n")
-    (folder / "miga.json").write_text(json.dumps({"window_frames": 5}))
+    (folder / "miga.json").write_text(json.dumps({"window_frames": window_frames}))
     return folder
 
 
-BUILDERS = {"wan": build, "videocrafter2": build_videocrafter2}
+class Family(NamedTuple):
+    """A family of models in small, and a short run of it in which every stage has its turn."""
+
+    build: Callable[[Path], Path]
+    options: dict[str, Any]
+    num_frames: int
+
+
+FAMILIES = {
+    "wan": Family(build, {**OPTIONS, "miga": MIGA}, 30),
+    "videocrafter2": Family(
+        build_videocrafter2,
+        {
+            "height": 8,
+            "width": 16,
+            "num_inference_steps": 7,
+            "miga": dataclasses.replace(
+                MIGA, judge_step=2, reference_groups=1, candidates=2, score_drop=0.0, refine_steps=1
+            ),
+        },
+        9,
+    ),
+}

@@ -49,6 +49,21 @@ def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
     assert {"stage", "score", "chunk"} <= kinds
 
 
+def test_videocrafter2_folder_makes_a_video(tmp_path, capsys):
+    model = golden_model.build_videocrafter2(tmp_path / "model")
+    size = ["--height", 8, "--width", 16, "--num-inference-steps", 7]
+    method = ["--zigzag-width", 2, "--stage2-steps", 3, "--guidance-frames", 1, "--stride", 2, "--judge-step", 2]
+    method += ["--reference-groups", 1, "--candidates", 2]
+    video = tmp_path / "video.mkv"
+    arguments = ["--model", model, "--num-frames", 7, "-o", video, "-q", *size, *method]
+    assert _miga("generate", "a red balloon", *arguments) == 0
+    told = capsys.readouterr().err
+    assert "7 frames, 16×8, 10 fps" in told
+    assert re.search(r"^memory: \S+ [MG]iB at most \(estimated \S+ [MG]iB\)$", told, re.MULTILINE)
+    assert read_video(video).shape == (7, 8, 16, 3)
+    assert (read_metadata(video)["solver"], read_metadata(video)["use_scale_array"]) == ("ddim", True)
+
+
 def test_fifo_method_and_no_flags(folder, tmp_path):
     video = tmp_path / "video.mkv"
     arguments = ["--height", 32, "--width", 48, "--num-inference-steps", 10]

@@ -6,8 +6,9 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from miga_engine.models import load_vae
 from miga_engine.models.wan.vae import WanVAE
-from miga_engine.runtime.decode import MOST_PENDING, decode_frames, to_uint8
+from miga_engine.models.wan.vae_layers import run_sequence
+from miga_engine.runtime.decode import MOST_PENDING, Decoding, Push, to_uint8
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -23,6 +25,25 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.fixture(scope="module")
 def vae() -> WanVAE:
     return load_vae(Path(__file__).parent / "goldens" / "wan_vae" / "official" / "Wan2.1_VAE.safetensors")
+
+
+def decode_frames(groups: Iterable[Tensor | None], push: Push, *, overlap: bool) -> Iterator[Tensor]:
+    """All frames of the groups; an error of the groups comes after them."""
+    failure: Exception | None = None
+    remaining = iter(groups)
+    with Decoding(push, overlap=overlap) as decoding:
+        while True:
+            try:
+                latents = next(remaining)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+                break
+            yield from decoding.exchange(latents)
+        yield from decoding.drain()
+    if failure is not None:
+        raise failure
 
 
 def _latents(*sizes: int) -> list[Tensor]:
@@ -224,3 +245,49 @@ def test_nothing_stays_behind() -> None:
         gc.collect()
         assert watched() is None
         assert last() is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_fails_to_decode_is_not_lost(overlap: bool) -> None:
+    is_broken = True
+
+    def push(latents: Tensor) -> Tensor:
+        if is_broken and float(latents[0, 0, 0, 0, 0]) > 0.045:
+            raise _DecoderError("out of paint")
+        return _picture(latents)
+
+    groups = [torch.full((3, 1, 2, 2), k / 100) + torch.arange(3.0).view(3, 1, 1, 1) / 100 for k in (0, 3, 6)]
+    taken: list[Tensor] = []
+    with Decoding(push, overlap=overlap) as decoding, pytest.raises(_DecoderError):
+        taken.extend(_all_frames(decoding, groups))
+    assert sum(map(len, taken)) == 5
+    is_broken = False
+    rest = list(decode_frames(decoding.undecoded, push, overlap=overlap))
+    handed_over = 2 if not overlap else 3  # in one thread the error comes before the third group is handed over
+    expected = torch.cat(list(decode_frames(groups[:handed_over], push, overlap=False)))
+    assert torch.equal(torch.cat(taken + rest), expected)
+
+
+def _all_frames(decoding: Decoding, groups: list[Tensor]) -> Iterator[Tensor]:
+    for group in groups:
+        yield from decoding.exchange(group)
+    yield from decoding.drain()
+
+
+def test_a_push_that_fails_leaves_the_decoder_as_it_was(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.cat(_latents(1, 2, 1)).transpose(0, 1)[None]
+    with torch.no_grad():
+        expected = vae.decode(latents)
+        decoder = vae.stream_decoder()
+        frames = [decoder.push(latents[:, :, :2])]
+        with monkeypatch.context() as patch:
+            patch.setattr("miga_engine.models.wan.vae_layers.Decoder.forward", _fails_half_way)
+            with pytest.raises(_DecoderError):
+                decoder.push(latents[:, :, 2:3])
+        frames += [decoder.push(latents[:, :, 2:])]
+    assert torch.equal(torch.cat(frames, dim=2), expected)
+
+
+def _fails_half_way(self: Any, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+    run_sequence(self.middle, self.conv1(x, cache), cache)
+    raise _DecoderError("out of memory")

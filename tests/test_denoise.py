@@ -13,6 +13,7 @@ import torch
 from oracle import counter_noise, pseudo_network
 
 from miga_engine.config import MigaConfig
+from miga_engine.errors import DeviceError
 from miga_engine.runtime.denoise import Denoiser, Window, _split
 from miga_engine.runtime.frame_queue import FrameStore
 from miga_engine.runtime.stages import VideoRun
@@ -66,7 +67,7 @@ def test_a_single_window_that_does_not_fit_is_an_error() -> None:
     def no_memory(latents, timesteps, rows):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(DeviceError, match=r"out of memory on cpu in the network, with one window of \d+ latent frames"):
         video(network=no_memory)
 
 

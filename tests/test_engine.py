@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,17 +20,48 @@ import torch
 import miga_engine
 from miga_engine import ConfigError, DeviceError, Engine
 from miga_engine.config import PRESETS, MigaConfig, fifo_config, replace_options
+from miga_engine.engine import Chunk
 from miga_engine.prompts import PromptTimeline
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return golden_model.build(tmp_path_factory.mktemp("model"))
+class Model:
+    """A family's model in small, and its short run."""
+
+    def __init__(self, family: golden_model.Family, folder: Path) -> None:
+        self.folder = family.build(folder)
+        self.engine = Engine.from_pretrained(self.folder)
+        self.options, self.num_frames = family.options, family.num_frames
+        self.miga: MigaConfig = self.options["miga"]
+
+    def generate(self, num_frames: int | None = None, prompt="a red balloon", **options) -> torch.Tensor:
+        return self.engine.generate(prompt, num_frames or self.num_frames, **(self.options | options)).frames
+
+    def stream(self, num_frames: int | None, **options) -> Iterator[Chunk]:
+        return self.engine.stream("a red balloon", num_frames, **(self.options | options))
+
+    @functools.cached_property
+    def video(self) -> torch.Tensor:
+        return self.generate()
 
 
 @pytest.fixture(scope="module")
-def engine(folder) -> Engine:
-    return Engine.from_pretrained(folder)
+def models(tmp_path_factory) -> dict[str, Model]:
+    return {name: Model(family, tmp_path_factory.mktemp(name)) for name, family in golden_model.FAMILIES.items()}
+
+
+@pytest.fixture(params=golden_model.FAMILIES)
+def model(models, request) -> Model:
+    return models[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(models) -> Path:
+    return models["wan"].folder
+
+
+@pytest.fixture(scope="module")
+def engine(models) -> Engine:
+    return models["wan"].engine
 
 
 def _generate(engine: Engine, num_frames: int = 30, prompt="a red balloon", **options) -> torch.Tensor:
@@ -38,23 +72,24 @@ def _digest(frames: torch.Tensor) -> str:
     return hashlib.sha256(frames.numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("num_frames", [1, 2, 17, 30, 61])
-def test_exactly_as_many_frames_as_asked(engine, num_frames):
-    frames = _generate(engine, num_frames)
-    assert frames.shape == (num_frames, 32, 48, 3)
+@pytest.mark.parametrize(
+    ("family", "num_frames"), [*(("wan", n) for n in (1, 2, 17, 30, 61)), *(("videocrafter2", n) for n in (1, 2, 9))]
+)
+def test_exactly_as_many_frames_as_asked(models, family, num_frames):
+    model = models[family]
+    frames = model.generate(num_frames)
+    assert frames.shape == (num_frames, model.options["height"], model.options["width"], 3)
     assert frames.dtype == torch.uint8
 
 
-def test_same_seed_same_frames_however_they_are_cut(engine):
-    whole = _generate(engine)
-    assert torch.equal(whole, _generate(engine))
-    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
-    for chunk_frames in (1, 7, 100):
-        chunks = list(engine.stream("a red balloon", 30, chunk_frames=chunk_frames, **options))
-        assert torch.equal(torch.cat([chunk.frames for chunk in chunks]), whole)
+def test_same_seed_same_frames_however_they_are_cut(model):
+    assert torch.equal(model.video, model.generate())
+    for chunk_frames, overlap in ((1, False), (4, True)):
+        chunks = list(model.stream(model.num_frames, chunk_frames=chunk_frames, overlap_decode=overlap))
+        assert torch.equal(torch.cat([chunk.frames for chunk in chunks]), model.video)
         assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
-        assert [chunk.first_frame for chunk in chunks] == list(range(0, 30, chunk_frames))
-    assert not torch.equal(whole, _generate(engine, seed=1))
+        assert [chunk.first_frame for chunk in chunks] == list(range(0, model.num_frames, chunk_frames))
+    assert not torch.equal(model.video, model.generate(seed=1))
 
 
 @pytest.mark.parametrize("chunk_frames", [None, 7])
@@ -121,10 +156,73 @@ def test_same_frames_in_another_process(engine, folder):
 
 
 @pytest.mark.parametrize("window_batch", [2, 5])
-def test_window_batch_changes_rounding_only(engine, window_batch):
-    batched = _generate(engine, miga=dataclasses.replace(golden_model.MIGA, window_batch=window_batch))
-    difference = (batched.int() - _generate(engine).int()).abs()
-    assert difference.max() <= 2
+def test_window_batch_changes_rounding_only(model, window_batch):
+    batched = model.generate(miga=dataclasses.replace(model.miga, window_batch=window_batch))
+    assert (batched.int() - model.video.int()).abs().max() <= 2
+
+
+def test_a_run_is_cancelled_between_passes(model):
+    chunks: list[Chunk] = []
+    for chunk in model.stream(model.num_frames, is_cancelled=lambda: bool(chunks)):
+        chunks.append(chunk)
+    frames = torch.cat([chunk.frames for chunk in chunks])
+    assert 0 < len(frames) < model.num_frames
+    assert torch.equal(frames, model.video[: len(frames)])
+
+
+def test_cancelled_before_the_first_frame(model):
+    assert list(model.stream(model.num_frames, is_cancelled=lambda: True)) == []
+
+
+def test_fifo_diffusion_runs_and_streams(model):
+    fifo = fifo_config(model.miga, model.engine.bundle.window_frames)
+    video = model.generate(miga=fifo)
+    assert video.shape == model.video.shape
+    assert not torch.equal(video, model.video)
+    chunks = model.stream(model.num_frames, miga=fifo, chunk_frames=4)
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks]), video)
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+import golden_model
+from miga_engine import Engine
+from miga_engine.runtime.ranks import Ranks
+rank, folder, models = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+ranks = Ranks()
+results = {}
+for (name, family), model in zip(golden_model.FAMILIES.items(), models, strict=True):
+    engine = Engine.from_pretrained(model, ranks=ranks)
+    calls = []
+    engine.bundle.transformer.register_forward_hook(lambda *_: calls.append(1))
+    chunks = [chunk.frames for chunk in engine.stream("a red balloon", family.num_frames, **family.options)]
+    results[name] = torch.cat(chunks) if chunks else None, len(calls)
+torch.save(results, f"{folder}/{rank}.pt")
+ranks.close()
+"""
+
+
+def test_two_ranks_share_the_windows_and_make_the_same_video(models, tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(miga_engine.__file__).parent.parent)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    folders = [str(model.folder) for model in models.values()]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path), *folders], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, model in models.items():
+        calls = []
+        hook = model.engine.bundle.transformer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.generate()
+        hook.remove()
+        assert torch.equal(first[name][0], model.video)
+        assert second[name][0] is None  # the first rank gives the frames
+        assert first[name][1] + second[name][1] == len(calls)
+        assert second[name][1] > len(calls) / 4
 
 
 def test_endless_stream_starts_at_once_and_can_be_dropped(engine):
@@ -151,11 +249,6 @@ def test_callback_ends_the_run_with_what_is_there(engine):
 def test_callback_is_refused_nothing_when_it_returns_nothing(engine):
     options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
     assert len(engine.generate("a red balloon", 20, callback=lambda progress: None, **options).frames) == 20
-
-
-def test_cancelled_before_the_first_frame(engine):
-    options = golden_model.OPTIONS | {"miga": golden_model.MIGA}
-    assert list(engine.stream("a red balloon", 30, is_cancelled=lambda: True, **options)) == []
 
 
 def test_events_tell_the_run(engine):
@@ -219,6 +312,25 @@ def test_a_later_prompt_changes_only_what_it_can_reach(engine):
 
 def test_a_prompt_after_the_end_changes_nothing(engine):
     assert torch.equal(_generate(engine), _generate(engine, prompt={0: "a red balloon", 5000: "night"}))
+
+
+# Facts of a model -----------------------------------------------------------------------------------------------
+
+
+def test_facts_come_with_the_model(models):
+    model = models["videocrafter2"]
+    engine, bundle = model.engine, model.engine.bundle
+    assert engine.preset is PRESETS["videocrafter2"]
+    assert (bundle.prediction_type, bundle.frame_ratio, bundle.latent_channels) == ("epsilon", 1, 4)
+    assert (bundle.window_frames, bundle.facts.window_frames, bundle.default_negative_prompt) == (5, 16, "")
+    with pytest.raises(ConfigError, match="solver 'unipc' does not fit a model that predicts epsilon"):
+        engine.resolve("a b", num_frames=4, solver="unipc", use_scale_array=False, **model.options)
+
+
+@pytest.mark.parametrize("options", [{"prompt": "snow at night"}, {"use_scale_array": False}, {"eta": 0.0}])
+def test_options_of_a_stochastic_solver_are_heard(models, options):
+    model = models["videocrafter2"]
+    assert not torch.equal(model.video, model.generate(**options))
 
 
 # Refusals --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ LAYERS = [
     ["runtime"],
     ["tiny"],
     ["memory"],
-    ["engine"],
+    ["engine", "render"],
+    ["embed"],
+    ["eval"],
     ["cli"],
     ["__main__"],
 ]
@@ -27,12 +29,12 @@ LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 # Stands beside the layers: the parts it may import, the only parts that may import it, and where a layer reaches up or
 # sideways inside a function (imported when called, never when loaded).
 STANDS_ALONE = {"video": {"errors", "_version"}}
-USES_VIDEO = {"engine", "cli", "tiny"}
+USES_VIDEO = {"engine", "render", "eval", "cli", "tiny"}
 LAZY_UPWARD = {("tiny", "engine"), ("__init__", "config"), ("__init__", "engine")}
 BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version when loaded
 
 # Heavy or optional: never when the package is loaded, whatever the module.
-ONLY_IN_FUNCTIONS = {"diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray"}
+ONLY_IN_FUNCTIONS = {"diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray", "cv2"}
 
 
 def _modules() -> list[Path]:

@@ -235,8 +235,8 @@ def test_wrong_tensors(official: Path, edit: Callable[[Tensors], None], message:
         ({"num_layers": 3}, r"lacks blocks\.2\.modulation \[1, 6, 96\] and \d+ more; give the complete weights"),
         ({"ffn_dim": 256}, r"holds blocks\.0\.ffn\.0\.weight as \[192, 96\] where the model has \[256, 96\]"),
         ({"num_heads": 5}, r"do not describe a model \(A width of 96 does not split into 5 heads"),
-        ({"num_heads": 0}, r"do not describe a model \(.*zero.*\); download both again\."),
-        ({"dim": "wide"}, r"do not describe a model \(invalid literal.*\); download both again\."),
+        ({"num_heads": 0}, r"says num_heads 0, where its weights allow whole numbers from 1 to \d+; give weights and"),
+        ({"dim": "wide"}, r"config\.json .* says dim 'wide', where its weights allow whole numbers from 1 to"),
         ({"_class_name": "Other"}, r"does not tell its number of heads and its width of 96 .*; put its config\.json"),
     ],
 )

@@ -224,6 +224,7 @@ def test_wrong_tensors(
     with pytest.raises(CheckpointError, match=message) as raised:
         load(file)
     assert "\n" not in str(raised.value)
+    assert "config.json" not in str(raised.value)  # it has none
 
 
 def test_missing_networks_and_wrong_places(ckpt: Path, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 import golden_model
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from miga_engine import Engine
 from miga_engine.config import MigaConfig
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.memory import Ledger, amount, choose_window_batch, peak_resident_bytes, resident_bytes
+from miga_engine.models.loading import file_bytes
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.umt5 import UMT5Config, UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
@@ -177,6 +179,33 @@ def test_estimate_follows_the_request(tmp_path):
     state = torch.random.get_rng_state()
     Engine.estimate(folder, **options)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_networks_in_one_file_are_counted_once(tmp_path):
+    """Each network of VideoCrafter2's file is mapped by itself, and its text tower's last block is never read."""
+    golden_model.build_videocrafter2(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    last_block = "cond_stage_model.model.transformer.resblocks.1."
+    unread = {key: tensor for key, tensor in tensors.items() if key.startswith(last_block)}
+    assert unread
+    prefixes = {
+        "transformer": "model.diffusion_model.",
+        "VAE": "first_stage_model.",
+        "text encoder": "cond_stage_model.",
+    }
+    expected = {
+        name: sum(t.nbytes for key, t in tensors.items() if key.startswith(prefix) and key not in unread)
+        for name, prefix in prefixes.items()
+    }
+    assert file_bytes(tmp_path) == expected
+
+    options = golden_model.FAMILIES["videocrafter2"].options
+    small, large = (Engine.estimate(tmp_path, **options | {"height": size}) for size in (8, 64))
+    assert 0 < small.device_total < large.device_total
+    # float32 copies of one network after the other; while the largest is copied, its part of the file is mapped too.
+    assert small.peaks["loading (files mapped)"] < max(expected.values())
+    mapped = Engine.estimate(tmp_path, device="cuda", **options).process["weights files (mapped)"]
+    assert mapped == max(expected.values())
 
 
 def test_estimate_refuses_what_a_run_refuses(tmp_path):

@@ -1,8 +1,10 @@
 """What an installed copy holds, and what importing it costs."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -98,12 +100,52 @@ def test_installed_copy_imports(built: Path, tmp_path: Path) -> None:
     assert "built" in _python("import miga_engine.kernels as k; print(*k.__path__)", cwd=tmp_path, path=built)
 
 
+LOCK_FILES = ("requirements.lock", "requirements-torch.lock", "requirements-test.lock")
+
+
 def test_lock_files_pin_what_the_package_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    runtime, test = (_pins(ROOT / name) for name in ("requirements.lock", "requirements-test.lock"))
+    runtime, torch, test = (_pins(name) for name in LOCK_FILES)
     extras = project["optional-dependencies"]
-    assert {_name(entry) for entry in project["dependencies"]} <= runtime
-    assert {_name(entry) for entry in extras["test"] + extras["lint"]} <= test | runtime
+    assert {_name(entry) for entry in project["dependencies"]} <= runtime.keys() | torch.keys()
+    assert {_name(entry) for entry in extras["test"] + extras["lint"]} <= test.keys() | runtime.keys()
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-test.lock"])
+def test_what_is_locked_is_locked_by_hash(name: str) -> None:
+    """As `pip install --require-hashes` wants it, which the Makefile asks for."""
+    entries = _entries(name)
+    assert len(entries) > 30
+    for entry in entries:
+        assert re.search(r"(?: --hash=sha256:[0-9a-f]{64})+$", entry), entry[:100]
+    assert f"--require-hashes -r {name}" in (ROOT / "Makefile").read_text()
+
+
+def test_licences_are_listed_for_what_is_locked() -> None:
+    listed = {}
+    for line in (ROOT / "THIRD_PARTY.md").read_text().splitlines():
+        if row := re.fullmatch(r"\| (\S+) \| (\d[^|]*) \| ([^|]{3,}) \| ([^|]{3,}) \|", line):
+            assert row[1] not in listed
+            listed[row[1]] = set(row[2].split(", "))
+    locked: dict[str, set[str]] = {}
+    for name in LOCK_FILES:
+        for package, versions in _pins(name).items():
+            locked.setdefault(package, set()).update(versions)
+    assert listed == locked
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or sys.version_info < (3, 11), reason="the list is that of another wheel"
+)
+def test_libraries_that_pyav_bundles_are_listed() -> None:
+    import av
+
+    text = (ROOT / "THIRD_PARTY.md").read_text()
+    assert f"The Linux wheel of av {version('av')} holds FFmpeg {av.ffmpeg_version_info}," in text
+    listed = set(re.findall(r"\blib[\w-]+", text.partition("| library |")[2].partition("\n\n")[0]))
+    bundled = {path.name.rpartition("-")[0] for path in Path(av.__file__).parents[1].glob("av.libs/*.so*")}
+    assert bundled
+    assert bundled == listed
 
 
 def _name(requirement: str) -> str:
@@ -112,9 +154,17 @@ def _name(requirement: str) -> str:
     return requirement.lower().replace("_", "-")
 
 
-def _pins(path: Path) -> set[str]:
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-r "))]
-    assert all("==" in line and "://" not in line for line in lines), (
-        "every line pins one exact version and names no host"
-    )
-    return {_name(line) for line in lines}
+def _entries(name: str) -> list[str]:
+    """Requirements of a lock file with their hashes, one a line."""
+    lines = (ROOT / name).read_text().replace("\\\n", "").splitlines()
+    return [re.sub(r" +", " ", line) for line in lines if line and not line.startswith(("#", "-r "))]
+
+
+def _pins(name: str) -> dict[str, set[str]]:
+    """Versions by package."""
+    pins: dict[str, set[str]] = {}
+    for entry in _entries(name):
+        exact = re.match(r"([a-z0-9-]+)==([0-9][^ ]*)( ; [^-]+)?( --hash|$)", entry)
+        assert exact, f"every line pins one exact version and names no host: {entry[:100]}"
+        pins.setdefault(exact[1], set()).add(exact[2])
+    return pins

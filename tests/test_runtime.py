@@ -12,7 +12,7 @@ import torch
 from oracle import Oracle, counter_noise, pseudo_network
 from safetensors.torch import load_file
 
-from miga_engine.config import MigaConfig, fifo_config
+from miga_engine.config import PRESETS, MigaConfig, fifo_config
 from miga_engine.errors import ConfigError
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
@@ -449,6 +449,13 @@ def test_every_judge_runs(judge, channels):
 # FIFO-Diffusion --------------------------------------------------------------------------------------------------
 
 
+FIFO_RECORD = {
+    key: value
+    for key, value in json.loads((GOLDENS.parent / "samplers" / "vc2_meta.json").read_text()).items()
+    if key.startswith("fifo_run_")
+}
+
+
 def _fifo_network(latents, timesteps, rows):
     text = torch.where(rows == 0, -0.2, 0.1).view(-1, 1, 1, 1, 1)
     level = timesteps.view(len(latents), 1, -1, 1, 1) / 1000
@@ -463,7 +470,8 @@ def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
         tensors[f"fifo_run_lookahead{lookahead}_{key}"][0].transpose(0, 1)
         for key in ("video_init", "noise_tape", "frames_out")
     )
-    config = fifo_config(MigaConfig(), 4)
+    preset, record = PRESETS["videocrafter2-fifo"], FIFO_RECORD[f"fifo_run_lookahead{lookahead}_cfg"]
+    config = dataclasses.replace(preset.miga, stride=record["video_length"] // 2)
     if not lookahead:
         config = dataclasses.replace(config, commit="leading", stride=4)
     padding, window, steps = 2 * lookahead, 4, 16
@@ -482,8 +490,9 @@ def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
         return tape[iteration_start + index]
 
     run = VideoRun(
-        _fifo_network, make_schedule("ddim", steps, eta=1.0), config, window_frames=window,
-        frame_shape=tuple(video.shape[1:]), noise=noise, num_frames=6, guidance_scale=12.0, device=CPU,
+        _fifo_network, make_schedule("ddim", steps, eta=preset.sampling.eta), config, window_frames=window,
+        frame_shape=tuple(video.shape[1:]), noise=noise, num_frames=6, device=CPU,
+        guidance_scale=preset.sampling.guidance_scale,
     )  # fmt: skip
     run._start_queue(video)
     # The release pads with frame 0 at its least noisy level, where we keep it clean.
@@ -500,6 +509,17 @@ def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
     assert run.stage == "done"
     # Of the frames that leave the queue, the copies of frame 0 come first and are not part of the video.
     assert run.emitted == 6
+
+
+def test_fifo_preset_is_the_published_run_at_the_models_size():
+    sampling, miga = PRESETS["videocrafter2-fifo"].sampling, PRESETS["videocrafter2-fifo"].miga
+    assert miga == fifo_config(miga, 16)
+    assert (miga.commit, miga.warmup, miga.stride, miga.window_order) == ("trailing", "copies", 8, "parallel")
+    assert (sampling.solver, sampling.use_scale_array) == ("ddim", False)
+    for record in FIFO_RECORD.values():
+        assert (sampling.eta, sampling.guidance_scale) == (record["eta"], record["cfg"])
+        assert record["S"] == record["num_partitions"] * record["video_length"]
+        assert sampling.num_inference_steps == record["num_partitions"] * 16
 
 
 def test_fifo_from_noise_to_video():
