@@ -30,6 +30,7 @@ from miga_engine import cli
 from miga_engine.engine import Engine
 from miga_engine.runtime import session
 from miga_engine.runtime.session import load_session
+from miga_engine.video import sink as plain_sinks
 from miga_engine.video import sinks
 from miga_engine.video.reading import read_video
 
@@ -228,7 +229,7 @@ def _die_in_output(number: int, moment: str) -> None:
         count += 1
         return count == number
 
-    mux, write_png, append = sinks.VideoFileSink._mux, sinks.write_png, sinks.RawFileSink._append
+    mux, write_png, append = sinks.VideoFileSink._mux, plain_sinks.write_png, sinks.RawFileSink._append
 
     def mux_some(self: Any, packets: list[Any]) -> None:
         for packet in packets:
@@ -252,7 +253,7 @@ def _die_in_output(number: int, moment: str) -> None:
                 _die()
             append(self, image[None])
 
-    sinks.VideoFileSink._mux, sinks.write_png, sinks.RawFileSink._append = mux_some, write_image, append_some  # type: ignore[method-assign]
+    sinks.VideoFileSink._mux, plain_sinks.write_png, sinks.RawFileSink._append = mux_some, write_image, append_some  # type: ignore[method-assign]
 
 
 def main() -> int:

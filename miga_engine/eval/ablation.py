@@ -422,7 +422,8 @@ def draw_measures(rows: Sequence[Row], picture: Path) -> None:
 def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
     """Curves over the length of the video, mean of all videos of a method with the standard error as a band."""
     plt = pyplot()
-    methods = [method for method in dict.fromkeys(job.method for job in jobs) if method in GROUPS["main"]]
+    made = list(dict.fromkeys(job.method for job in jobs))
+    methods = [method for method in made if method in GROUPS["main"]] or made
     curves = {
         method: [measure_video(job, job.path(folder))["curves"] for job in jobs if job.method == method]
         for method in methods
