@@ -24,7 +24,7 @@ from miga_engine.errors import (
 
 if TYPE_CHECKING:
     from miga_engine.config import MigaConfig
-    from miga_engine.engine import Chunk, Engine, Event, Video
+    from miga_engine.engine import Chunk, Engine, Event, Stream, Video
 
 __all__ = [
     "CheckpointError",
@@ -39,6 +39,7 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "SessionError",
+    "Stream",
     "Video",
     "__version__",
 ]
@@ -46,7 +47,7 @@ __all__ = [
 # Without it, records that the application does not ask for would be printed.
 logging.getLogger("miga_engine").addHandler(logging.NullHandler())
 
-_LAZY = {"MigaConfig": "config", "Chunk": "engine", "Engine": "engine", "Event": "engine", "Video": "engine"}
+_LAZY = {"MigaConfig": "config", "Chunk": "engine", "Engine": "engine", "Event": "engine", "Stream": "engine", "Video": "engine"}
 _KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
 

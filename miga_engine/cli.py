@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:2] == ["eval", "export"]:
             arguments[:2] = ["eval export"]
-        options = _build_parser().parse_args(arguments)
+        if arguments[:2] in (["eval", "ablation"], ["eval", "judge"]):
+            options = _build_study_parser().parse_args(arguments[1:])
+        else:
+            options = _build_parser().parse_args(arguments)
         return options.run(options)
     except MigaError as error:
         print(f"miga: {error}", file=sys.stderr)
@@ -90,6 +93,17 @@ def _hyphenate(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def _build_study_parser() -> argparse.ArgumentParser:
+    """Of `miga eval ablation` and `miga eval judge`; apart, because what they import takes time."""
+    from miga_engine.eval import ablation, judge
+
+    parser = _Parser(prog="miga eval")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    ablation.add_parser(commands)
+    judge.add_parser(commands)
+    return parser
 
 
 def _build_parser() -> argparse.ArgumentParser:

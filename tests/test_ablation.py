@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from miga_engine import Engine
+from miga_engine.cli import main
 from miga_engine.config import PRESETS
 from miga_engine.errors import ConfigError
 from miga_engine.eval import ablation, judge
@@ -170,7 +171,8 @@ def test_auc_and_roc_on_known_numbers() -> None:
     rng = np.random.default_rng(0)
     negatives, positives = rng.normal(0, 1, 300), rng.normal(1, 1, 200)
     false, true = judge.roc(negatives, positives)
-    assert np.trapezoid(true, false) == pytest.approx(judge.auc(negatives, positives))
+    area = np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2)
+    assert area == pytest.approx(judge.auc(negatives, positives))
 
 
 # The judge -------------------------------------------------------------------------------------------------------
@@ -256,3 +258,19 @@ def test_the_judge_command_keeps_what_it_has_judged(tmp_path: Path, capsys: pyte
     assert len(rows) == len(judge.VARIANTS) * (len(judge.KINDS) + 2)
     with pytest.raises(ConfigError, match="--judge-steps must lie between 1 and 16, got 17"):
         _miga_eval("judge", "--folder", tmp_path, "--judge-steps", 17)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["judge", "--judge_steps", "17"], "miga: --judge-steps must lie between 1 and 16, got 17"),
+        (["judge", "--points"], "miga: argument --points: expected one argument (see: miga eval judge --help)"),
+        (["ablation", "--methods", "none"], "miga: unknown method 'none'"),
+        (["ablation", "--existing", "--methods", "fifo"], "holds none of these videos yet: leave --existing out"),
+    ],
+)
+def test_the_commands_say_what_is_wrong(
+    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", command[0], "--folder", str(tmp_path), *command[1:]]) == 2
+    assert message in capsys.readouterr().err

@@ -365,6 +365,7 @@ def test_nan_stops_the_run_with_frame_level_and_window(engine, whole, tmp_path, 
         frames.extend(chunk.frames for chunk in stream)
     with pytest.raises(SessionError, match="in the middle of an update and cannot be saved"):
         stream.save(path)
+    assert next(stream, None) is None
     monkeypatch.undo()  # the cause is gone: the state from before goes on as if nothing had happened
     resumed = engine.resume(path)
     start = resumed.num_frames_out

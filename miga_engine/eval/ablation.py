@@ -420,7 +420,7 @@ def draw_measures(rows: Sequence[Row], picture: Path) -> None:
 
 
 def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
-    """Curves over the length of the video, mean of all videos of a method with the standard error as a band."""
+    """Curves over the length of the video, mean of all videos of a method; a band of the standard error for two."""
     plt = pyplot()
     made = list(dict.fromkeys(job.method for job in jobs))
     methods = [method for method in made if method in GROUPS["main"]] or made
@@ -436,10 +436,10 @@ def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
             values: npt.NDArray[np.float64] = np.array([video[name] for video in videos])
             mean, error = values.mean(0), values.std(0) / max(1, len(values) - 1) ** 0.5
             colour = "black" if method == REFERENCE else plt.get_cmap("tab10")(i % 10)
-            axis.plot(
-                where, mean, color=colour, label=method, linewidth=2.4 if method in (REFERENCE, "default") else 1.2
-            )
-            axis.fill_between(where, mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
+            is_main = method in (REFERENCE, "default")
+            axis.plot(where, mean, color=colour, label=method, linewidth=2.4 if is_main else 1.2)
+            if is_main:
+                axis.fill_between(where, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=name, xlabel="share of the video")
         axis.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()

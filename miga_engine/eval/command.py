@@ -29,7 +29,8 @@ def add_parsers(
     run holds the options of a run; load makes of them the engine and its options of `Engine.generate`.
     """
     evaluate = commands.add_parser(
-        "eval", help="measure videos: consistency, motion, drift, seams; `eval export` for VBench and NarrLV",
+        "eval", help="measure videos: consistency, motion, drift, seams; `eval export` for VBench and NarrLV; `eval "
+        "ablation` and `eval judge` measure the method itself",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measure videos, needing no weights: consistency and the motion beside it, colours, sharpness and "
         "noise\nalong the video, seams. docs/measures.md says what each measure sees and what it is blind to.",

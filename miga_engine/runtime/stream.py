@@ -222,6 +222,7 @@ class Stream(Iterator[Chunk]):
         failure, self._failure = self._failure, None
         self._decoding.close()
         if failure is not None:
+            self._autosave = None  # what is left is for the caller to save
             raise failure
         if self._autosave is not None:
             self._save(self._autosave)
