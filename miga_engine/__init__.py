@@ -47,7 +47,7 @@ __all__ = [
 # Without it, records that the application does not ask for would be printed.
 logging.getLogger("miga_engine").addHandler(logging.NullHandler())
 
-_LAZY = {"MigaConfig": "config", "Chunk": "engine", "Engine": "engine", "Event": "engine", "Stream": "engine", "Video": "engine"}
+_LAZY = {"MigaConfig": "config", **dict.fromkeys(("Chunk", "Engine", "Event", "Stream", "Video"), "engine")}
 _KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
 
