@@ -318,6 +318,7 @@ def _resume(options: argparse.Namespace) -> int:
         preset=record.get("preset") or None,
         attention=record.get("attention", "auto"),
         vae_dtype=record.get("vae_dtype", "float32"),
+        compile=bool(record.get("compile")),
         ranks=ranks,
     )
     every = _checkpoint_every(settings)

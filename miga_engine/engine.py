@@ -367,6 +367,7 @@ class Engine:
             "dtype": str(self.bundle.dtype).removeprefix("torch."),
             "vae_dtype": str(self.bundle.vae.dtype).removeprefix("torch."),
             "attention": self.bundle.transformer.attention,
+            "compile": self.bundle.transformer._compiled_call_impl is not None,
             "transformer": fingerprint(self.bundle.transformer),
             "VAE": fingerprint(self.bundle.vae),
             "device": self.device.type,
@@ -376,7 +377,7 @@ class Engine:
 
     def _check_same_model(self, path: str | os.PathLike[str], saved: Mapping[str, Any]) -> None:
         here = self.identity()
-        for name in ("dtype", "vae_dtype", "attention", "transformer", "VAE"):
+        for name in ("dtype", "vae_dtype", "attention", "compile", "transformer", "VAE"):
             if saved.get(name) != here[name]:
                 what = (
                     f"other weights of the {name}"
