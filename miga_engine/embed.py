@@ -118,7 +118,7 @@ def resume_run(path: bytes, options: bytes) -> Run:
     file = os.fsdecode(path)
     given = _parse(options, _OF_MODEL | _OF_STREAM | {"model", "num_frames"})
     saved = load_session(file).model
-    recorded = {name: saved.get(name) for name in ("device", "dtype", "vae_dtype", "attention", "preset")}
+    recorded = {name: saved.get(name) for name in ("device", "dtype", "vae_dtype", "attention", "compile", "preset")}
     model = given.pop("model", None) or str(saved.get("name"))
     engine = Engine.from_pretrained(model, **{**recorded, **_take(given, _OF_MODEL)})
     return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
