@@ -2,7 +2,7 @@
 
     python bench/soak.py --num-frames 20000 --folder out/soak
 
-Appends one row to bench/results/soak_cpu.csv.
+Appends one row to bench/results/soak_cpu.csv and draws docs/soak.png.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import av
 import measure
 import numpy as np
 
+from miga_engine.video.contact_sheet import ContactSheet
+
 PROMPT = "a red balloon over snowy hills at dawn"
 
 
@@ -26,6 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-frames", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, default=Path("out/soak"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/soak.png"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     video, events = options.folder / "soak.mp4", options.folder / "soak.jsonl"
@@ -41,7 +44,7 @@ def main() -> int:
     row = {
         "frames": options.num_frames,
         "killed_at": made,
-        "decoded_frames": count_frames(video),
+        "decoded_frames": draw(video, options.picture, options.num_frames),
         "seconds": round(seconds),
         **{
             f"{part}_{name}": value
@@ -89,9 +92,16 @@ def growth(sizes: list[float]) -> list[tuple[str, float]]:
     ]
 
 
-def count_frames(video: Path) -> int:
+def draw(video: Path, picture: Path, num_frames: int) -> int:
+    """Frames evenly over the whole file in one picture; the number of frames that decode."""
+    count = 0
+    sheet = ContactSheet(num_tiles=24, num_columns=8, num_frames=num_frames)
     with av.open(str(video)) as container:
-        return sum(1 for _ in container.decode(video=0))
+        for frame in container.decode(video=0):
+            sheet.add(frame.to_ndarray(format="rgb24")[None])
+            count += 1
+    sheet.save(picture)
+    return count
 
 
 if __name__ == "__main__":
