@@ -34,7 +34,9 @@ LAZY_UPWARD = {("tiny", "engine"), ("__init__", "config"), ("__init__", "engine"
 BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version when loaded
 
 # Heavy or optional: never when the package is loaded, whatever the module.
-ONLY_IN_FUNCTIONS = {"diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray", "cv2", "matplotlib"}
+ONLY_IN_FUNCTIONS = {
+    *("diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray", "cv2", "matplotlib"),
+}
 
 
 def _modules() -> list[Path]:

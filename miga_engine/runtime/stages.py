@@ -204,7 +204,7 @@ class VideoRun:
             "first": first,
             "num_passes": self.num_passes,
             "emitted": self.emitted,
-            "unified": self.unified.done,
+            "unified": list(self.unified.done),
             "previous_score": None if reflection is None else reflection.previous_score,
             "num_searches": 0 if reflection is None else reflection.num_searches,
             **self.denoiser.progress(),
