@@ -362,7 +362,7 @@ class Engine:
     def identity(self) -> dict[str, Any]:
         """What computes the frames, as session files record it: all of it decides over the last bits."""
         return {
-            "name": self.name,
+            "name": self.name if self.name == "tiny" else os.path.abspath(self.name),
             "preset": self.preset_name,
             "dtype": str(self.bundle.dtype).removeprefix("torch."),
             "vae_dtype": str(self.bundle.vae.dtype).removeprefix("torch."),

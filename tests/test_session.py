@@ -595,6 +595,17 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with(folder, tmp_path, whole_file
     assert sum(event["num_frames"] for event in numbers if event["event"] == "chunk") == NUM_FRAMES
 
 
+def test_a_session_is_resumed_from_another_folder(folder, tmp_path, whole_file, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = os.path.relpath(folder)
+    assert _miga(*_generate(Path(model), "video.mp4", "--num-frames", 33, "--session", "run.safetensors")) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert _miga("resume", "../here/run.safetensors", "-q", "--num-frames", NUM_FRAMES) == 0
+    assert np.array_equal(read_video(tmp_path / "here" / "video.mp4"), whole_file)
+
+
 def test_the_session_of_another_run_is_not_written_over(folder, tmp_path, capsys) -> None:
     (tmp_path / "video.session.safetensors").write_bytes(b"hours of work")
     assert _miga(*_generate(folder, tmp_path / "video.mp4")) == 2
