@@ -351,7 +351,7 @@ class Engine:
             self.start(request, _emitter(on_event)),
             self.bundle.vae.stream_decoder(),
             request,
-            self.identity(),
+            self.identity,
             chunk_frames=chunk_frames,
             on_event=on_event,
             is_cancelled=is_cancelled or (lambda: False),

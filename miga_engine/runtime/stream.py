@@ -77,7 +77,7 @@ class Stream(Iterator[Chunk]):
         run: VideoRun,
         decoder: StreamDecoder,
         request: Request,
-        model: dict[str, Any],
+        model: Callable[[], dict[str, Any]],
         *,
         chunk_frames: int | None,
         on_event: Callable[[Event], None] | None,
@@ -93,7 +93,7 @@ class Stream(Iterator[Chunk]):
         self._run: VideoRun | None = run
         self._decoder = decoder
         self._decoding = Decoding(decoder.push, overlap=overlap_decode)
-        self._model = model
+        self._model = model  # what computes it, asked when it is saved
         self._chunk_frames = chunk_frames
         self._on_event = on_event
         self._is_cancelled = is_cancelled
@@ -286,7 +286,7 @@ class Stream(Iterator[Chunk]):
         if self._run.has_parted and self._extension is not None:
             earlier = load_session(self._extension)
             extension = earlier.extension if has_parted(earlier.state) else earlier.state
-        session = Session(self.request.to_record(), self._model, self._state(self._run, output), extension)
+        session = Session(self.request.to_record(), self._model(), self._state(self._run, output), extension)
         save_session(path, session)
         if self._on_event is not None:
             self._on_event(Event("saved", {"path": os.fspath(path), "num_frames": self.num_frames_out}))
