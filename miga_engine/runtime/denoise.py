@@ -75,6 +75,16 @@ class _Shape(NamedTuple):
     has_prompt_per_frame: bool
 
 
+class _Check(NamedTuple):
+    """What is kept of a pass until it is known that its output was finite."""
+
+    sums: Tensor  # [G,n], of the output of each branch and frame
+    frames: np.ndarray  # [n] numbers of the latent frames
+    steps: np.ndarray  # [n]
+    lengths: list[int]  # frames of each window
+    first_window: int
+
+
 class Denoiser:
     """Runs passes over a FrameStore.
 
@@ -111,7 +121,7 @@ class Denoiser:
         self.is_intact = True
         """Whether the state is as it was between two passes; False from an update that failed on."""
         self._parts_done = 0
-        self._checks: list[tuple[Tensor, np.ndarray]] = []  # flags [n], and (frame, step, window) [n,3]
+        self._checks: list[_Check] = []
         self._num_branches = 1 if self.guidance_scale == 1.0 else 2
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
@@ -160,10 +170,15 @@ class Denoiser:
     def check_finite(self) -> None:
         """NumericsError if the network gave NaN or infinity since the last call: one wait for the device."""
         checks, self._checks = self._checks, []
-        if not checks or bool((is_finite := torch.cat([flags for flags, _ in checks])).all()):
+        if not checks or bool((is_finite := torch.cat([check.sums for check in checks], dim=1).isfinite()).all()):
             return
         self.is_intact = False
-        frame, step, window = np.concatenate([rows for _, rows in checks])[int((~is_finite).nonzero()[0])]
+        row = int((~is_finite).any(0).nonzero()[0])
+        frame = np.concatenate([check.frames for check in checks])[row]
+        step = np.concatenate([check.steps for check in checks])[row]
+        window = np.concatenate([check.first_window + np.arange(len(check.lengths)) for check in checks]).repeat(
+            np.concatenate([check.lengths for check in checks])
+        )[row]
         raise NumericsError(
             f"the network gave NaN or infinity for latent frame {frame} at step {step} (timestep "
             f"{self.schedule.timesteps[step]:g}, window {window} of its pass): try float32, another attention backend, "
@@ -171,12 +186,12 @@ class Denoiser:
         )
 
     def _note_finite(self, windows: Sequence[Window], slots: np.ndarray, first_window: int) -> None:
-        """Keep a flag a frame on the device: NaN and infinity stay in a sum."""
-        lengths = [window.commit_stop - window.commit_start for window in windows]
-        window_of = np.repeat(np.arange(first_window, first_window + len(windows)), lengths)
+        """Keep a number a frame on the device: NaN and infinity stay in a sum."""
         sums = self._outputs[:, : len(slots)].sum(dim=(2, 3, 4))
-        rows = np.stack([self.store.frame_number[slots], self.store.step_index[slots], window_of], axis=1)
-        self._checks.append((sums.isfinite().all(0), rows))
+        lengths = [window.commit_stop - window.commit_start for window in windows]
+        self._checks.append(
+            _Check(sums, self.store.frame_number[slots], self.store.step_index[slots], lengths, first_window)
+        )
 
     def _forward_all(self, windows: Sequence[Window]) -> None:
         """Model output of all committed frames, in the windows' order, into the first rows of ``_outputs``."""
