@@ -26,7 +26,7 @@ from miga_engine.runtime.denoise import Batch, is_out_of_memory
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.session import Session, State, fingerprint, guarded, load_session
 from miga_engine.runtime.stages import VideoRun
-from miga_engine.runtime.stream import Chunk, Event, Stream, has_parted
+from miga_engine.runtime.stream import Chunk, Event, Stream
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.tiny import WEIGHTS_DIR
 
@@ -407,7 +407,7 @@ class Engine:
             request = self.resolve(**fields)
             state = session.state
             # The end of a run shapes it from the tick on that hands over its last frames.
-            if has_parted(state) and request.num_frames != saved.num_frames:
+            if state.has_parted and request.num_frames != saved.num_frames:
                 if session.extension is None:
                     raise SessionError(
                         f"the session {path} can be finished, but not be made longer or shorter: its run had come near "

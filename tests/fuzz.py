@@ -397,9 +397,9 @@ def break_request(data: bytes, rng: Random) -> bytes:
 
 def load_options(folder: Folder) -> None:
     """A --config file all the way to a request and the first steps of its run."""
-    from miga_engine import cli
+    from miga_engine import cli, config_file
 
-    settings = cli._read_config(str(folder / "run.yaml"))
+    settings = config_file.read_config(str(folder / "run.yaml"))
     prompt = cli._prompt_timeline(settings)
     settings.pop("model", None)
     start(tiny(), {"prompt": prompt, **cli._request_options(tiny(), settings)})

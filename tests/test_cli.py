@@ -16,7 +16,8 @@ import golden_model
 import numpy as np
 import pytest
 
-from miga_engine.cli import RELEASED_NAMES, main
+from miga_engine.cli import main
+from miga_engine.config_file import RELEASED_NAMES
 from miga_engine.video.reading import read_metadata, read_video
 
 SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "10", "--zigzag-width", "2", "--stage2-steps", "3",

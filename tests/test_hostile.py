@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from miga_engine.cli import _prompt_timeline, _read_config, _request_options, main
+from miga_engine.cli import _prompt_timeline, _request_options, main
+from miga_engine.config_file import read_config
 from miga_engine.engine import Engine
 from miga_engine.errors import CheckpointError, ConfigError, MigaError, OutputError, SessionError
 from miga_engine.models import load_bundle, load_transformer, load_vae
@@ -413,7 +414,7 @@ def test_config_files(tiny: Engine, tmp_path: Path, text: str, sentence: str) ->
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def read() -> None:
-        options = _read_config(str(path))
+        options = read_config(str(path))
         tiny.resolve(_prompt_timeline(options), **_request_options(tiny, options))
 
     assert sentence in refusal(read, ConfigError)
@@ -437,7 +438,7 @@ def test_any_config_file(tiny: Engine, tmp_path: Path, content: dict[str, Any]) 
     path.write_text(yaml.safe_dump(content))
 
     def read() -> None:
-        options = _read_config(str(path))
+        options = read_config(str(path))
         tiny.resolve(_prompt_timeline(options), **_request_options(tiny, options))
 
     passes_or_is_refused(read)

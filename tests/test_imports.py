@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "_version"],
     ["config", "schedule", "noise", "prompts"],
+    ["config_file"],
     ["kernels", "_extension"],
     ["ops"],
     ["models"],

@@ -553,7 +553,7 @@ def test_kills(tmp_path) -> None:
 
 def _environment() -> dict[str, str]:
     roots = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
 
 
 # The command ---------------------------------------------------------------------------------------------------

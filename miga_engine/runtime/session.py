@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miga_engine.errors import MigaError, OutputError, SessionError
+from miga_engine.runtime.stages import DONE, FLUSH
 
 VERSION = 1
 SUFFIX = ".safetensors"
@@ -38,6 +39,11 @@ class State:
 
     numbers: dict[str, Any]
     tensors: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def has_parted(self) -> bool:
+        """Whether the end of the run had begun to shape it."""
+        return self.numbers["run"]["stage"] in (FLUSH, DONE)
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def describe_session(session: Session) -> list[tuple[str, str]]:
         ("seed", str(request["seed"])),
         ("stage", f"{run['stage']}, latent frames {run['head']} to {run['tail'] - 1} in the queue"),
         ("searches", str(run["num_searches"])),
-        ("can be extended", "yes" if session.extension or run["stage"] not in ("flush", "done") else "no"),
+        ("can be extended", "yes" if session.extension or not session.state.has_parted else "no"),
     ]  # fmt: skip
 
 

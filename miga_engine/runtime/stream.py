@@ -22,7 +22,7 @@ from miga_engine.runtime.decode import Decoding
 from miga_engine.runtime.denoise import is_out_of_memory
 from miga_engine.runtime.drift import DriftMeter
 from miga_engine.runtime.session import Session, State, guarded, load_session, save_session
-from miga_engine.runtime.stages import DONE, FLUSH, VideoRun
+from miga_engine.runtime.stages import DONE, VideoRun
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class Stream(Iterator[Chunk]):
         extension = None
         if self._run.has_parted and self._extension is not None:
             earlier = load_session(self._extension)
-            extension = earlier.extension if has_parted(earlier.state) else earlier.state
+            extension = earlier.extension if earlier.state.has_parted else earlier.state
         session = Session(self.request.to_record(), self._model(), self._state(self._run, output), extension)
         save_session(path, session)
         if self._on_event is not None:
@@ -343,11 +343,6 @@ class Stream(Iterator[Chunk]):
         self.is_resumed = True
         if numbers["output"] is not None:
             self.output = dict(numbers["output"]), tensors["output_frames"]
-
-
-def has_parted(state: State) -> bool:
-    """Whether the end of the run had begun to shape it."""
-    return state.numbers["run"]["stage"] in (FLUSH, DONE)
 
 
 @dataclass
