@@ -46,6 +46,7 @@ def main() -> int:
         "killed_at": made,
         "decoded_frames": draw(video, options.picture, options.num_frames),
         "seconds": round(seconds),
+        **drift(events, options.num_frames),
         **{
             f"{part}_{name}": value
             for part, sizes in (("before", before), ("after", after))
@@ -68,6 +69,18 @@ def watch(command: list[str], events: Path, kill_at: int | None = None) -> list[
         time.sleep(1)
     assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), process.returncode
     return sizes
+
+
+def drift(events: Path, num_frames: int) -> dict[str, float]:
+    """How far colours have moved since the beginning (`runtime.drift`): means over the first and last fifth, and most."""
+    lines = [json.loads(line) for line in events.read_text().splitlines() if '"event": "drift"' in line]
+    starts, values = (np.array([line[key] for line in lines]) for key in ("first_frame", "drift"))
+    fifth = num_frames // 5
+    return {
+        "drift_first_fifth": round(float(values[starts < fifth].mean()), 4),
+        "drift_last_fifth": round(float(values[starts >= num_frames - fifth].mean()), 4),
+        "drift_most": round(float(values.max()), 4),
+    }
 
 
 def frames_out(events: Path) -> int:
