@@ -72,7 +72,7 @@ def watch(command: list[str], events: Path, kill_at: int | None = None) -> list[
 
 
 def drift(events: Path, num_frames: int) -> dict[str, float]:
-    """How far colours have moved since the beginning (`runtime.drift`): means over the first and last fifth, and most."""
+    """How far colours have moved (`runtime.drift`): means over the first and the last fifth of the video, and most."""
     lines = [json.loads(line) for line in events.read_text().splitlines() if '"event": "drift"' in line]
     starts, values = (np.array([line[key] for line in lines]) for key in ("first_frame", "drift"))
     fifth = num_frames // 5
