@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from miga_engine.config import MigaConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError
+from miga_engine.eval.paired import MEASURES, REFERENCE, Row, draw_measures, markdown_table, pyplot
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
@@ -76,7 +78,6 @@ GROUPS = {
     "alone": tuple(METHODS)[8:],
     "sweep": SWEEP,
 }
-REFERENCE = "fifo"
 SUFFIX = ".mkv"
 NUM_SEGMENTS = 16
 """Parts of a video that its curves over time are averaged in."""
@@ -142,8 +143,8 @@ def expand_methods(names: Iterable[str]) -> list[str]:
 # Videos ----------------------------------------------------------------------------------------------------------
 
 
-def make_video(engine: Engine, request: Request, path: Path) -> None:
-    """Write the video, lossless, and beside it a record of what it cost and what its judge said.
+def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str, Any]) -> None:
+    """Write the video, lossless, and beside it a record of what was asked, what it cost and what its judge said.
 
     ``window_frames`` counts the latent frames that all forwards read, once for both branches of guidance.
     """
@@ -170,7 +171,7 @@ def make_video(engine: Engine, request: Request, path: Path) -> None:
         hook.remove()
     searches = [event.data["adopted"] for event in events if event.kind == "search_finished"]
     record = {
-        "request": _comparable(engine, request),
+        "request": asked,
         "window_frames": window_frames,
         "seconds": time.perf_counter() - started,
         "searches": len(searches),
@@ -181,7 +182,7 @@ def make_video(engine: Engine, request: Request, path: Path) -> None:
     partial.replace(path)
 
 
-def render_world(scene: world.Scene, request: Request, path: Path) -> None:
+def render_world(scene: world.Scene, request: Request, path: Path, asked: Mapping[str, Any]) -> None:
     """Write what the prompt describes, at no cost, in place of a generated video."""
     from miga_engine.video.sinks import open_sink
 
@@ -191,23 +192,34 @@ def render_world(scene: world.Scene, request: Request, path: Path) -> None:
     scene = dataclasses.replace(scene, seed=request.seed)
     with open_sink(partial, request.fps, request.width, request.height) as sink:
         sink.write(world.render(scene, 0, request.num_frames or 0, request.height, request.width)[0])
-    record = {"window_frames": 0, "seconds": 0.0, "searches": 0, "adopted": 0, "events": []}
-    record["request"] = {"num_frames": request.num_frames, "seed": request.seed}
+    record = {"request": asked, "window_frames": 0, "seconds": 0.0, "searches": 0, "adopted": 0, "events": []}
     path.with_suffix(".json").write_text(json.dumps(record))
     partial.replace(path)
 
 
-def _comparable(engine: Engine, request: Request) -> dict[str, Any]:
+def _comparable(engine: Engine, job: Job, request: Request) -> dict[str, Any]:
+    """What a video depends on, by name."""
+    if job.method == WORLD:
+        return {"num_frames": request.num_frames, "seed": request.seed}
     metadata = json.loads(json.dumps(request.metadata(engine.name)))
     return {**metadata.pop("miga"), **metadata}
 
 
-def _check_made(engine: Engine, request: Request, path: Path) -> None:
+def _digest(asked: Mapping[str, Any]) -> str:
+    """Ten letters for what was asked; an option that is added later leaves them alone while it has its default."""
+    defaults = {option.name: option.default for option in dataclasses.fields(MigaConfig)} | {
+        "miga_engine": asked.get("miga_engine")
+    }
+    changed = {name: value for name, value in asked.items() if name not in defaults or value != defaults[name]}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _check_made(asked: Mapping[str, Any], path: Path) -> None:
     """Refuse a video that was made with other options; options that did not exist then are not compared."""
-    made, now = json.loads(path.with_suffix(".json").read_text())["request"], _comparable(engine, request)
-    for name in made.keys() & now.keys() - {"miga_engine"}:
-        if made[name] != now[name]:
-            raise ConfigError(f"{path} was made with {name} {made[name]!r}, now {now[name]!r} is asked for: give "
+    made = json.loads(path.with_suffix(".json").read_text())["request"]
+    for name in made.keys() & asked.keys() - {"miga_engine"}:
+        if made[name] != asked[name]:
+            raise ConfigError(f"{path} was made with {name} {made[name]!r}, now {asked[name]!r} is asked for: give "
                               "another --folder, or remove the file")  # fmt: skip
 
 
@@ -243,6 +255,22 @@ def measure_video(job: Job, path: Path) -> dict[str, Any]:
     return content
 
 
+CSV_COLUMNS = (
+    "method",
+    "prompt_index",
+    "prompt",
+    "seed",
+    "options",
+    "num_frames",
+    "window_frames",
+    "seconds",
+    "searches",
+    "adopted",
+)
+REFLECTION = ("self_reflection", "score_drop", "judge_step", "reference_groups", "candidates", "judge", "channels")
+"""Options that leave a video as it is while no search begins."""
+
+
 def run_grid(
     engine: Engine,
     folder: Path,
@@ -251,172 +279,127 @@ def run_grid(
     num_prompts: int,
     num_seeds: int,
     num_frames: int,
+    known: Iterable[Row] = (),
     make: bool = True,
-) -> list[Job]:
-    """Make every video of the grid that the folder lacks, unless ``make`` is False; the jobs done, in order of work."""
-    jobs = [Job(m, p, s) for p in range(num_prompts) for s in range(num_seeds) for m in methods]
+) -> list[Row]:
+    """A row of the CSV file for each video of the grid, by prompt, seed and method.
+
+    Videos are made that neither the folder nor the ``known`` rows have, unless ``make`` is False; then, and for those
+    that another process is making now, there is no row. A video without reflection is not made where one with it never
+    searched: it is the same.
+    """
     options = {method: method_options(engine, method) for method in methods}
-    requests = [
+    rows = {_key(row): row for row in known}
+    # What searches comes first: where nothing was found, the video without reflection is known.
+    order = sorted(methods, key=lambda method: method == WORLD or not options[method]["miga"].self_reflection)
+    wanted = [Job(m, p, s) for p in range(num_prompts) for s in range(num_seeds) for m in methods]
+    requests = {
         # each prompt has noise of its own, which the methods share
-        engine.resolve(
-            j.prompt, num_frames=num_frames, seed=j.seed * len(PROMPTS) + j.prompt_index, **options[j.method]
+        job: engine.resolve(
+            job.prompt, num_frames=num_frames, seed=job.seed * len(PROMPTS) + job.prompt_index, **options[job.method]
         )
-        for j in jobs
-    ]
-    done = []
-    for job, request in zip(jobs, requests, strict=True):
-        path = job.path(folder)
+        for job in wanted
+    }
+    for job in (Job(m, p, s) for p in range(num_prompts) for s in range(num_seeds) for m in order):
+        request, path = requests[job], job.path(folder)
+        asked = _comparable(engine, job, request)
+        row = rows.get(_key(job)) or _unsearched_twin(job, requests, rows)
+        if row is not None:
+            if "options" in row and row["method"] == job.method and row["options"] != _digest(asked):
+                raise ConfigError(f"the CSV file's row of {job.method}, {job.prompt!r}, seed {job.seed} was made with "
+                                  "other options: take it out, or give another --csv")  # fmt: skip
+            rows[_key(job)] = {**row, "method": job.method, "options": _digest(asked)}
+            continue
         if path.exists():
-            _check_made(engine, request, path)
+            _check_made(asked, path)
         elif job.method == WORLD:
-            render_world(SCENES[job.prompt_index], request, path)
-        elif make:
-            make_video(engine, request, path)
+            render_world(SCENES[job.prompt_index], request, path, asked)
+        elif make and not _make_unless_claimed(engine, request, path, asked):
+            print(f"{path} is being made by another process", flush=True)
+        if path.exists():
+            rows[_key(job)] = _read_row(job, path, asked)
+    return [rows[_key(job)] for job in wanted if _key(job) in rows]
+
+
+def _key(video: Job | Row) -> tuple[str, int, int]:
+    row = dataclasses.asdict(video) if isinstance(video, Job) else video
+    return row["method"], int(row["prompt_index"]), int(row["seed"])
+
+
+def _unsearched_twin(job: Job, requests: Mapping[Job, Request], rows: Mapping[tuple[str, int, int], Row]) -> Row | None:
+    """The row of a video that differs from this one, without reflection, in nothing but a reflection that never
+    searched."""
+    request = requests[job]
+    if job.method == WORLD or request.miga.self_reflection:
+        return None
+    own = {name: getattr(request.miga, name) for name in REFLECTION}
+    for other, theirs in requests.items():
+        if (other.prompt_index, other.seed) != (job.prompt_index, job.seed) or other.method in (job.method, WORLD):
+            continue
+        row = rows.get(_key(other))
+        is_same = dataclasses.replace(theirs, miga=dataclasses.replace(theirs.miga, **own)) == request
+        if row is not None and is_same and int(row["searches"]) == 0:
+            return row
+    return None
+
+
+def _make_unless_claimed(engine: Engine, request: Request, path: Path, asked: Mapping[str, Any]) -> bool:
+    """Make the video, unless another process does: its claim is a lock that ends with it. False where it is claimed."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        if not path.exists():  # it may have appeared since it was looked for
+            make_video(engine, request, path, asked)
             record = json.loads(path.with_suffix(".json").read_text())
             print(f"{path}: {record['window_frames']} frames read, {record['seconds']:.1f} s", flush=True)
-        else:
-            continue
-        done.append(job)
-    return done
+    return True
 
 
-# Statistics and reports ------------------------------------------------------------------------------------------
-
-MEASURES: Mapping[str, tuple[str, float]] = {
-    "subject_consistency": ("subject consistency, %", 100),
-    "background_consistency": ("background consistency, %", 100),
-    "motion": ("motion, px/frame", 1),
-    "colour_profile_distance": ("colours off the true world, %", 100),
-    "colour_drift": ("colour drift, %", 100),
-    "subject_jitter": ("subject jitter, px/frame²", 1),
-    "accuracy": ("attributes as asked, %", 100),
-}
-"""Measures of the table: their name there, and the factor to its unit."""
-CSV_COLUMNS = (
-    "method",
-    "prompt_index",
-    "prompt",
-    "seed",
-    "num_frames",
-    "window_frames",
-    "seconds",
-    "searches",
-    "adopted",
-)
-Row = Mapping[str, Any]
-
-
-def read_row(job: Job, folder: Path, num_frames: int) -> dict[str, Any]:
+def _read_row(job: Job, path: Path, asked: Mapping[str, Any]) -> Row:
     """What is known of one video, as a row of the CSV file."""
-    path = job.path(folder)
     record = json.loads(path.with_suffix(".json").read_text())
     means = measure_video(job, path)["means"]
     accuracies = [value for name, value in means.items() if name.startswith("accuracy_")]
-    row = {**record, **dataclasses.asdict(job), "prompt": job.prompt, "num_frames": num_frames}
+    row = {**record, **dataclasses.asdict(job), "prompt": job.prompt, "options": _digest(asked)}
+    row["num_frames"] = asked["num_frames"]
     return {name: row[name] for name in CSV_COLUMNS} | means | {"accuracy": float(np.mean(accuracies))}
 
 
+def read_csv(path: Path) -> list[Row]:
+    """Rows that `write_csv` wrote; ConfigError for another file."""
+    text = ("method", "prompt", "options")
+    try:
+        with path.open(newline="") as stream:
+            rows: list[Row] = [
+                {name: value if name in text else float(value) for name, value in row.items()}
+                for row in csv.DictReader(stream)
+            ]
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is no CSV file of an ablation ({error}): give another --csv") from error
+    if any(not {*CSV_COLUMNS, *MEASURES} <= row.keys() for row in rows):
+        raise ConfigError(f"{path} is no CSV file of an ablation, for it lacks columns: give another --csv")
+    return rows
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as stream:
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    partial.replace(path)
 
 
-def paired_difference(
-    rows: Sequence[Row], reference: Sequence[Row], measure: str, *, num_resamples: int = 10_000
-) -> tuple[float, float, float]:
-    """Mean difference over the prompts and seeds that both have, and its 95 % interval (percentile bootstrap).
-
-    Prompts are resampled whole, with all their seeds: videos of one prompt are not independent of each other.
-    """
-    values = {(row["prompt_index"], row["seed"]): row[measure] for row in reference}
-    by_prompt: dict[int, list[float]] = {}
-    for row in rows:
-        key = (row["prompt_index"], row["seed"])
-        if key in values:
-            by_prompt.setdefault(row["prompt_index"], []).append(row[measure] - values[key])
-    if not by_prompt:
-        raise ConfigError("no prompt and seed is common to the two methods: there is nothing to compare")
-    sums = np.array([sum(differences) for differences in by_prompt.values()])
-    counts = np.array([len(differences) for differences in by_prompt.values()])
-    drawn = np.random.default_rng(0).integers(len(sums), size=(num_resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A row per method: cost, and every measure as mean ± standard deviation over videos with its difference to FIFO.
-
-    Differences whose 95 % interval excludes 0 are bold.
-    """
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
-    reference = by_method.get(REFERENCE)
-    titles = ["method", "videos", "latent frames read per frame", *(title for title, _ in MEASURES.values())]
-    lines = ["| " + " | ".join(titles) + " |", "| --- " + "| ---: " * (len(titles) - 1) + "|"]
-    for method, own in by_method.items():
-        cells = [
-            f"`{method}`",
-            str(len(own)),
-            f"{np.mean([row['window_frames'] / row['num_frames'] for row in own]):.1f}",
-        ]
-        for measure, (_, factor) in MEASURES.items():
-            values = np.array([row[measure] for row in own]) * factor
-            cell = f"{values.mean():.2f} ± {values.std():.2f}"
-            if reference and method != REFERENCE:
-                mean, low, high = (factor * x for x in paired_difference(own, reference, measure))
-                mark = "**" if low * high > 0 else ""
-                cell += f"<br>{mark}{mean:+.2f}{mark} [{low:+.2f}, {high:+.2f}]"
-            cells.append(cell)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot without a window."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "miga_engine[bench]", or leave them out') from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def draw_measures(rows: Sequence[Row], picture: Path) -> None:
-    """Consistency against motion, side by side for subject and background, and each against cost: means with the
-    95 % interval of their difference to FIFO."""
-    plt = pyplot()
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
-    shown = ("subject_consistency", "background_consistency", "colour_profile_distance", "subject_jitter")
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 5.2), layout="constrained")
-    for axis, measure in zip(axes, shown, strict=True):
-        title, factor = MEASURES[measure]
-        for i, (method, own) in enumerate(by_method.items()):
-            x, y = (np.mean([row[name] for row in own]) for name in ("motion", measure))
-            errors = np.zeros((2, 2))  # of x and y, below and above
-            if method != REFERENCE and REFERENCE in by_method:
-                intervals = [paired_difference(own, by_method[REFERENCE], name) for name in ("motion", measure)]
-                errors = np.array([[mean - low, high - mean] for mean, low, high in intervals])
-            axis.errorbar(
-                x, y * factor, xerr=errors[0][:, None], yerr=factor * errors[1][:, None],
-                marker="*" if method == REFERENCE else "os^Dvp"[i % 6], markersize=14 if method == REFERENCE else 7,
-                color=plt.get_cmap("tab20")(i % 20), elinewidth=0.8, linestyle="none", label=method,
-            )  # fmt: skip
-        axis.set(xlabel="motion, px/frame", title=title)
-        axis.grid(alpha=0.25)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle("Consistency beside motion; bars: 95 % intervals of the paired difference to FIFO (star)")
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+# Pictures --------------------------------------------------------------------------------------------------------
 
 
 def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
@@ -466,7 +449,8 @@ def add_parser(commands: Any, name: str = "ablation") -> None:
         name,
         help="every part of the method against FIFO-Diffusion, on the embedded model",
         description="Make and measure videos of the embedded model by several methods with the same prompts and seeds. "
-        "What --folder already holds is not made again.",
+        "What --folder or --csv already hold is not made again. The same command may run several times at once: each "
+        "takes videos that no other has taken, and the last to end reports them all.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the videos are kept")
@@ -478,7 +462,8 @@ def add_parser(commands: Any, name: str = "ablation") -> None:
                         "default,zigzag_width=2 (default: main alone)")  # fmt: skip
     parser.add_argument("--existing", action="store_true", help="make nothing: report what the folder holds so far")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per video (default: DIR/ablation.csv)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per video; those that it has already are not "
+                        "made again (default: DIR/ablation.csv)")  # fmt: skip
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="frames of every video, row under row")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw ablation.png and ablation_drift.png there "
                         "(needs matplotlib)")  # fmt: skip
@@ -496,24 +481,30 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
     engine.capture = False  # replayed forwards could not be counted
-    jobs = run_grid(
+    csv_path = options.csv or options.folder / "ablation.csv"
+    known = read_csv(csv_path) if csv_path.exists() else []
+    rows = run_grid(
         engine,
         options.folder,
         expand_methods(options.methods),
         num_prompts=options.prompts,
         num_seeds=options.seeds,
         num_frames=options.num_frames,
+        known=known,
         make=not options.existing,
     )
-    if not jobs:
+    if not rows:
         raise ConfigError(f"--folder {options.folder} holds none of these videos yet: leave --existing out")
-    rows = [read_row(job, options.folder, options.num_frames) for job in jobs]
-    write_csv(options.csv or options.folder / "ablation.csv", rows)
+    found = {_key(row) for row in rows}
+    write_csv(csv_path, [*rows, *(row for row in known if _key(row) not in found)])
     print(markdown_table(rows))
+    jobs = [Job(*_key(row)) for row in rows]
+    jobs = [job for job in jobs if job.path(options.folder).exists()]
     if options.sheet:
         draw_sheet(jobs, options.folder, options.sheet)
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
         draw_measures(rows, options.pictures / "ablation.png")
-        draw_drift(jobs, options.folder, options.pictures / "ablation_drift.png")
+        if jobs:
+            draw_drift(jobs, options.folder, options.pictures / "ablation_drift.png")
     return 0

@@ -26,7 +26,8 @@ from torch import Tensor
 from miga_engine import ops
 from miga_engine.config import replace_options
 from miga_engine.errors import ConfigError
-from miga_engine.eval.ablation import PROMPTS, SCENES, pyplot
+from miga_engine.eval.ablation import PROMPTS, SCENES
+from miga_engine.eval.paired import pyplot
 from miga_engine.schedule import add_noise
 from miga_engine.tiny import world
 from miga_engine.tiny.measures import to_tensor
