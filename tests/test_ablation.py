@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import fcntl
 import itertools
 import json
 from collections import Counter
@@ -14,10 +15,12 @@ import torch
 
 from miga_engine import Engine
 from miga_engine.cli import main
-from miga_engine.config import PRESETS
+from miga_engine.config import PRESETS, Request
 from miga_engine.errors import ConfigError
 from miga_engine.eval import ablation, judge
+from miga_engine.eval.paired import paired_difference
 from miga_engine.tiny import world
+from miga_engine.tiny.text import read_prompt
 from miga_engine.video.reading import read_video
 
 
@@ -39,13 +42,22 @@ def _miga_eval(*arguments: object) -> int:
 
 
 def test_prompts_are_spread_over_the_world() -> None:
-    assert len(set(ablation.PROMPTS)) == 24
-    assert set(ablation.PROMPTS) <= set(world.all_captions())
+    told = ablation.PROMPTS[: ablation.NUM_PROMPTS]
+    assert len(set(told)) == 24
+    assert set(told) <= set(world.all_captions())
     for attribute in ("subject", "terrain", "time"):
         assert set(Counter(getattr(scene, attribute) for scene in ablation.SCENES).values()) == {6}
     assert set(Counter(scene.colour for scene in ablation.SCENES).values()) == {4, 5}
     for scene, following in itertools.pairwise(ablation.SCENES):
         assert sum(a == b for a, b in zip(scene.labels, following.labels, strict=True)) <= 1
+
+
+def test_open_prompts_leave_one_attribute_open() -> None:
+    assert ablation.PROMPTS[ablation.NUM_PROMPTS :] == ablation.OPEN_PROMPTS
+    for i, (scene, prompt) in enumerate(zip(ablation.SCENES, ablation.OPEN_PROMPTS, strict=True)):
+        named = read_prompt(prompt)
+        assert {"subject", "colour", "terrain", "time"} - named.keys() == {("time", "terrain", "colour")[i % 3]}
+        assert all(getattr(scene, name) == value for name, value in named.items())
 
 
 def test_every_named_method_can_run_and_differs_from_every_other(engine: Engine) -> None:
@@ -85,15 +97,16 @@ def test_a_grid_is_filled_up_measured_and_compared(
     monkeypatch.setitem(ablation.METHODS, "fifo", ("fifo", {"num_inference_steps": 13}))
     made = []
     make_video = ablation.make_video
-    monkeypatch.setattr(ablation, "make_video", lambda engine, request, path: (
-        made.append(path.relative_to(tmp_path).as_posix()), make_video(engine, request, path)))  # fmt: skip
+    monkeypatch.setattr(ablation, "make_video", lambda engine, request, path, asked: (
+        made.append(path.relative_to(tmp_path).as_posix()), make_video(engine, request, path, asked)))  # fmt: skip
     short = "bare,num_inference_steps=6"
     command = ["ablation", "--folder", tmp_path, "--prompts", 1, "--seeds", 1, "--methods", "fifo", short, "world"]
+    csv_path = tmp_path / "ablation.csv"
 
     assert _miga_eval(*command, "--num-frames", 33) == 0
     assert made == ["fifo/00_0.mkv", f"{short}/00_0.mkv"]
     table = capsys.readouterr().out
-    with (tmp_path / "ablation.csv").open(newline="") as stream:
+    with csv_path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["method"] for row in rows] == ["fifo", short, "world"]
     assert float(rows[2]["accuracy"]) == 1
@@ -111,12 +124,16 @@ def test_a_grid_is_filled_up_measured_and_compared(
     assert before.shape == (33, 64, 96, 3)
     path.rename(path.with_name("00_0.part.mkv"))
     made.clear()
+    csv_path.unlink()
     assert _miga_eval(*command, "--num-frames", 33, "--sheet", tmp_path / "sheet.png") == 0
     assert made == [f"{short}/00_0.mkv"]
     assert np.array_equal(read_video(path), before)
     assert not path.with_name("00_0.part.mkv").exists()
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
+    with pytest.raises(ConfigError, match=r"fifo, .* was made with other options: take it out, or give another --csv"):
+        _miga_eval(*command, "--num-frames", 37)
+    csv_path.unlink()
     with pytest.raises(ConfigError, match="num_frames 33, now 37 is asked for: give another --folder"):
         _miga_eval(*command, "--num-frames", 37)
     monkeypatch.setitem(ablation.METHODS, "fifo", ("fifo", {"num_inference_steps": 14}))
@@ -124,6 +141,55 @@ def test_a_grid_is_filled_up_measured_and_compared(
         _miga_eval(*command, "--num-frames", 33)
     with pytest.raises(ConfigError, match="--prompts must lie between 1 and 24, got 25"):
         _miga_eval("ablation", "--folder", tmp_path, "--prompts", 25)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_no_video_is_made_whose_figures_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+
+    def make(engine: Engine, request: Request, path: Path, asked: dict[str, object]) -> None:
+        made.append(path.parent.name)
+        ablation.render_world(ablation.SCENES[0], request, path, asked)  # in a moment, and with no search
+
+    monkeypatch.setattr(ablation, "make_video", make)
+    table = tmp_path / "table.csv"
+    command = ["ablation", "--prompts", 1, "--seeds", 1, "--num-frames", 33, "--csv", table, "--methods"]
+    without, default = "zigzag+stage2+guidance", "default"
+    assert _miga_eval(*command, without, default, "--folder", tmp_path / "a") == 0
+    assert made == [default]  # it never searched, so that it is the video without reflection, too
+    first = _read(table)
+    assert [row["method"] for row in first] == [without, default]
+    assert first[0]["motion"] == first[1]["motion"]
+    assert first[0]["options"] != first[1]["options"]
+
+    # another folder, on another machine: the file says what need not be made, and keeps what is not asked for now
+    made.clear()
+    assert _miga_eval(*command, "fifo", default, "--folder", tmp_path / "b") == 0
+    assert made == ["fifo"]
+    now = {row["method"]: row for row in _read(table)}
+    assert list(now) == ["fifo", default, without]
+    assert now == now | {row["method"]: row for row in first}
+    assert "<br>+0.00 [+0.00, +0.00] |" in capsys.readouterr().out  # known and measured now are equal to the digit
+
+    made.clear()
+    (tmp_path / "b" / "bare").mkdir()
+    with (tmp_path / "b" / "bare" / "00_0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="holds none of these videos yet"):
+            _miga_eval(*command, "bare", "--folder", tmp_path / "b")
+    assert "00_0.mkv is being made by another process" in capsys.readouterr().out
+    assert made == []
+    assert _miga_eval(*command, "bare", "--folder", tmp_path / "b") == 0
+    assert made == ["bare"]
+    table.write_text("name,score\nx,1\n")
+    with pytest.raises(ConfigError, match=r"table\.csv is no CSV file of an ablation"):
+        _miga_eval(*command, "bare", "--folder", tmp_path / "b")
 
 
 # Statistics ------------------------------------------------------------------------------------------------------
@@ -136,17 +202,17 @@ def _rows(values: dict[tuple[int, int], float]) -> list[dict[str, float]]:
 def test_paired_differences_have_known_means_and_intervals() -> None:
     reference = _rows({(p, s): 10.0 * p + s for p in range(4) for s in range(2)})
     shifted = _rows({(p, s): 10.0 * p + s + 0.25 for p in range(4) for s in range(2)})
-    assert ablation.paired_difference(shifted, reference, "x") == (0.25, 0.25, 0.25)
+    assert paired_difference(shifted, reference, "x") == (0.25, 0.25, 0.25)
 
     # two prompts that differ by 0 and by 1: a resample's mean is 0, 0.5 or 1, a quarter of them 0 and a quarter 1
     two = _rows({(0, 0): 0.0, (0, 1): 1.0, (1, 0): 11.0, (1, 1): 12.0})
-    assert ablation.paired_difference(two, reference, "x") == (0.5, 0.0, 1.0)
+    assert paired_difference(two, reference, "x") == (0.5, 0.0, 1.0)
 
     # only what both have counts, and a prompt with more seeds weighs more in the mean
     some = _rows({(0, 0): 3.0, (0, 1): 4.0, (1, 0): 10.0, (9, 0): 1e6})
-    assert ablation.paired_difference(some, reference, "x")[0] == 2.0
+    assert paired_difference(some, reference, "x")[0] == 2.0
     with pytest.raises(ConfigError, match="no prompt and seed is common"):
-        ablation.paired_difference(_rows({(9, 0): 1.0}), reference, "x")
+        paired_difference(_rows({(9, 0): 1.0}), reference, "x")
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -155,7 +221,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(200):
         drawn = _rows({(p, 0): value for p, value in enumerate(rng.normal(0.3, 1, 24))})
-        _, low, high = ablation.paired_difference(drawn, zeros, "x", num_resamples=400)
+        _, low, high = paired_difference(drawn, zeros, "x", num_resamples=400)
         covered += low <= 0.3 <= high
     assert 0.86 <= covered / 200 <= 0.99
 

@@ -1,6 +1,7 @@
 """Measures against known truth and planted damage; the report, the command and the exports."""
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -215,6 +216,21 @@ def test_prompts_are_read_back_from_every_wording():
         assert "subject" in named
     with pytest.raises(ConfigError, match="names no terrain and no time"):
         truth.scenes_of("a red kite", 1)
+    with pytest.raises(ConfigError, match="names no subject and no colour and no terrain and no time"):
+        truth.scenes_of("a cat", 1, np.zeros((1, 4), int))
+
+
+def test_what_a_prompt_leaves_open_is_to_stay_as_it_began():
+    video = np.concatenate(
+        [world.render(SCENE, 0, 30)[0], world.render(dataclasses.replace(SCENE, time="night"), 30, 30)[0]]
+    )
+    figures = measure_tiny(video, f"a {SCENE.colour} {SCENE.subject} over {SCENE.terrain} hills")
+    assert figures["accuracy_time"] == pytest.approx(0.5, abs=0.04)
+    assert min(figures[f"accuracy_{name}"] for name in ("subject", "colour", "terrain")) > 0.8
+    whole = measure_tiny(video[:30], world.caption(SCENE))
+    assert measure_tiny(video[:30], f"a {SCENE.subject}") == whole
+    # each prompt of a timeline has a beginning of its own
+    assert measure_tiny(video, {0: f"a {SCENE.subject}", 30: f"the {SCENE.subject}"})["accuracy_time"] > 0.95
 
 
 def test_truth_follows_the_subject_and_the_hills_and_timelines():

@@ -40,7 +40,21 @@ SCENES = tuple(
     )
     for i in range(24)
 )
-PROMPTS = tuple(map(world.caption, SCENES))
+
+
+def _leaving_open(scene: world.Scene, attribute: str) -> str:
+    """The scene in words, but for its time, terrain or colour."""
+    caption = world.caption(scene)
+    where, when = caption.index(" over "), caption.index(" at ")
+    if attribute == "colour":
+        return caption.replace(f" {scene.colour} ", " ", 1)
+    return caption[:when] if attribute == "time" else caption[:where] + caption[when:]
+
+
+# By index: first those that say everything, then those of which each leaves something open.
+NUM_PROMPTS = len(SCENES)
+OPEN_PROMPTS = tuple(_leaving_open(scene, ("time", "terrain", "colour")[i % 3]) for i, scene in enumerate(SCENES))
+PROMPTS = tuple(map(world.caption, SCENES)) + OPEN_PROMPTS
 
 BARE = {"zigzag_width": 1, "stage2_steps": 0, "refine_steps": 0, "guidance_frames": 0, "self_reflection": False}
 """The method's queue without any of its parts: windows commit their cleaner end, the queue grows behind a clip."""
@@ -276,13 +290,13 @@ def run_grid(
     folder: Path,
     methods: Sequence[str],
     *,
-    num_prompts: int,
+    prompts: Iterable[int],
     num_seeds: int,
     num_frames: int,
     known: Iterable[Row] = (),
     make: bool = True,
 ) -> list[Row]:
-    """A row of the CSV file for each video of the grid, by prompt, seed and method.
+    """A row of the CSV file for each video of the grid, by prompt (an index of `PROMPTS`), seed and method.
 
     Videos are made that neither the folder nor the ``known`` rows have, unless ``make`` is False; then, and for those
     that another process is making now, there is no row. A video without reflection is not made where one with it never
@@ -292,15 +306,16 @@ def run_grid(
     rows = {_key(row): row for row in known}
     # What searches comes first: where nothing was found, the video without reflection is known.
     order = sorted(methods, key=lambda method: method == WORLD or not options[method]["miga"].self_reflection)
-    wanted = [Job(m, p, s) for p in range(num_prompts) for s in range(num_seeds) for m in methods]
+    videos = [(p, s) for p in prompts for s in range(num_seeds)]
+    wanted = [Job(method, *video) for video in videos for method in methods]
     requests = {
         # each prompt has noise of its own, which the methods share
         job: engine.resolve(
-            job.prompt, num_frames=num_frames, seed=job.seed * len(PROMPTS) + job.prompt_index, **options[job.method]
+            job.prompt, num_frames=num_frames, seed=job.seed * NUM_PROMPTS + job.prompt_index, **options[job.method]
         )
         for job in wanted
     }
-    for job in (Job(m, p, s) for p in range(num_prompts) for s in range(num_seeds) for m in order):
+    for job in (Job(method, *video) for video in videos for method in order):
         request, path = requests[job], job.path(folder)
         asked = _comparable(engine, job, request)
         row = rows.get(_key(job)) or _unsearched_twin(job, requests, rows)
@@ -313,7 +328,7 @@ def run_grid(
         if path.exists():
             _check_made(asked, path)
         elif job.method == WORLD:
-            render_world(SCENES[job.prompt_index], request, path, asked)
+            render_world(SCENES[job.prompt_index % NUM_PROMPTS], request, path, asked)
         elif make and not _make_unless_claimed(engine, request, path, asked):
             print(f"{path} is being made by another process", flush=True)
         if path.exists():
@@ -367,7 +382,13 @@ def _read_row(job: Job, path: Path, asked: Mapping[str, Any]) -> Row:
     accuracies = [value for name, value in means.items() if name.startswith("accuracy_")]
     row = {**record, **dataclasses.asdict(job), "prompt": job.prompt, "options": _digest(asked)}
     row["num_frames"] = asked["num_frames"]
-    return {name: row[name] for name in CSV_COLUMNS} | means | {"accuracy": float(np.mean(accuracies))}
+    row = {name: row[name] for name in CSV_COLUMNS} | means | {"accuracy": float(np.mean(accuracies))}
+    return {name: float(_rounded(value)) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _rounded(value: float) -> str:
+    """As the CSV file has it, so that a row is the same whether it was read or measured."""
+    return f"{value:.6g}"
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -395,7 +416,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(stream, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow({k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()})
     partial.replace(path)
 
 
@@ -454,7 +475,9 @@ def add_parser(commands: Any, name: str = "ablation") -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the videos are kept")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), metavar="N", help=f"at most {len(PROMPTS)}")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"at most {NUM_PROMPTS}")
+    parser.add_argument("--open", action="store_true", help="prompts that each leave time of day, terrain or colour "
+                        "open, which is measured against the beginning of the video")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="videos of each prompt (default: 2)")
     parser.add_argument("--num-frames", type=int, default=481, metavar="N", help="of each video (default: 481)")
     parser.add_argument("--methods", nargs="+", default=["main", "alone"], metavar="METHOD",
@@ -475,19 +498,20 @@ def run(options: argparse.Namespace) -> int:
 
     from miga_engine.engine import Engine
 
-    for name, value, most in (("prompts", options.prompts, len(PROMPTS)), ("seeds", options.seeds, 1000)):
+    for name, value, most in (("prompts", options.prompts, NUM_PROMPTS), ("seeds", options.seeds, 1000)):
         if not 1 <= value <= most:
             raise ConfigError(f"--{name} must lie between 1 and {most}, got {value}")
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
     engine.capture = False  # replayed forwards could not be counted
+    first = NUM_PROMPTS if options.open else 0
     csv_path = options.csv or options.folder / "ablation.csv"
     known = read_csv(csv_path) if csv_path.exists() else []
     rows = run_grid(
         engine,
         options.folder,
         expand_methods(options.methods),
-        num_prompts=options.prompts,
+        prompts=range(first, first + options.prompts),
         num_seeds=options.seeds,
         num_frames=options.num_frames,
         known=known,

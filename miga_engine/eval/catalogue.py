@@ -79,7 +79,8 @@ MEASURES: dict[str, Measure] = {
     "truth_background_consistency": Measure(_TRUTH, "background consistency", "", 4, "higher", 1,
         "the same, its features of terrain and time of day"),
     "truth_accuracy_subject": Measure(_TRUTH, "subject as asked", "%", 1, "higher", 100,
-        "share of frames in which the classifier reads the prompt's subject"),
+        "share of frames in which the classifier reads the prompt's subject, or, where that leaves it open, the "
+        "subject of most of the first 12 frames"),
     "truth_accuracy_colour": Measure(_TRUTH, "colour as asked", "%", 1, "higher", 100,
         "the same for its colour"),
     "truth_accuracy_terrain": Measure(_TRUTH, "terrain as asked", "%", 1, "higher", 100,

@@ -153,8 +153,8 @@ def _names(files: list[str]) -> list[str]:
 
 
 def _prompt_of(file: str) -> str | dict[int, str] | None:
-    """The prompt in a video's metadata, where the embedded model made it and it names what can be checked."""
-    from miga_engine.eval.truth import scenes_of
+    """The prompt in a video's metadata, where the embedded model made it and names something of its world."""
+    from miga_engine.tiny.text import read_prompt
     from miga_engine.video.reading import read_metadata
 
     if not Path(file).is_file():
@@ -165,10 +165,10 @@ def _prompt_of(file: str) -> str | dict[int, str] | None:
             return None
         prompt = metadata["prompt"]
         prompt = prompt if isinstance(prompt, str) else {int(k): v for k, v in prompt.items()}
-        scenes_of(prompt, 1)
     except (MigaError, KeyError):
         return None
-    return prompt
+    texts = [prompt] if isinstance(prompt, str) else prompt.values()
+    return prompt if all(read_prompt(text) for text in texts) else None
 
 
 def _load_vae(model: str, device: str) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from miga_engine import ops
 from miga_engine.config import replace_options
 from miga_engine.errors import ConfigError
-from miga_engine.eval.ablation import PROMPTS, SCENES
+from miga_engine.eval.ablation import NUM_PROMPTS, PROMPTS, SCENES
 from miga_engine.eval.paired import pyplot
 from miga_engine.schedule import add_noise
 from miga_engine.tiny import world
@@ -342,7 +342,7 @@ def add_parser(commands: Any, name: str = "judge") -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the judgements are kept")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), metavar="N", help=f"at most {len(PROMPTS)}")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"at most {NUM_PROMPTS}")
     parser.add_argument(
         "--points", type=int, default=2, metavar="N", help="passes of each run that are planted (default: 2)"
     )
@@ -364,8 +364,8 @@ def run(options: argparse.Namespace) -> int:
     for step in options.judge_steps:
         if not 1 <= step <= last:
             raise ConfigError(f"--judge-steps must lie between 1 and {last}, got {step}")
-    if not 1 <= options.prompts <= len(PROMPTS):
-        raise ConfigError(f"--prompts must lie between 1 and {len(PROMPTS)}, got {options.prompts}")
+    if not 1 <= options.prompts <= NUM_PROMPTS:
+        raise ConfigError(f"--prompts must lie between 1 and {NUM_PROMPTS}, got {options.prompts}")
     options.folder.mkdir(parents=True, exist_ok=True)
     judgements: list[Judgement] = []
     for index in range(options.prompts):

@@ -270,7 +270,7 @@ def measure_tiny(frames: Frames, prompt: str | Mapping[int, str]) -> dict[str, f
     """A video uint8 [T,H,W,3] of the embedded world in numbers: its truth, and motion and flicker beside it.
 
     Keys: those of `truth.TruthCurves.means`, motion (pixels a frame at a short side of 256, Lucas-Kanade) and flicker
-    (VBench's). Raises ConfigError where the prompt does not name all four attributes.
+    (VBench's). Raises ConfigError where the prompt names nothing of the embedded world.
     """
     from miga_engine.eval.truth import truth_curves
 

@@ -19,6 +19,7 @@ from miga_engine.tiny import world
 
 _HEIGHT, _WIDTH = 64, 96  # every measure is taken at the size the world is made for
 _LAYOUTS = 64
+_BEGINNING = 12  # frames that say what a prompt leaves open
 _SIDE = 27  # of a subject, pixels
 _LAG = 8  # frames between two looks at the hills
 _HILLS = 52  # first row of the near hills
@@ -28,7 +29,8 @@ _HILLS = 52  # first row of the near hills
 class TruthCurves:
     """Curves over the frames of a video of T frames.
 
-    accuracy: attribute -> [T], 1 where the classifier reads what the prompt says.
+    accuracy: attribute -> [T], 1 where the classifier reads what the prompt says, or, of what it leaves open,
+        what the first frames show.
     subject_consistency, background_consistency: [T-1], VBench's rule on the classifier's features of subject and
         colour, and of terrain and time of day.
     colour_profile_distance: [T], mean absolute difference in [0, 1] between the median colour of each row of the
@@ -70,10 +72,14 @@ class TruthCurves:
         return {name: float(value) for name, value in figures.items()}
 
 
-def scenes_of(prompt: str | Mapping[int, str], num_frames: int) -> list[world.Scene]:
+def scenes_of(
+    prompt: str | Mapping[int, str], num_frames: int, read: npt.NDArray[np.integer] | None = None
+) -> list[world.Scene]:
     """The scene, of any layout, that each frame of a prompt or timeline {first frame: prompt} is to show.
 
-    Raises ConfigError for a prompt that does not name all of subject, colour, terrain and time of day.
+    read [T,4], indices of subject, colour, terrain and time of day: what a prompt leaves open is to stay what most of
+    its first 12 frames show. Raises ConfigError for a prompt that names nothing of the embedded world, or, without
+    read, not all of it.
     """
     from miga_engine.tiny.text import read_prompt
 
@@ -81,11 +87,19 @@ def scenes_of(prompt: str | Mapping[int, str], num_frames: int) -> list[world.Sc
     scenes = {}
     for start, text in sorted(timeline.items()):
         named = read_prompt(text)
-        if missing := [name for name in tiny.ATTRIBUTES if name not in named]:
+        missing = [name for name in tiny.ATTRIBUTES if name not in named]
+        if missing and (read is None or not named):
             raise ConfigError(
                 f"the prompt {text!r} names no {' and no '.join(missing)} of the embedded world: "
                 f"word it like {world.all_captions()[0]!r}"
             )
+        if missing and read is not None:
+            first = read[min(start, num_frames - 1) :][:_BEGINNING]
+            shown = [
+                values[np.bincount(column).argmax()]
+                for values, column in zip(tiny.ATTRIBUTES.values(), first.T, strict=True)
+            ]
+            named = dict(zip(tiny.ATTRIBUTES, shown, strict=True)) | named
         scenes[start] = world.Scene(named["subject"], named["colour"], named["terrain"], named["time"])
     starts = np.array(sorted(scenes))
     which = starts[np.searchsorted(starts, np.arange(num_frames), side="right") - 1]
@@ -96,11 +110,11 @@ def scenes_of(prompt: str | Mapping[int, str], num_frames: int) -> list[world.Sc
 def truth_curves(frames: npt.NDArray[np.uint8], prompt: str | Mapping[int, str]) -> TruthCurves:
     """Measures a video uint8 [T,H,W,3] of the embedded world against its prompt or timeline {first frame: prompt}.
 
-    Raises ConfigError where a prompt does not name all four attributes.
+    What a prompt leaves open is measured against the video's own beginning, see `scenes_of`. Raises ConfigError where a
+    prompt names nothing of the embedded world.
     """
     from miga_engine.eval.measures import consistency_curve
 
-    scenes = scenes_of(prompt, len(frames))
     video = tiny.to_tensor(np.ascontiguousarray(frames))
     if video.shape[2:] != (_HEIGHT, _WIDTH):
         video = F.interpolate(video, (_HEIGHT, _WIDTH), mode="area")
@@ -108,8 +122,9 @@ def truth_curves(frames: npt.NDArray[np.uint8], prompt: str | Mapping[int, str])
     body = torch.cat([model.body(part).flatten(2) for part in video.split(64)])
     pooled = torch.cat([body.mean(2), body.amax(2)], dim=1)
     hidden = [head[1](head[0](pooled)) for head in model.heads]  # type: ignore[index]
-    labels = torch.tensor([scene.labels for scene in scenes]).T
     read = [head[2](x).argmax(-1) for head, x in zip(model.heads, hidden, strict=True)]  # type: ignore[index]
+    scenes = scenes_of(prompt, len(frames), torch.stack(read, 1).numpy())
+    labels = torch.tensor([scene.labels for scene in scenes]).T
     accuracy = {
         name: (x == label).double().numpy() for name, x, label in zip(tiny.ATTRIBUTES, read, labels, strict=True)
     }
