@@ -41,6 +41,8 @@ class MigaConfig:
     guidance_offset: int | None = _option(
         None, "distance of the nearest guidance frame (half the zigzag width)", least=1
     )
+    guidance_anchor: bool = _option(False, "let the farthest guidance frame be the prompt's first frame, clean: it "
+                                    "holds what the prompt leaves open (needs guidance frames)")  # fmt: skip
     stride: int | None = _option(None, "latent frames between window starts (half the model's window)", least=1)
     moving_phase: bool = _option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
     commit: str = _option("leading", "which end of a window is kept (trailing: FIFO-Diffusion's look-ahead)",
@@ -176,8 +178,9 @@ class Preset:
 def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
     """FIFO-Diffusion (arXiv 2405.11473) as a configuration: one frame a level, look-ahead denoising, nothing else."""
     return dataclasses.replace(
-        base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, self_reflection=False,
-        commit="trailing", warmup="copies", moving_phase=False, stride=max(1, window_frames // 2),
+        base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, guidance_anchor=False,
+        self_reflection=False, commit="trailing", warmup="copies", moving_phase=False,
+        stride=max(1, window_frames // 2),
     )  # fmt: skip
 
 

@@ -76,6 +76,8 @@ class Oracle:
             guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset)
             stop = start + (window if guidance or not guided else self.window)
             read = [frames[i] for i in guidance] + frames[start:stop]
+            if guidance and config.guidance_anchor:
+                read[0] = self.anchor
             conditional, unconditional = self.forward(read)
             for i in range(commit_start, commit_stop):
                 at = i - start + len(guidance)
@@ -91,6 +93,7 @@ class Oracle:
         clip = [Frame(k, self.draw(Purpose.SEED_CLIP, k)) for k in range(self.window)]
         for _ in range(self.schedule.num_steps):
             clip = self.one_pass(clip, self.window, 0, guided=False)
+        self.anchor = clip[0]
         groups = min(self.window // width, self.handoff - 1)
         queue = []
         for k in range(groups * width):

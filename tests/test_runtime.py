@@ -363,11 +363,49 @@ def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
 
 
 @pytest.mark.parametrize("options", [{"zigzag_width": 7}, {"stride": 7, "zigzag_width": 1}, {"guidance_frames": 0},
-                                     {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3}])  # fmt: skip
+                                     {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3},
+                                     {"guidance_anchor": True}])  # fmt: skip
 def test_streamed_equals_whole_sequence_over_configurations(options):
     config = _config(**options)
     oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
     assert torch.equal(_collect(_run(config, 40)), oracle.run(40))
+
+
+def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt():
+    changed_at = 23
+    run = VideoRun(
+        pseudo_network, make_schedule("unipc", 16, 5.0), _config(guidance_anchor=True), window_frames=9,
+        frame_shape=SHAPE, noise=counter_noise(5, SHAPE), num_frames=90, guidance_scale=5.0, device=CPU,
+        prompt_row=lambda frame: 1 if frame < changed_at else 2,
+    )  # fmt: skip
+    store, anchor = run.store, run._anchor[0]
+    anchors, queue_windows = {}, run._queue_windows
+
+    def watched(phase):
+        windows = queue_windows(phase)
+        number = int(store.frame_number[anchor])
+        if number not in anchors:
+            anchors[number] = store.sample[anchor].clone()
+        assert torch.equal(store.sample[anchor], anchors[number])  # as long as it guides, it stays as it is
+        assert store.step_index[anchor] == 16
+        for window in windows[2:]:  # the first two may start too early for guidance
+            rows = store.prompt_row[window.slots[2:]]
+            assert (window.slots[0] == anchor) == bool((rows == store.prompt_row[anchor]).all())
+            assert anchor not in window.slots[1:]
+        return windows
+
+    predicted, pop_group = [], run._pop_group
+
+    def popped():
+        if changed_at in range(run.head, run.head + 3):
+            predicted.append(store.x0[store.slots([changed_at])[0]].clone())
+        pop_group()
+
+    run._queue_windows, run._pop_group = watched, popped
+    _collect(run)
+    assert list(anchors) == [0, changed_at]
+    assert store.prompt_row[anchor] == 2
+    assert torch.equal(anchors[changed_at], predicted[0])  # as clean as the network then takes it to be
 
 
 @pytest.mark.parametrize("window_batch", [2, 5])

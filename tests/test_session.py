@@ -94,6 +94,7 @@ def test_saving_changes_nothing_for_the_run_itself(engine, whole, tmp_path) -> N
         {"self_reflection": True, "score_drop": -1.0},
         {"window_order": "sequential"},
         {"window_batch": 3},
+        {"guidance_anchor": True},
     ],
     ids=str,
 )

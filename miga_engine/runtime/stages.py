@@ -132,9 +132,11 @@ class VideoRun:
         width = config.zigzag_width
         queue = width * (self.handoff_step + 1)
         wavefront = self.unified.num_levels * (window_frames + self.stride) + window_frames + width
+        search_frames, num_anchors = Reflection.scratch_frames(config), int(config.guidance_anchor)
         self.store = FrameStore(
-            queue + wavefront + self.padding, frame_shape, device, scratch=Reflection.scratch_frames(config)
+            queue + wavefront + self.padding, frame_shape, device, scratch=search_frames + num_anchors
         )
+        self._anchor = self.store.scratch_slots(search_frames, num_anchors)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
             guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
@@ -209,14 +211,14 @@ class VideoRun:
             "num_searches": 0 if reflection is None else reflection.num_searches,
             **self.denoiser.progress(),
         }
-        return self.store.rows(self.store.slots(range(first, self.tail))), numbers
+        return self.store.rows(self._kept_slots(range(first, self.tail))), numbers
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer."""
         frames = range(numbers["first"], numbers["tail"])
         if len(frames) > self.store.capacity or len(numbers["unified"]) != self.unified.num_levels:
             raise SessionError("the saved run does not fit its own configuration: the session file is damaged")
-        self.store.put_rows(self.store.slots(frames), tensors)
+        self.store.put_rows(self._kept_slots(frames), tensors)
         end = self.unified.num_frames
         if end is not None and numbers["stage"] == STAGE1 and numbers["head"] >= end:
             raise SessionError("the saved run has gone past the end that is asked for now: give a larger --num-frames")
@@ -228,6 +230,10 @@ class VideoRun:
             self.reflection.previous_score = numbers["previous_score"]
             self.reflection.num_searches = numbers["num_searches"]
         self.denoiser.load_progress(numbers)
+
+    def _kept_slots(self, frames: range) -> np.ndarray:
+        """Slots whose content a state holds: these frames, and the anchor."""
+        return np.concatenate([self.store.slots(frames), self._anchor])
 
     # Seed clip and warm-up -------------------------------------------------------------------------------------
 
@@ -245,6 +251,8 @@ class VideoRun:
     def _start_queue(self, clip: torch.Tensor) -> None:
         """Re-noise the seed clip to the noisiest levels, one level a group of zigzag_width frames."""
         width = self.config.zigzag_width
+        if self.config.guidance_anchor:
+            self._set_anchor(0, clip[:1])
         if self.config.warmup == "copies":
             num_groups = self.handoff_step
             steps = np.arange(num_groups - 1, -1, -1).repeat(width)
@@ -304,10 +312,20 @@ class VideoRun:
         self.num_passes += 1
         self._next = _UNIFIED
         popped = self.store.slots(range(self.head, self.head + self.config.zigzag_width))
+        if self.config.guidance_anchor:
+            is_other = self.store.prompt_row[popped] != self.store.prompt_row[self._anchor]
+            if is_other.any():  # another prompt has come through: its first frame, as predicted clean
+                first = popped[is_other][:1]
+                self._set_anchor(int(self.store.frame_number[first[0]]), self.store.x0[self.store.index(first)])
         self.store.history_length[popped] = 0
         self.head += self.config.zigzag_width
         if self.unified.num_levels and self.unified.stage2_steps == 0:
             self._renoise(popped)
+
+    def _set_anchor(self, number: int, clean: torch.Tensor) -> None:
+        """Keep a clean frame ``[1, C, H, W]`` as the farthest guidance frame of windows of its prompt."""
+        self.store.put(self._anchor, clean, step_index=self.schedule.num_steps, numbers=[number])
+        self.store.prompt_row[self._anchor] = self.prompt_row(number)
 
     def _queue_pass(self, phase: int, stage: str) -> None:
         if self._next == _QUEUE:
@@ -330,9 +348,10 @@ class VideoRun:
         for start, commit_start, commit_stop in plan:
             guidance = guidance_indices(start, config.guidance_frames, config.zigzag_width, config.guidance_offset)
             length = self._local_frames if guidance else self.window_frames
-            slots = np.concatenate([queue[guidance], queue[start : start + length]]) if guidance else queue[
-                start : start + length
-            ]  # fmt: skip
+            slots = np.concatenate([queue[guidance], queue[start : start + length]])
+            if guidance and config.guidance_anchor:
+                rows = self.store.prompt_row[slots[len(guidance) :]]
+                slots[0] = self._anchor[0] if (rows == self.store.prompt_row[self._anchor]).all() else slots[0]
             offset = len(guidance) - start
             windows.append(Window(slots, commit_start + offset, commit_stop + offset))
         return windows
