@@ -173,7 +173,7 @@ def test_no_video_is_made_whose_figures_are_known(
     assert _miga_eval(*command, "fifo", default, "--folder", tmp_path / "b") == 0
     assert made == ["fifo"]
     now = {row["method"]: row for row in _read(table)}
-    assert list(now) == ["fifo", default, without]
+    assert list(now) == [without, default, "fifo"]
     assert now == now | {row["method"]: row for row in first}
     assert "<br>+0.00 [+0.00, +0.00] |" in capsys.readouterr().out  # known and measured now are equal to the digit
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from miga_engine.config import MigaConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError
-from miga_engine.eval.paired import MEASURES, REFERENCE, Row, draw_measures, markdown_table, pyplot
+from miga_engine.eval.paired import MEASURES, Row, draw_measures, markdown_table, pyplot
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
@@ -439,8 +439,8 @@ def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
         for i, (method, videos) in enumerate(curves.items()):
             values: npt.NDArray[np.float64] = np.array([video[name] for video in videos])
             mean, error = values.mean(0), values.std(0) / max(1, len(values) - 1) ** 0.5
-            colour = "black" if method == REFERENCE else plt.get_cmap("tab10")(i % 10)
-            is_main = method in (REFERENCE, "default")
+            colour = "black" if method == "fifo" else plt.get_cmap("tab10")(i % 10)
+            is_main = method in ("fifo", "default")
             axis.plot(where, mean, color=colour, label=method, linewidth=2.4 if is_main else 1.2)
             if is_main:
                 axis.fill_between(where, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
@@ -483,6 +483,8 @@ def add_parser(commands: Any, name: str = "ablation") -> None:
     parser.add_argument("--methods", nargs="+", default=["main", "alone"], metavar="METHOD",
                         help=f"{', '.join(METHODS)}; groups {', '.join(GROUPS)}; or changes to one, such as "
                         "default,zigzag_width=2 (default: main alone)")  # fmt: skip
+    parser.add_argument("--reference", default="fifo", metavar="METHOD", help="what the others are compared with "
+                        "(default: fifo)")  # fmt: skip
     parser.add_argument("--existing", action="store_true", help="make nothing: report what the folder holds so far")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per video; those that it has already are not "
@@ -519,16 +521,15 @@ def run(options: argparse.Namespace) -> int:
     )
     if not rows:
         raise ConfigError(f"--folder {options.folder} holds none of these videos yet: leave --existing out")
-    found = {_key(row) for row in rows}
-    write_csv(csv_path, [*rows, *(row for row in known if _key(row) not in found)])
-    print(markdown_table(rows))
+    write_csv(csv_path, list(({_key(row): row for row in known} | {_key(row): row for row in rows}).values()))
+    print(markdown_table(rows, options.reference))
     jobs = [Job(*_key(row)) for row in rows]
     jobs = [job for job in jobs if job.path(options.folder).exists()]
     if options.sheet:
         draw_sheet(jobs, options.folder, options.sheet)
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
-        draw_measures(rows, options.pictures / "ablation.png")
+        draw_measures(rows, options.reference, options.pictures / "ablation.png")
         if jobs:
             draw_drift(jobs, options.folder, options.pictures / "ablation_drift.png")
     return 0

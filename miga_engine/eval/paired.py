@@ -20,8 +20,6 @@ MEASURES: Mapping[str, tuple[str, float]] = {
     "accuracy": ("attributes as asked, %", 100),
 }
 """Measures of the table: their name there, and the factor to its unit."""
-REFERENCE = "fifo"
-"""What the others are compared with."""
 Row = Mapping[str, Any]
 
 
@@ -48,14 +46,19 @@ def paired_difference(
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A row per method: cost, and every measure as mean ± standard deviation over videos with its difference to FIFO.
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {method: [row for row in rows if row["method"] == method] for method in methods}
 
-    Differences whose 95 % interval excludes 0 are bold.
+
+def markdown_table(rows: Sequence[Row], reference: str) -> str:
+    """A row per method: cost, and every measure as mean ± standard deviation over videos, below it the mean difference
+    to the method ``reference`` over the videos of common prompts and seeds.
+
+    Differences whose 95 % interval excludes 0 are bold. Without rows of the reference there are none.
     """
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
-    reference = by_method.get(REFERENCE)
+    by_method = _by_method(rows)
+    compared = by_method.get(reference, [])
     titles = ["method", "videos", "latent frames read per frame", *(title for title, _ in MEASURES.values())]
     lines = ["| " + " | ".join(titles) + " |", "| --- " + "| ---: " * (len(titles) - 1) + "|"]
     for method, own in by_method.items():
@@ -67,8 +70,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
         for measure, (_, factor) in MEASURES.items():
             values = np.array([row[measure] for row in own]) * factor
             cell = f"{values.mean():.2f} ± {values.std():.2f}"
-            if reference and method != REFERENCE:
-                mean, low, high = (factor * x for x in paired_difference(own, reference, measure))
+            if compared and method != reference:
+                mean, low, high = (factor * x for x in paired_difference(own, compared, measure))
                 mark = "**" if low * high > 0 else ""
                 cell += f"<br>{mark}{mean:+.2f}{mark} [{low:+.2f}, {high:+.2f}]"
             cells.append(cell)
@@ -88,31 +91,32 @@ def pyplot() -> Any:
     return plt
 
 
-def draw_measures(rows: Sequence[Row], picture: Path) -> None:
-    """Consistency against motion, side by side for subject and background, and each against cost: means with the
-    95 % interval of their difference to FIFO."""
+def draw_measures(rows: Sequence[Row], reference: str, picture: Path) -> None:
+    """What each method differs by from ``reference`` in its measures, beside what it differs by in motion: means over
+    common prompts and seeds with their 95 % intervals. Raises ConfigError without rows of the reference."""
     plt = pyplot()
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
+    by_method = _by_method(rows)
+    if reference not in by_method:
+        raise ConfigError(f"pictures compare with {reference!r}, of which there is no video: name it in --methods")
+    compared = by_method.pop(reference)
     shown = ("subject_consistency", "background_consistency", "colour_profile_distance", "subject_jitter")
     figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 5.2), layout="constrained")
     for axis, measure in zip(axes, shown, strict=True):
         title, factor = MEASURES[measure]
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.plot(0, 0, "k*", markersize=14, label=reference)
         for i, (method, own) in enumerate(by_method.items()):
-            x, y = (np.mean([row[name] for row in own]) for name in ("motion", measure))
-            errors = np.zeros((2, 2))  # of x and y, below and above
-            if method != REFERENCE and REFERENCE in by_method:
-                intervals = [paired_difference(own, by_method[REFERENCE], name) for name in ("motion", measure)]
-                errors = np.array([[mean - low, high - mean] for mean, low, high in intervals])
+            (x, *across), (y, *up) = (paired_difference(own, compared, name) for name in ("motion", measure))
             axis.errorbar(
-                x, y * factor, xerr=errors[0][:, None], yerr=factor * errors[1][:, None],
-                marker="*" if method == REFERENCE else "os^Dvp"[i % 6], markersize=14 if method == REFERENCE else 7,
-                color=plt.get_cmap("tab20")(i % 20), elinewidth=0.8, linestyle="none", label=method,
+                x, y * factor, xerr=[[x - across[0]], [across[1] - x]],
+                yerr=[[factor * (y - up[0])], [factor * (up[1] - y)]], marker="os^Dvp"[i % 6], markersize=7,
+                color=plt.get_cmap("tab20")(i % 20), elinewidth=0.8, linestyle="none", label=f"{method} ({len(own)})",
             )  # fmt: skip
         axis.set(xlabel="motion, px/frame", title=title)
         axis.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle("Consistency beside motion; bars: 95 % intervals of the paired difference to FIFO (star)")
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"Differences to {reference}, measure beside motion, with 95 % intervals (number of videos)")
     figure.savefig(picture, dpi=110)
     plt.close(figure)
