@@ -151,13 +151,15 @@ def load(device: str, dtype: str) -> Engine:
 
 def resolve(engine: Engine, num_frames: int, **options: Any) -> Request:
     """The request of the comparison: the preset without reflection, which the loop does not know."""
-    miga = dataclasses.replace(engine.preset.miga, self_reflection=False)
+    miga = dataclasses.replace(engine.preset.miga, self_reflection=False, guidance_anchor=False)
     return engine.resolve(PROMPT, num_frames=num_frames, **{"miga": miga, **options})
 
 
 def small_request(engine: Engine, **options: Any) -> Request:
     """A short run through every stage, for the check."""
-    miga = dataclasses.replace(engine.preset.miga, self_reflection=False, stage2_steps=2, refine_steps=2)
+    miga = dataclasses.replace(
+        engine.preset.miga, self_reflection=False, guidance_anchor=False, stage2_steps=2, refine_steps=2
+    )
     sizes = {"num_frames": 61, "height": 32, "width": 48, "num_inference_steps": 8}
     return resolve(engine, **{**sizes, "miga": miga, **options})
 
@@ -256,7 +258,7 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
     bundle = dataclasses.replace(load(device, dtype).bundle, transformer=transformer, dtype=transformer.dtype, extra={})
     preset = PRESETS["wan2.1"]
     schedule = make_schedule(preset.sampling.solver, options.steps, preset.sampling.shift)
-    miga = dataclasses.replace(preset.miga, stage2_steps=2, self_reflection=False)
+    miga = dataclasses.replace(preset.miga, stage2_steps=2, self_reflection=False, guidance_anchor=False)
     shape = (config.in_dim, options.height // 8, options.width // 8)
     contexts = torch.randn(2, 64, config.text_dim, device=device)
     windows = bundle.window_network(contexts, schedule.timesteps)

@@ -194,8 +194,8 @@ _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, strid
 # The release counts DDIM indices: it judges at index 50 of 63 and refines from index 10 on, the identity at 0 included.
 _VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
                                     self_reflection=False, score_drop=0.001)  # fmt: skip
-_TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, stride=6, judge_step=8, reference_groups=2,
-                   judge="x0", channels="all", score_drop=0.2)  # fmt: skip
+_TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, guidance_anchor=True, stride=6, judge_step=8,
+                   reference_groups=2, judge="x0", channels="all", score_drop=0.2)  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = {
     "wan2.1": Preset(miga=_WAN),

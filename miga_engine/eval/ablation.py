@@ -56,7 +56,10 @@ NUM_PROMPTS = len(SCENES)
 OPEN_PROMPTS = tuple(_leaving_open(scene, ("time", "terrain", "colour")[i % 3]) for i, scene in enumerate(SCENES))
 PROMPTS = tuple(map(world.caption, SCENES)) + OPEN_PROMPTS
 
-BARE = {"zigzag_width": 1, "stage2_steps": 0, "refine_steps": 0, "guidance_frames": 0, "self_reflection": False}
+BARE = {
+    "zigzag_width": 1, "stage2_steps": 0, "refine_steps": 0, "guidance_frames": 0, "guidance_anchor": False,
+    "self_reflection": False,
+}  # fmt: skip
 """The method's queue without any of its parts: windows commit their cleaner end, the queue grows behind a clip."""
 
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -64,13 +67,16 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fifo-equal": ("fifo", {"num_inference_steps": 26}),
     "zigzag": ("bare", {"zigzag_width": 4}),
     "zigzag+stage2": ("bare", {"zigzag_width": 4, "stage2_steps": 5}),
-    "zigzag+stage2+guidance": ("default", {"self_reflection": False}),
+    "zigzag+stage2+guidance": ("default", {"guidance_anchor": False, "self_reflection": False}),
+    "zigzag+stage2+guidance+anchor": ("default", {"self_reflection": False}),
+    "miga": ("default", {"guidance_anchor": False}),
     "default": ("default", {}),
-    "paper": ("default", {"judge": "latent", "channels": "mean", "score_drop": 0.01}),
-    "default+refine": ("default", {"refine_steps": 5}),
+    "paper": ("default", {"guidance_anchor": False, "judge": "latent", "channels": "mean", "score_drop": 0.01}),
+    "miga+refine": ("default", {"guidance_anchor": False, "refine_steps": 5}),
     "bare": ("bare", {}),
     "stage2": ("bare", {"stage2_steps": 5}),
     "guidance": ("bare", {"guidance_frames": 2}),
+    "guidance+anchor": ("bare", {"guidance_frames": 2, "guidance_anchor": True}),
     "reflection": ("bare", {"self_reflection": True}),
     "refine": ("bare", {"refine_steps": 5}),
 }
@@ -88,8 +94,8 @@ SWEEP = (
     "default,judge=x0,channels=mean",
 )  # fmt: skip
 GROUPS = {
-    "main": (*tuple(METHODS)[:8], WORLD),
-    "alone": tuple(METHODS)[8:],
+    "main": (*tuple(METHODS)[:10], WORLD),
+    "alone": tuple(METHODS)[10:],
     "sweep": SWEEP,
 }
 SUFFIX = ".mkv"
