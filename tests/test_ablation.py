@@ -58,6 +58,9 @@ def test_open_prompts_leave_one_attribute_open() -> None:
         named = read_prompt(prompt)
         assert {"subject", "colour", "terrain", "time"} - named.keys() == {("time", "terrain", "colour")[i % 3]}
         assert all(getattr(scene, name) == value for name, value in named.items())
+    assert ablation._prompts(None) == list(range(24))
+    assert ablation._prompts("any") == list(range(24, 48))
+    assert ablation._prompts("terrain") == list(range(25, 48, 3))
 
 
 def test_every_named_method_can_run_and_differs_from_every_other(engine: Engine) -> None:

@@ -53,7 +53,8 @@ def _leaving_open(scene: world.Scene, attribute: str) -> str:
 
 # By index: first those that say everything, then those of which each leaves something open.
 NUM_PROMPTS = len(SCENES)
-OPEN_PROMPTS = tuple(_leaving_open(scene, ("time", "terrain", "colour")[i % 3]) for i, scene in enumerate(SCENES))
+OPEN_ATTRIBUTES = ("time", "terrain", "colour")  # in turn
+OPEN_PROMPTS = tuple(_leaving_open(scene, OPEN_ATTRIBUTES[i % 3]) for i, scene in enumerate(SCENES))
 PROMPTS = tuple(map(world.caption, SCENES)) + OPEN_PROMPTS
 
 BARE = {
@@ -470,6 +471,13 @@ def draw_sheet(jobs: Sequence[Job], folder: Path, picture: Path, *, num_tiles: i
     write_contact_sheet(picture, rows, [f"{job.method}: {job.prompt}, seed {job.seed}" for job in jobs])
 
 
+def _prompts(left_open: str | None) -> list[int]:
+    """Indices of the prompts that leave this attribute open (any: whichever), or nothing."""
+    if left_open is None:
+        return list(range(NUM_PROMPTS))
+    return [NUM_PROMPTS + i for i in range(NUM_PROMPTS) if left_open in ("any", OPEN_ATTRIBUTES[i % 3])]
+
+
 def add_parser(commands: Any, name: str = "ablation") -> None:
     """Add the command to the sub-commands of `miga eval`."""
     parser = commands.add_parser(
@@ -482,8 +490,8 @@ def add_parser(commands: Any, name: str = "ablation") -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the videos are kept")
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"at most {NUM_PROMPTS}")
-    parser.add_argument("--open", action="store_true", help="prompts that each leave time of day, terrain or colour "
-                        "open, which is measured against the beginning of the video")  # fmt: skip
+    parser.add_argument("--open", nargs="?", const="any", choices=("any", *OPEN_ATTRIBUTES), help="prompts that each "
+                        "leave this open (any of them), which is measured against the video's beginning")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="videos of each prompt (default: 2)")
     parser.add_argument("--num-frames", type=int, default=481, metavar="N", help="of each video (default: 481)")
     parser.add_argument("--methods", nargs="+", default=["main", "alone"], metavar="METHOD",
@@ -512,14 +520,13 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
     engine.capture = False  # replayed forwards could not be counted
-    first = NUM_PROMPTS if options.open else 0
     csv_path = options.csv or options.folder / "ablation.csv"
     known = read_csv(csv_path) if csv_path.exists() else []
     rows = run_grid(
         engine,
         options.folder,
         expand_methods(options.methods),
-        prompts=range(first, first + options.prompts),
+        prompts=_prompts(options.open)[: options.prompts],
         num_seeds=options.seeds,
         num_frames=options.num_frames,
         known=known,
