@@ -334,7 +334,7 @@ def run_grid(
             continue
         if path.exists():
             _check_made(asked, path)
-        elif job.method == WORLD:
+        elif make and job.method == WORLD:
             render_world(SCENES[job.prompt_index % NUM_PROMPTS], request, path, asked)
         elif make and not _make_unless_claimed(engine, request, path, asked):
             print(f"{path} is being made by another process", flush=True)
