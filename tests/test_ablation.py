@@ -163,20 +163,20 @@ def test_no_video_is_made_whose_figures_are_known(
     monkeypatch.setattr(ablation, "make_video", make)
     table = tmp_path / "table.csv"
     command = ["ablation", "--prompts", 1, "--seeds", 1, "--num-frames", 33, "--csv", table, "--methods"]
-    without, default = "zigzag+stage2+guidance", "default"
-    assert _miga_eval(*command, without, default, "--folder", tmp_path / "a") == 0
-    assert made == [default]  # it never searched, so that it is the video without reflection, too
+    without, miga = "zigzag+stage2+guidance", "miga"
+    assert _miga_eval(*command, without, miga, "--folder", tmp_path / "a") == 0
+    assert made == [miga]  # it never searched, so that it is the video without reflection, too
     first = _read(table)
-    assert [row["method"] for row in first] == [without, default]
+    assert [row["method"] for row in first] == [without, miga]
     assert first[0]["motion"] == first[1]["motion"]
     assert first[0]["options"] != first[1]["options"]
 
     # another folder, on another machine: the file says what need not be made, and keeps what is not asked for now
     made.clear()
-    assert _miga_eval(*command, "fifo", default, "--folder", tmp_path / "b") == 0
+    assert _miga_eval(*command, "fifo", miga, "--folder", tmp_path / "b") == 0
     assert made == ["fifo"]
     now = {row["method"]: row for row in _read(table)}
-    assert list(now) == [without, default, "fifo"]
+    assert list(now) == [without, miga, "fifo"]
     assert now == now | {row["method"]: row for row in first}
     assert "<br>+0.00 [+0.00, +0.00] |" in capsys.readouterr().out  # known and measured now are equal to the digit
 

@@ -327,7 +327,7 @@ def run_grid(
         asked = _comparable(engine, job, request)
         row = rows.get(_key(job)) or _unsearched_twin(job, requests, rows)
         if row is not None:
-            if "options" in row and row["method"] == job.method and row["options"] != _digest(asked):
+            if row["method"] == job.method and row["options"] != _digest(asked):
                 raise ConfigError(f"the CSV file's row of {job.method}, {job.prompt!r}, seed {job.seed} was made with "
                                   "other options: take it out, or give another --csv")  # fmt: skip
             rows[_key(job)] = {**row, "method": job.method, "options": _digest(asked)}
@@ -399,7 +399,9 @@ def _rounded(value: float) -> str:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Rows that `write_csv` wrote; ConfigError for another file."""
+    """Rows that `write_csv` wrote, none where there is no file yet; ConfigError for another file."""
+    if not path.exists():
+        return []
     text = ("method", "prompt", "options")
     try:
         with path.open(newline="") as stream:
@@ -521,7 +523,6 @@ def run(options: argparse.Namespace) -> int:
     engine = Engine.from_pretrained("tiny")
     engine.capture = False  # replayed forwards could not be counted
     csv_path = options.csv or options.folder / "ablation.csv"
-    known = read_csv(csv_path) if csv_path.exists() else []
     rows = run_grid(
         engine,
         options.folder,
@@ -529,12 +530,13 @@ def run(options: argparse.Namespace) -> int:
         prompts=_prompts(options.open)[: options.prompts],
         num_seeds=options.seeds,
         num_frames=options.num_frames,
-        known=known,
+        known=read_csv(csv_path),
         make=not options.existing,
     )
     if not rows:
         raise ConfigError(f"--folder {options.folder} holds none of these videos yet: leave --existing out")
-    write_csv(csv_path, list(({_key(row): row for row in known} | {_key(row): row for row in rows}).values()))
+    by_video = {_key(row): row for row in read_csv(csv_path)}  # another process may have written some meanwhile
+    write_csv(csv_path, list((by_video | {_key(row): row for row in rows}).values()))
     print(markdown_table(rows, options.reference))
     jobs = [Job(*_key(row)) for row in rows]
     jobs = [job for job in jobs if job.path(options.folder).exists()]
