@@ -1,7 +1,6 @@
-"""Draw the pictures of README and docs/ with the embedded model: `python bench/sheets.py [long|rivals|timeline]`.
+"""Draw the pictures of README and docs/ with the embedded model: `python bench/sheets.py [long|timeline]`.
 
 long      one prompt a row over 481 frames
-rivals    FIFO-Diffusion and MIGA with the same prompts, seeds and length, row under row
 timeline  a prompt that changes from dawn to night at frame 160
 """
 
@@ -9,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from miga_engine import Engine
-from miga_engine.config import fifo_config
 from miga_engine.video.contact_sheet import write_contact_sheet
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -28,26 +25,10 @@ PROMPTS = (
 NUM_FRAMES = 481
 
 
-@cache
-def _video(engine: Engine, prompt: str, method: str) -> torch.Tensor:
-    config = engine.preset.miga
-    if method == "FIFO":
-        config = fifo_config(config, engine.bundle.window_frames)
-    return engine.generate(prompt, NUM_FRAMES, seed=1, miga=config).frames
-
-
-def _row(engine: Engine, prompt: str, method: str, num_tiles: int) -> torch.Tensor:
-    return _video(engine, prompt, method)[torch.linspace(0, NUM_FRAMES - 1, num_tiles).round().long()]
-
-
 def long(engine: Engine) -> None:
-    write_contact_sheet(DOCS / "long_videos.png", [_row(engine, prompt, "MIGA", 8) for prompt in PROMPTS])
-
-
-def rivals(engine: Engine) -> None:
-    pairs = [(prompt, method) for prompt in PROMPTS for method in ("FIFO", "MIGA")]
-    rows = [_row(engine, prompt, method, 10) for prompt, method in pairs]
-    write_contact_sheet(DOCS / "fifo_vs_miga.png", rows, [method for _, method in pairs])
+    chosen = torch.linspace(0, NUM_FRAMES - 1, 8).round().long()
+    rows = [engine.generate(prompt, NUM_FRAMES, seed=1).frames[chosen] for prompt in PROMPTS]
+    write_contact_sheet(DOCS / "long_videos.png", rows)
 
 
 def timeline(engine: Engine) -> None:
@@ -57,7 +38,7 @@ def timeline(engine: Engine) -> None:
     write_contact_sheet(DOCS / "timeline.png", [frames[0:160:20], frames[160:320:20]], ["0 …", "160 …"])
 
 
-SHEETS = {"long": long, "rivals": rivals, "timeline": timeline}
+SHEETS = {"long": long, "timeline": timeline}
 
 
 def main() -> None:
