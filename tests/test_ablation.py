@@ -17,7 +17,7 @@ from miga_engine import Engine
 from miga_engine.cli import main
 from miga_engine.config import PRESETS, Request
 from miga_engine.errors import ConfigError
-from miga_engine.eval import ablation, judge
+from miga_engine.eval import ablation, judge, methods
 from miga_engine.eval.paired import paired_difference
 from miga_engine.tiny import world
 from miga_engine.tiny.text import read_prompt
@@ -42,37 +42,36 @@ def _miga_eval(*arguments: object) -> int:
 
 
 def test_prompts_are_spread_over_the_world() -> None:
-    told = ablation.PROMPTS[: ablation.NUM_PROMPTS]
+    told = methods.PROMPTS[: methods.NUM_PROMPTS]
     assert len(set(told)) == 24
     assert set(told) <= set(world.all_captions())
     for attribute in ("subject", "terrain", "time"):
-        assert set(Counter(getattr(scene, attribute) for scene in ablation.SCENES).values()) == {6}
-    assert set(Counter(scene.colour for scene in ablation.SCENES).values()) == {4, 5}
-    for scene, following in itertools.pairwise(ablation.SCENES):
+        assert set(Counter(getattr(scene, attribute) for scene in methods.SCENES).values()) == {6}
+    assert set(Counter(scene.colour for scene in methods.SCENES).values()) == {4, 5}
+    for scene, following in itertools.pairwise(methods.SCENES):
         assert sum(a == b for a, b in zip(scene.labels, following.labels, strict=True)) <= 1
 
 
 def test_open_prompts_leave_one_attribute_open() -> None:
-    assert ablation.PROMPTS[ablation.NUM_PROMPTS :] == ablation.OPEN_PROMPTS
-    for i, (scene, prompt) in enumerate(zip(ablation.SCENES, ablation.OPEN_PROMPTS, strict=True)):
+    assert methods.PROMPTS[methods.NUM_PROMPTS :] == methods.OPEN_PROMPTS
+    for i, (scene, prompt) in enumerate(zip(methods.SCENES, methods.OPEN_PROMPTS, strict=True)):
         named = read_prompt(prompt)
         assert {"subject", "colour", "terrain", "time"} - named.keys() == {("time", "terrain", "colour")[i % 3]}
         assert all(getattr(scene, name) == value for name, value in named.items())
-    assert ablation._prompts(None) == list(range(24))
-    assert ablation._prompts("any") == list(range(24, 48))
-    assert ablation._prompts("terrain") == list(range(25, 48, 3))
+    assert methods.prompt_indices(None) == list(range(24))
+    assert methods.prompt_indices("any") == list(range(24, 48))
+    assert methods.prompt_indices("terrain") == list(range(25, 48, 3))
 
 
 def test_every_named_method_can_run_and_differs_from_every_other(engine: Engine) -> None:
-    methods = ablation.expand_methods(["main", "alone", "sweep"])
-    assert len(methods) == len(ablation.METHODS) + len(ablation.SWEEP) + 1
-    methods.remove(ablation.WORLD)
+    names = methods.expand_methods(["main", "alone", "sweep"])
+    assert len(names) == len(methods.METHODS) + len(methods.SWEEP) + 1
+    names.remove(methods.WORLD)
     resolved = [
-        engine.resolve(ablation.PROMPTS[0], num_frames=33, **ablation.method_options(engine, method))
-        for method in methods
+        engine.resolve(methods.PROMPTS[0], num_frames=33, **methods.method_options(engine, method)) for method in names
     ]
-    assert len({(request.num_inference_steps, request.miga) for request in resolved}) == len(methods)
-    by_name = dict(zip(methods, resolved, strict=True))
+    assert len({(request.num_inference_steps, request.miga) for request in resolved}) == len(names)
+    by_name = dict(zip(names, resolved, strict=True))
     assert by_name["default"].miga == PRESETS["tiny"].miga
     assert by_name["fifo"].miga.commit == "trailing"
     assert not by_name["bare"].miga.self_reflection
@@ -80,7 +79,7 @@ def test_every_named_method_can_run_and_differs_from_every_other(engine: Engine)
 
 
 def test_a_method_can_be_changed_in_its_name(engine: Engine) -> None:
-    changed = ablation.method_options(
+    changed = methods.method_options(
         engine, "default,stride=3,judge=latent,score_drop=0.5,self_reflection=false,num_inference_steps=30"
     )
     config = changed["miga"]
@@ -88,7 +87,7 @@ def test_a_method_can_be_changed_in_its_name(engine: Engine) -> None:
     assert changed["num_inference_steps"] == 30
     for wrong in ("nothing", "default,stride", "default,strides=3", "default,stride=x", "default,self_reflection=2"):
         with pytest.raises(ConfigError, match=wrong.split(",")[-1].split("=")[0]):
-            ablation.method_options(engine, wrong)
+            methods.method_options(engine, wrong)
 
 
 # The grid --------------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def test_a_method_can_be_changed_in_its_name(engine: Engine) -> None:
 def test_a_grid_is_filled_up_measured_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(ablation.METHODS, "fifo", ("fifo", {"num_inference_steps": 13}))
+    monkeypatch.setitem(methods.METHODS, "fifo", ("fifo", {"num_inference_steps": 13}))
     made = []
     make_video = ablation.make_video
     monkeypatch.setattr(ablation, "make_video", lambda engine, request, path, asked: (
@@ -114,7 +113,7 @@ def test_a_grid_is_filled_up_measured_and_compared(
     assert [row["method"] for row in rows] == ["fifo", short, "world"]
     assert float(rows[2]["accuracy"]) == 1
     assert float(rows[2]["subject_jitter"]) < float(rows[0]["subject_jitter"])
-    assert {row["prompt"] for row in rows} == {ablation.PROMPTS[0]}
+    assert {row["prompt"] for row in rows} == {methods.PROMPTS[0]}
     assert all(0 < float(row["subject_consistency"]) <= 1 and float(row["motion"]) > 0 for row in rows)
     # 6 passes of the seed clip, one window of 13 each; the clip fills the queue of 6; a pass of it for each of 9 frames
     assert int(rows[1]["window_frames"]) == 6 * 13 + 9 * 6
@@ -139,7 +138,7 @@ def test_a_grid_is_filled_up_measured_and_compared(
     csv_path.unlink()
     with pytest.raises(ConfigError, match="num_frames 33, now 37 is asked for: give another --folder"):
         _miga_eval(*command, "--num-frames", 37)
-    monkeypatch.setitem(ablation.METHODS, "fifo", ("fifo", {"num_inference_steps": 14}))
+    monkeypatch.setitem(methods.METHODS, "fifo", ("fifo", {"num_inference_steps": 14}))
     with pytest.raises(ConfigError, match="num_inference_steps 13, now 14"):
         _miga_eval(*command, "--num-frames", 33)
     with pytest.raises(ConfigError, match="--prompts must lie between 1 and 24, got 25"):
@@ -158,7 +157,7 @@ def test_no_video_is_made_whose_figures_are_known(
 
     def make(engine: Engine, request: Request, path: Path, asked: dict[str, object]) -> None:
         made.append(path.parent.name)
-        ablation.render_world(ablation.SCENES[0], request, path, asked)  # in a moment, and with no search
+        ablation.render_world(methods.SCENES[0], request, path, asked)  # in a moment, and with no search
 
     monkeypatch.setattr(ablation, "make_video", make)
     table = tmp_path / "table.csv"

@@ -26,7 +26,7 @@ from torch import Tensor
 from miga_engine import ops
 from miga_engine.config import replace_options
 from miga_engine.errors import ConfigError
-from miga_engine.eval.ablation import NUM_PROMPTS, PROMPTS, SCENES
+from miga_engine.eval.methods import NUM_PROMPTS, PROMPTS, SCENES
 from miga_engine.eval.paired import pyplot
 from miga_engine.schedule import add_noise
 from miga_engine.tiny import world
