@@ -40,7 +40,7 @@ OPTIONS = [
 ]
 NUM_FRAMES = 61
 VIDEOS = ("video.mp4", "video.mkv", "video.rgb", "frames/")
-STATE_MOMENTS = ("before", "half", "written", "linked", "replaced")
+STATE_MOMENTS = ("before", "begun", "half", "written", "linked", "replaced")
 
 
 @dataclass
@@ -200,6 +200,9 @@ def _die_in_session(number: int, moment: str) -> None:
         nonlocal count
         count += 1
         if count == number and moment == "before":
+            _die()
+        if count == number and moment == "begun":
+            path.with_name(".tmpQ1w2E3").write_bytes(b"safetensors writes here first")
             _die()
         save_file(tensors, path, metadata)
         if count == number and moment == "half":

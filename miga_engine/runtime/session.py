@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import reprlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,9 +94,11 @@ def save_session(path: str | os.PathLike[str], session: Session) -> None:
         }
     )
     metadata = {"format": _FORMAT, "version": str(VERSION), "record": record, "sha256": _checksum(record, tensors)}
-    beside = target.with_name(f".{target.name}.part")
+    folder = _scratch_folder(target)
+    beside = folder / target.name
     try:
         try:
+            folder.mkdir(exist_ok=True)
             save_file(tensors, beside, metadata)
             _flush_to_disk(beside)
             if target.exists():
@@ -103,7 +106,7 @@ def save_session(path: str | os.PathLike[str], session: Session) -> None:
             beside.replace(target)
             _flush_to_disk(target.parent)
         finally:
-            beside.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"cannot write the session file {target}: {reason}") from error
@@ -126,9 +129,10 @@ def load_session(path: str | os.PathLike[str]) -> Session:
 
 
 def remove_session(path: str | os.PathLike[str]) -> None:
-    """Delete the file and what it replaced."""
+    """Delete the file, what it replaced, and what a killed process left of a newer one."""
     Path(path).unlink(missing_ok=True)
     previous_path(Path(path)).unlink(missing_ok=True)
+    shutil.rmtree(_scratch_folder(Path(path)), ignore_errors=True)
 
 
 def is_session(path: str | os.PathLike[str]) -> bool:
@@ -235,6 +239,12 @@ def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _scratch_folder(target: Path) -> Path:
+    """Where the file is written before it takes its place: a folder, for safetensors has a nameless file of its own
+    beside the one it writes, which would stay where a process is killed."""
+    return target.with_name(f".{target.name}.part")
 
 
 def _keep_previous(target: Path) -> None:
