@@ -351,7 +351,8 @@ class VideoRun:
             slots = np.concatenate([queue[guidance], queue[start : start + length]])
             if guidance and config.guidance_anchor:
                 rows = self.store.prompt_row[slots[len(guidance) :]]
-                slots[0] = self._anchor[0] if (rows == self.store.prompt_row[self._anchor]).all() else slots[0]
+                if (rows == self.store.prompt_row[self._anchor]).all():
+                    slots[0] = self._anchor[0]
             offset = len(guidance) - start
             windows.append(Window(slots, commit_start + offset, commit_stop + offset))
         return windows
