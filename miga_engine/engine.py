@@ -361,6 +361,7 @@ class Engine:
 
     def identity(self) -> dict[str, Any]:
         """What computes the frames, as session files record it: all of it decides over the last bits."""
+        cpu = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
         return {
             "name": self.name if self.name == "tiny" else os.path.abspath(self.name),
             "preset": self.preset_name,
@@ -371,6 +372,7 @@ class Engine:
             "transformer": fingerprint(self.bundle.transformer),
             "VAE": fingerprint(self.bundle.vae),
             "device": self.device.type,
+            **({"CPU": cpu} if self.device.type == "cpu" else {}),
             "torch": torch.__version__,
             "miga_engine": __version__,
         }
@@ -388,11 +390,11 @@ class Engine:
                     f"the session {path} was made with {what} ({self.name!r} has {here[name]!r} here): load the model "
                     "as it was, or start a new run"
                 )
-        for name in ("device", "torch", "miga_engine"):
-            if saved.get(name) != here[name]:
+        for name in ("device", "CPU", "torch", "miga_engine"):
+            if name in saved and name in here and saved[name] != here[name]:
                 _log.warning(
-                    "the session %s was made with %s %s, and this is %s: frames may differ in their last bits",
-                    path, name, saved.get(name), here[name],
+                    "the session %s was made with %s %s, and here it is %s: frames may differ in their last bits",
+                    path, name, saved[name], here[name],
                 )  # fmt: skip
 
     def _resumed(self, path: str | os.PathLike[str], session: Session, num_frames: int | None) -> tuple[Request, State]:

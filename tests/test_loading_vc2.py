@@ -392,10 +392,14 @@ def test_convert_refuses_what_it_cannot_write(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("os.replace", disk_full)
+        patched.setattr(Path, "replace", disk_full)
         assert convert(ckpt, out, "-y") == 2
     assert "model.safetensors: No space left on device; free space or choose another folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == b"precious"
+    killed = tmp_path / ".model.safetensors.part"  # what a kill within the writing leaves behind
+    killed.mkdir()
+    (killed / ".tmpNMKkng").write_bytes(b"half")
     assert convert(ckpt, out, "-y") == 0
+    assert list(tmp_path.iterdir()) == [out]
     assert is_videocrafter2(out)

@@ -257,12 +257,13 @@ def test_what_has_changed_is_named(engine, saved, field, value, sentence) -> Non
 
 
 def test_another_machine_or_version_is_a_warning(engine, whole, saved, caplog) -> None:
-    _rewritten(saved, lambda record, _: record["model"].update(torch="1.0", device="cuda"))
+    _rewritten(saved, lambda record, _: record["model"].update(torch="1.0", device="cuda", CPU="AVX9, threads: 64"))
     resumed = engine.resume(saved)
     start = resumed.num_frames_out
     assert torch.equal(_frames(resumed), whole[start:])
     assert "made with torch 1.0" in caplog.text
     assert "made with device cuda" in caplog.text
+    assert "made with CPU AVX9, threads: 64, and here it is " in caplog.text
 
 
 @pytest.mark.parametrize(

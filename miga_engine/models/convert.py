@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -32,15 +31,19 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tup
         is_shared = storage in storages  # in safetensors each key has its own bytes
         tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if is_shared else tensor.contiguous()
         storages.add(storage)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # A folder, for beside the file it writes safetensors has a nameless one, which outlives a killed process.
+    folder = target.with_name(f".{target.name}.part")
     try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        num_bytes = part.stat().st_size
-        shutil.copymode(source, part)
-        os.replace(part, target)
+        try:
+            folder.mkdir(exist_ok=True)
+            part = folder / target.name
+            save_file(tensors, part, metadata={"format": "pt"})
+            num_bytes = part.stat().st_size
+            shutil.copymode(source, part)
+            part.replace(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"cannot write {target}: {reason}; free space or choose another folder") from error
-    finally:
-        part.unlink(missing_ok=True)
     return len(tensors), num_bytes
