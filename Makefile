@@ -15,8 +15,9 @@ demo: venv
 	$(BIN)/miga generate "a red balloon over snowy hills at dawn" --num-frames 241 --overwrite \
 		--output out/demo.mp4 --contact-sheet out/demo.png
 
+# One thread a process: tests/conftest.py.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .
