@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "gelu.h"
 #include "norm_modulate.h"
 #include "qk_norm_rope.h"
 #include "tensors.h"
@@ -152,12 +153,20 @@ void qk_norm_rope(
   run(q, k, as_table(weight_q), as_table(weight_k), as_table(temporal), as_table(spatial), packed_positions, num_heads, eps);
 }
 
+// x of float32, contiguous.
+void gelu_elements(Tensor x) {
+  float* data = x.mutable_data_ptr<float>();
+  torch::stable::parallel_for(
+      0, x.numel(), kGrainElements, [&](int64_t begin, int64_t end) { gelu(data + begin, end - begin); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(miga, CPU, m) {
   m.impl("norm_modulate", TORCH_BOX(&norm_modulate_tokens));
   m.impl("residual_norm_modulate", TORCH_BOX(&residual_norm_modulate_tokens));
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("gelu_", TORCH_BOX(&gelu_elements));
 }
 
 }  // namespace miga

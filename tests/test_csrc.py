@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from miga_engine import _extension, ops
 from miga_engine.noise import FrameNoise, Purpose, frame_noise
@@ -537,11 +538,38 @@ def test_ops_on_tokens_meet_their_contracts() -> None:
     torch.library.opcheck(ops_.qk_norm_rope.default, (q, None, case["weights"][0], None, None, None, None, 1, 1e-6))
 
 
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1,), (63,), (2, 64), (3, 5, 129), (2, 13, 24, 768)])
+def test_gelu_is_within_the_error_budget_on_any_number_of_threads(shape: tuple[int, ...]) -> None:
+    drawn = 4 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, eager = (F.gelu(x, approximate="tanh") for x in (drawn.double(), drawn))
+    one, two = _guarded(drawn), _guarded(drawn)
+    _on_threads(1, lambda: torch.ops.miga.gelu_(one))
+    _on_threads(2, lambda: torch.ops.miga.gelu_(two))
+    _assert_within_budget(one, eager, exact)
+    assert _bands_are_untouched(one)
+    assert torch.equal(one, two)
+
+
+@needs_kernels
+def test_gelu_of_values_of_any_size() -> None:
+    sizes = torch.logspace(-44, 38, 4001)
+    x = torch.cat([torch.zeros(1), sizes, -sizes])
+    expected = F.gelu(x.double(), approximate="tanh")
+    torch.ops.miga.gelu_(result := x.clone())
+    assert bool(((result - expected).abs() <= 3e-7 * x.abs() + 3e-45).all())
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    torch.ops.miga.gelu_(special)
+    assert special.isfinite().tolist() == [False] * 3
+    torch.ops.miga.gelu_(torch.empty(0, 3))
+
+
 # Every kernel on the same numbers, what it wrote (with a margin behind it) as bytes on the standard output.
 CLONES_PROGRAM = """
 #include <cstdio>
 #include <vector>
 #include "consistency_score.h"
+#include "gelu.h"
 #include "norm_modulate.h"
 #include "normal_noise.h"
 #include "qk_norm_rope.h"
@@ -608,6 +636,8 @@ int main() {
   add_mean_direction(frames.data(), 3, 4, 35, true, sum.data(), scratch.data());
   add_mean_direction(frames.data(), 3, 4, 35, false, sum.data(), scratch.data());
   print(sum);
+  gelu(normals.data(), 99999);
+  print(normals);
 }
 """
 

@@ -71,6 +71,7 @@ def _calls(dtype):
             {},
         ),
         "frame_attention": (miga.frame_attention.default, (*heads, heads[1], None, None, None, "sdpa"), {}),
+        "gelu_": (miga.gelu_.default, (t["x"],), {}),
     }
 
 

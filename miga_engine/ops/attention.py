@@ -17,13 +17,13 @@ from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.ops import reference as _reference
 from miga_engine.ops._registry import has_triton, require
-from miga_engine.ops.linear import HAS_ONEDNN, linear
+from miga_engine.ops.linear import HAS_ONEDNN, IS_MKL_FASTER, linear
 
 _log = logging.getLogger(__name__)
 
 TRITON_HEAD_DIMS = (64, 128)
 
-# Measured on one and two threads: 1.3 to 2.2 times as fast as SDPA from 300 keys on, slower at 24.
+# Measured with AVX-512 on one and two threads: 1.3 to 2.2 times as fast as SDPA from 300 keys on, slower at 24.
 _ONEDNN_LEAST_KEYS, _ONEDNN_MOST_THREADS = 64, 4
 _SCORES_IN_CACHE = 1 << 18
 
@@ -57,8 +57,9 @@ def frame_attention(
     queries; without it P is B or 1. Queries may be fewer than keys (a slice of the window's tokens).
 
     backend: "auto" takes the fastest exact one installed, timed once at the real shape on each GPU (on CPUs by rule:
-    oneDNN for many keys, else SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with DeviceError, and never
-    replaced. A backend must agree with the oracle on a sample of its first call's queries before its result is used.
+    oneDNN for many keys where there is AVX-512, else SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with
+    DeviceError, and never replaced. A backend must agree with the oracle on a sample of its first call's queries before
+    its result is used.
     Where a gradient is wanted, SDPA alone gives it.
     """
     require(q.ndim == 4, "q", "shape", tuple(q.shape), "[B,N,H,D]")
@@ -322,8 +323,8 @@ def _disagreement(call: _Call, out: Tensor, *, is_exact: bool) -> str | None:
 
 def _choose(call: _Call) -> str:
     if not call.q.is_cuda:  # by rule, so that one machine always rounds the same way
-        is_measured = torch.get_num_threads() <= _ONEDNN_MOST_THREADS
-        return "onednn" if is_measured and _BACKENDS["onednn"].refuses(call) is None else "sdpa"
+        is_faster = not IS_MKL_FASTER and torch.get_num_threads() <= _ONEDNN_MOST_THREADS
+        return "onednn" if is_faster and _BACKENDS["onednn"].refuses(call) is None else "sdpa"
     device = torch.cuda.get_device_name(call.q.device)
     bias_shape = None if call.bias is None else call.bias.shape
     key = (device, call.q.dtype, call.q.shape, call.k.shape, bias_shape, call.key_rows is None)
