@@ -472,6 +472,34 @@ def test_candidates_batch_without_changing_the_result():
     assert (alone - together).abs().max() <= 2e-6
 
 
+@pytest.mark.parametrize("has_anchor", [False, True])
+def test_searches_read_the_anchor_of_their_own_prompt(has_anchor):
+    config = _config(self_reflection=True, judge_step=4, score_drop=0.0, guidance_anchor=has_anchor)
+    run = VideoRun(
+        pseudo_network, make_schedule("unipc", 16, 5.0), config, window_frames=9, frame_shape=SHAPE,
+        noise=counter_noise(5, SHAPE), num_frames=60, guidance_scale=5.0, device=CPU,
+        prompt_row=lambda frame: 1 if frame < 33 else 2,
+    )  # fmt: skip
+    store, search_windows, searches = run.store, run.reflection._windows, []
+
+    def watched(reference, candidates):
+        windows = search_windows(reference, candidates)
+        for window in windows:
+            is_anchored = window.slots[0] in run._anchor
+            rows = store.prompt_row[window.slots[int(is_anchored) :]]
+            assert is_anchored == (has_anchor and bool((rows == store.prompt_row[run._anchor]).all()))
+            assert len(window.slots) <= 9
+            assert not np.isin(window.committed, [*run._anchor, *reference]).any()
+            searches.append(is_anchored)
+        committed = np.concatenate([window.committed for window in windows])
+        assert sorted(committed) == sorted(candidates.ravel())  # each once
+        return windows
+
+    run.reflection._windows = watched
+    _collect(run)
+    assert True in searches if has_anchor else searches
+
+
 @pytest.mark.parametrize("judge", ["latent", "x0"])
 @pytest.mark.parametrize("channels", ["mean", "all"])
 def test_every_judge_runs(judge, channels):

@@ -16,6 +16,8 @@ from miga_engine.runtime.window_plan import plan_windows
 CANDIDATE_SOLVER_STREAM = 0x100
 """Solver noise of candidate c in search n uses stream CANDIDATE_SOLVER_STREAM + n·candidates + c."""
 
+_NO_SLOTS = np.empty(0, np.int64)
+
 
 class Reflection:
     """Judges one group of latent frames per iteration and replaces the tail by the best of several continuations.
@@ -30,12 +32,14 @@ class Reflection:
         window_frames: int,
         stride: int,
         emit: Callable[..., None],
+        anchor: np.ndarray = _NO_SLOTS,
     ) -> None:
         self.denoiser = denoiser
         self.config = config
         self.window_frames = window_frames
         self.stride = stride
         self.emit = emit
+        self.anchor = anchor
         self.previous_score: float | None = None
         self.num_searches = 0
 
@@ -113,16 +117,22 @@ class Reflection:
         )
 
     def _windows(self, reference: np.ndarray, candidates: np.ndarray) -> list[Window]:
-        """Windows over (reference + candidate frames) of every candidate; reference frames are only read."""
-        num_reference = len(reference)
+        """Windows over (reference + candidate frames) of every candidate; reference and anchor are only read."""
+        num_reference, num_anchors = len(reference), len(self.anchor)
         num_frames = num_reference + candidates.shape[1]
-        window = self.window_frames
+        window = self.window_frames - num_anchors
         phase = max(num_frames - window, 0) % self.stride
+        prompt_row = self.denoiser.store.prompt_row
         windows = []
         for candidate in candidates:
             sequence = np.concatenate([reference, candidate])
             for start, commit_start, commit_stop in plan_windows(num_frames, window, self.stride, phase):
                 first = max(commit_start, num_reference)
-                if first < commit_stop:
-                    windows.append(Window(sequence[start : start + window], first - start, commit_stop - start))
+                if first >= commit_stop:
+                    continue
+                slots = sequence[start : start + window]
+                is_of_its_prompt = num_anchors > 0 and (prompt_row[slots] == prompt_row[self.anchor]).all()
+                anchor = self.anchor if is_of_its_prompt else _NO_SLOTS
+                offset = len(anchor) - start
+                windows.append(Window(np.concatenate([anchor, slots]), first + offset, commit_stop + offset))
         return windows

@@ -144,7 +144,7 @@ class VideoRun:
         )  # fmt: skip
         self.reflection = None
         if config.self_reflection:
-            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit)
+            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, self._anchor)
         self.stage = SEED_CLIP
         self._next = _PUSH
         self._announced = ""
