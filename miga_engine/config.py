@@ -41,8 +41,8 @@ class MigaConfig:
     guidance_offset: int | None = _option(
         None, "distance of the nearest guidance frame (half the zigzag width)", least=1
     )
-    guidance_anchor: bool = _option(False, "let the farthest guidance frame be the prompt's first frame, clean: it "
-                                    "holds what the prompt leaves open (needs guidance frames)")  # fmt: skip
+    guidance_anchor: bool = _option(False, "let the farthest guidance frame be the prompt's first frame, clean, "
+                                    "and let searches read it too: it holds what the prompt leaves open")  # fmt: skip
     stride: int | None = _option(None, "latent frames between window starts (half the model's window)", least=1)
     moving_phase: bool = _option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
     commit: str = _option("leading", "which end of a window is kept (trailing: FIFO-Diffusion's look-ahead)",
