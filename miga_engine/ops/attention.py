@@ -59,8 +59,7 @@ def frame_attention(
     backend: "auto" takes the fastest exact one installed, timed once at the real shape on each GPU (on CPUs by rule:
     oneDNN for many keys where there is AVX-512, else SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with
     DeviceError, and never replaced. A backend must agree with the oracle on a sample of its first call's queries before
-    its result is used.
-    Where a gradient is wanted, SDPA alone gives it.
+    its result is used. Where a gradient is wanted, SDPA alone gives it.
     """
     require(q.ndim == 4, "q", "shape", tuple(q.shape), "[B,N,H,D]")
     frame = q.shape[2:]
