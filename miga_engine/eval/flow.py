@@ -58,7 +58,7 @@ def motion_and_warping(
             rgb = F.interpolate(rgb, size, mode="area")
         luma = torch.einsum("nchw,c->nhw", rgb, _LUMA)
         forward, backward = estimate(luma[:-1], luma[1:]), estimate(luma[1:], luma[:-1])
-        motion.append(forward.norm(dim=1).mean((1, 2)) * (SHORT_SIDE / min(rgb.shape[2:])))
+        motion.append(torch.hypot(*forward.unbind(1)).mean((1, 2)) * (SHORT_SIDE / min(rgb.shape[2:])))
         back = warp(backward, forward)
         slack = 0.01 * (forward.square().sum(1) + back.square().sum(1)) + 0.5
         is_seen = (forward + back).square().sum(1) < slack  # [N,H,W]
@@ -97,11 +97,12 @@ def lucas_kanade(before: Tensor, after: Tensor, *, iterations: int = 4) -> Tenso
         across = F.pad(old, (1, 1, 0, 0), mode="replicate").diff(dim=3)
         down = F.pad(old, (0, 0, 1, 1), mode="replicate").diff(dim=2)
         ix, iy = (across[..., 1:] + across[..., :-1]) / 2, (down[..., 1:, :] + down[..., :-1, :]) / 2
-        xx, yy, xy = box(ix * ix) + _STIFFNESS, box(iy * iy) + _STIFFNESS, box(ix * iy)
+        slope = torch.cat([ix, iy], 1)
+        xx, yy, xy = box(torch.cat([slope.square(), ix * iy], 1)).split(1, dim=1)
+        xx, yy = xx + _STIFFNESS, yy + _STIFFNESS
         determinant = xx * yy - xy * xy
         for _ in range(iterations):
-            change = warp(new, flow) - old
-            bx, by = box(ix * change), box(iy * change)
+            bx, by = box(slope * (warp(new, flow) - old)).split(1, dim=1)
             step = torch.cat([xy * by - yy * bx, xy * bx - xx * by], 1) / determinant
             flow = flow + step.clamp(-1, 1)
         flow = F.avg_pool2d(_pad(flow, 1), 3, 1)
@@ -119,8 +120,26 @@ def _normalised(image: Tensor) -> Tensor:
 
 def box(image: Tensor, side: int = _WINDOW) -> Tensor:
     """Means of [N,C,H,W] over squares with an odd `side`, of what lies inside the picture."""
-    across = F.avg_pool2d(image, (1, side), 1, (0, side // 2), count_include_pad=False)
-    return F.avg_pool2d(across, (side, 1), 1, (side // 2, 0), count_include_pad=False)
+    for dim in (3, 2):
+        position = torch.arange(image.shape[dim])
+        first, last = (position - side // 2).clamp_min(0), (position + side // 2).clamp_max(len(position) - 1)
+        image = _box_sums(image, dim, side) / (last - first + 1).to(image.dtype).view(-1, *[1] * (3 - dim))
+    return image
+
+
+def _box_sums(image: Tensor, dim: int, side: int) -> Tensor:
+    """Sums of `side` neighbours along dim 2 or 3: those of 1, 2, 4, … make each other, and 8 + 1 make 9."""
+    length = image.shape[dim]
+    sums = F.pad(image, [side // 2] * 2 if dim == 3 else [0, 0, side // 2, side // 2])
+    width, done, total = 1, 0, torch.zeros(())
+    while width <= side:
+        if side & width:
+            total, done = total + sums.narrow(dim, done, length), done + width
+        if 2 * width <= side:
+            rest = sums.shape[dim] - width
+            sums = sums.narrow(dim, 0, rest) + sums.narrow(dim, width, rest)
+        width *= 2
+    return total
 
 
 def _dis(before: Tensor, after: Tensor) -> Tensor:

@@ -129,8 +129,10 @@ def truth_curves(frames: npt.NDArray[np.uint8], prompt: str | Mapping[int, str])
         name: (x == label).double().numpy() for name, x, label in zip(tiny.ATTRIBUTES, read, labels, strict=True)
     }
     subject, colour, terrain, time = (x.numpy() for x in hidden)
-    rgb = ((video + 1) / 2).double()
-    profile = rgb.median(dim=3).values.transpose(1, 2).numpy()  # [T,64,3]
+    rgb = (video + 1) / 2
+    medians = rgb.median(dim=3, keepdim=True).values.double()  # [T,3,64,1]
+    rgb = rgb.double()
+    profile = medians.squeeze(3).transpose(1, 2).numpy()  # [T,64,3]
     true = np.stack([_true_profile(scene.terrain, scene.time) for scene in scenes])
     return TruthCurves(
         accuracy=accuracy,
@@ -138,7 +140,7 @@ def truth_curves(frames: npt.NDArray[np.uint8], prompt: str | Mapping[int, str])
         background_consistency=consistency_curve(np.concatenate([terrain, time], 1)),
         colour_profile_distance=np.abs(profile - true).mean((1, 2)),
         profile=profile,
-        position=_positions(rgb, scenes),
+        position=_positions(rgb, medians, scenes),
         scroll=_scroll(rgb),
     )
 
@@ -159,13 +161,14 @@ def _subject_rgb(scene: world.Scene) -> npt.NDArray[np.float64]:
     return np.asarray(world._COLOUR_RGB[scene.colour], np.float64) * world._TIME_RGB[scene.time][4]
 
 
-def _positions(rgb: Tensor, scenes: list[world.Scene]) -> npt.NDArray[np.float64]:
-    """Column and row [T,2] of what stands out from its row and has the subject's colour, in rgb [T,3,64,96].
+def _positions(rgb: Tensor, medians: Tensor, scenes: list[world.Scene]) -> npt.NDArray[np.float64]:
+    """Column and row [T,2] of what stands out from its row and has the subject's colour, in rgb [T,3,64,96], whose
+    rows have these medians [T,3,64,1].
 
     Found where a square of the subject's size holds most of it, then refined to the centre of mass in that square.
     """
     colour = torch.tensor(np.array([_subject_rgb(scene) for scene in scenes]))[:, :, None, None]
-    stands_out = (rgb - rgb.median(dim=3, keepdim=True).values).abs().amax(1)
+    stands_out = (rgb - medians).abs().amax(1)
     weight = (stands_out - 0.05).clamp(0, 0.3) * torch.exp(-(rgb - colour).square().sum(1) / 0.1)  # [T,64,96]
     weight[:, 44:] = 0  # the subject never leaves the sky
     mass = box(weight[:, None], _SIDE)[:, 0]
