@@ -233,6 +233,31 @@ def consistency_score(dtype: torch.dtype) -> Case:
     )
 
 
+def linear_gelu(dtype: torch.dtype) -> Case:
+    config = WAN_T2V_CONFIGS["1.3B"]
+    x = _randn(BATCH, FRAMES * (TOKENS if DEVICE == "cuda" else TOKENS // 4), WIDTH, dtype=dtype)
+    weight, bias = _randn(config.ffn_dim, WIDTH, dtype=dtype) / WIDTH**0.5, _randn(config.ffn_dim, dtype=dtype)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+    def results() -> tuple[Tensor, Tensor, Tensor]:
+        part = x[:, :64]
+        exact = eager(part.double(), weight.double(), bias.double())
+        return ops.linear(part, weight, bias, gelu=True), eager(part, weight, bias), exact
+
+    compiled = _compiled(eager)
+    return Case(
+        "linear_gelu",
+        f"{_shape(x)} to {config.ffn_dim}",
+        dtype,
+        lambda: ops.linear(x, weight, bias, gelu=True),
+        {"eager": lambda: eager(x, weight, bias), "compiled": lambda: compiled(x, weight, bias)},
+        results,
+        num_flops=2 * x.numel() * config.ffn_dim,
+    )
+
+
 def frame_attention(dtype: torch.dtype) -> Case:
     shape = (BATCH, FRAMES * TOKENS if DEVICE == "cuda" else TOKENS, HEADS, WIDTH // HEADS)
     return _attention_case("frame_attention", shape, shape[1], dtype)
@@ -362,7 +387,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 CASES = [norm_modulate, residual_norm_modulate, qk_norm_rope, sampler_update, consistency_score]
-CASES += [frame_attention, cross_attention, block]
+CASES += [linear_gelu, frame_attention, cross_attention, block]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["float32", "bfloat16"])
