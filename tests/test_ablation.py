@@ -8,6 +8,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from miga_engine.cli import main
 from miga_engine.config import PRESETS, Request
 from miga_engine.errors import ConfigError
 from miga_engine.eval import ablation, judge, methods
-from miga_engine.eval.paired import paired_difference
+from miga_engine.eval.paired import MEASURES, paired_difference, parts_table
 from miga_engine.tiny import world
 from miga_engine.tiny.text import read_prompt
 from miga_engine.video.reading import read_video
@@ -215,6 +216,48 @@ def test_paired_differences_have_known_means_and_intervals() -> None:
     assert paired_difference(some, reference, "x")[0] == 2.0
     with pytest.raises(ConfigError, match="no prompt and seed is common"):
         paired_difference(_rows({(9, 0): 1.0}), reference, "x")
+
+
+def test_parts_are_told_from_the_same_method_without_them() -> None:
+    def rows(method: str, videos: list[tuple[int, int]], frames: int, **changed: float) -> list[dict[str, Any]]:
+        measured = dict.fromkeys(MEASURES, 0.5) | changed
+        return [
+            {"method": method, "prompt_index": prompt, "seed": seed, "window_frames": frames, **measured}
+            for prompt, seed in videos
+        ]
+
+    table = parts_table(
+        [
+            *rows("a", [(0, 0), (1, 0), (2, 0)], 100),
+            *rows("a+b", [(1, 0), (0, 0), (3, 0)], 125, accuracy=0.75, motion=0.25),
+            *rows("c", [(7, 0)], 100),
+        ],
+        [("B", "a+b", "a"), ("C", "c", "a"), ("D", "a+d", "a")],  # of C and D no video is common
+    )
+    _, _, *lines = table.splitlines()
+    assert len(lines) == 1
+    name, difference, videos, calls, *values = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert (name, difference, videos, calls) == ("B", "`a+b` less `a`", "2", "+25 %")
+    by_measure = dict(zip(MEASURES, values, strict=True))
+    assert by_measure["accuracy"] == "**+25.00** [+25.00, +25.00]"
+    assert by_measure["motion"] == "**-0.25** [-0.25, -0.25]"
+    assert by_measure["colour_drift"] == "+0.00 [+0.00, +0.00]"
+    assert parts_table(rows("a", [(0, 0)], 100), [("B", "a+b", "a")]) == ""
+
+
+def test_every_part_is_a_difference_of_one_part(engine: Engine) -> None:
+    options = {
+        "Stage 1": {"zigzag_width"},
+        "Stage 2": {"stage2_steps"},
+        "guidance": {"guidance_frames"},
+        "anchor": {"guidance_anchor"},
+        "reflection": {"self_reflection"},
+        "refine": {"refine_steps"},
+    }
+    for part, *pair in methods.PARTS:
+        method, without = (dataclasses.asdict(methods.method_options(engine, name)["miga"]) for name in pair)
+        assert {name for name, value in method.items() if value != without[name]} == options[part], pair
+    assert {part for part, *_ in methods.PARTS} == options.keys()
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:

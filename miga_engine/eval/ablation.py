@@ -28,6 +28,7 @@ from miga_engine.eval.methods import (
     METHODS,
     NUM_PROMPTS,
     OPEN_ATTRIBUTES,
+    PARTS,
     PROMPTS,
     SCENES,
     WORLD,
@@ -35,7 +36,7 @@ from miga_engine.eval.methods import (
     method_options,
     prompt_indices,
 )
-from miga_engine.eval.paired import MEASURES, Row, draw_measures, markdown_table, pyplot
+from miga_engine.eval.paired import MEASURES, Row, draw_measures, markdown_table, parts_table, pyplot
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
@@ -432,6 +433,8 @@ def run(options: argparse.Namespace) -> int:
     by_video = {_key(row): row for row in read_csv(csv_path)}  # another process may have written some meanwhile
     write_csv(csv_path, list((by_video | {_key(row): row for row in rows}).values()))
     print(markdown_table(rows, options.reference))
+    if parts := parts_table(rows, PARTS):
+        print(f"Every part against the same method without it:\n\n{parts}")
     jobs = [Job(*_key(row)) for row in rows]
     jobs = [job for job in jobs if job.path(options.folder).exists()]
     if options.sheet:

@@ -67,6 +67,23 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Rows of the table: what they start from (FIFO-Diffusion, the bare queue, the preset), and what they change."""
 
+PARTS = (
+    ("Stage 1", "zigzag", "bare"),
+    ("Stage 2", "stage2", "bare"),
+    ("Stage 2", "zigzag+stage2", "zigzag"),
+    ("guidance", "guidance", "bare"),
+    ("guidance", "zigzag+stage2+guidance", "zigzag+stage2"),
+    ("anchor", "guidance+anchor", "guidance"),
+    ("anchor", "zigzag+stage2+guidance+anchor", "zigzag+stage2+guidance"),
+    ("anchor", "default", "miga"),
+    ("reflection", "reflection", "bare"),
+    ("reflection", "miga", "zigzag+stage2+guidance"),
+    ("reflection", "default", "zigzag+stage2+guidance+anchor"),
+    ("refine", "refine", "bare"),
+    ("refine", "miga+refine", "miga"),
+)
+"""Each part of the method alone and on top of others: its name, a method with it, the same method without it."""
+
 WORLD = "world"
 """Not a method: the prompt's scene as the world renders it, which says what the measures can reach."""
 SWEEP = (

@@ -30,12 +30,11 @@ def paired_difference(
 
     Prompts are resampled whole, with all their seeds: videos of one prompt are not independent of each other.
     """
-    values = {(row["prompt_index"], row["seed"]): row[measure] for row in reference}
+    values = {_video(row): row[measure] for row in reference}
     by_prompt: dict[int, list[float]] = {}
     for row in rows:
-        key = (row["prompt_index"], row["seed"])
-        if key in values:
-            by_prompt.setdefault(row["prompt_index"], []).append(row[measure] - values[key])
+        if _video(row) in values:
+            by_prompt.setdefault(row["prompt_index"], []).append(row[measure] - values[_video(row)])
     if not by_prompt:
         raise ConfigError("no prompt and seed is common to the two methods: there is nothing to compare")
     sums = np.array([sum(differences) for differences in by_prompt.values()])
@@ -71,12 +70,46 @@ def markdown_table(rows: Sequence[Row], reference: str) -> str:
             values = np.array([row[measure] for row in own]) * factor
             cell = f"{values.mean():.2f} ± {values.std():.2f}"
             if compared and method != reference:
-                mean, low, high = (factor * x for x in paired_difference(own, compared, measure))
-                mark = "**" if low * high > 0 else ""
-                cell += f"<br>{mark}{mean:+.2f}{mark} [{low:+.2f}, {high:+.2f}]"
+                cell += f"<br>{_difference(own, compared, measure)}"
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def parts_table(rows: Sequence[Row], parts: Sequence[tuple[str, str, str]]) -> str:
+    """A row per part (its name, the method with it, the same without): what the part changes in cost and measures.
+
+    Means over the videos of common prompts and seeds, as in `markdown_table`; parts without any are left out, and the
+    table is empty where none is left.
+    """
+    by_method = _by_method(rows)
+    lines = []
+    for name, method, without in parts:
+        pairs = [{_video(row): row for row in by_method.get(side, ())} for side in (method, without)]
+        both = sorted(pairs[0].keys() & pairs[1].keys())
+        if not both:
+            continue
+        own, other = ([side[video] for video in both] for side in pairs)
+        calls, before = (sum(row["window_frames"] for row in side) for side in (own, other))
+        cost = f"{100 * (calls / before - 1):+.0f} %" if before else ""
+        cells = [name, f"`{method}` less `{without}`", str(len(both)), cost]
+        lines.append("| " + " | ".join(cells + [_difference(own, other, measure) for measure in MEASURES]) + " |")
+    if not lines:
+        return ""
+    titles = ["part", "difference", "videos", "network calls", *(title for title, _ in MEASURES.values())]
+    head = ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
+    return "\n".join(head + lines) + "\n"
+
+
+def _video(row: Row) -> tuple[int, int]:
+    return row["prompt_index"], row["seed"]
+
+
+def _difference(rows: Sequence[Row], reference: Sequence[Row], measure: str) -> str:
+    """Mean difference in the measure's unit and its interval, bold where that excludes 0."""
+    mean, low, high = (MEASURES[measure][1] * x for x in paired_difference(rows, reference, measure))
+    mark = "**" if low * high > 0 else ""
+    return f"{mark}{mean:+.2f}{mark} [{low:+.2f}, {high:+.2f}]"
 
 
 def pyplot() -> Any:
