@@ -147,9 +147,7 @@ def main() -> None:
 def _report(model: str, device: str, measured: dict[int, dict[str, float | None]]) -> None:
     key = "allocated_mib" if device == "cuda" else "peak_mib"
     reference = measured.get(1000, next(iter(measured.values())))[key]
-    settings = [
-        f"{name.strip('_')}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")
-    ]
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     rows = []
     for length, sizes in measured.items():
         row = {"model": model, "latent_frames": length, "allocator": " ".join(settings)}
