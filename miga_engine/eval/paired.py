@@ -96,7 +96,7 @@ def parts_table(rows: Sequence[Row], parts: Sequence[tuple[str, str, str]]) -> s
         lines.append("| " + " | ".join(cells + [_difference(own, other, measure) for measure in MEASURES]) + " |")
     if not lines:
         return ""
-    titles = ["part", "difference", "videos", "network calls", *(title for title, _ in MEASURES.values())]
+    titles = ["part", "difference", "videos", "latent frames read", *(title for title, _ in MEASURES.values())]
     head = ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
     return "\n".join(head + lines) + "\n"
 
