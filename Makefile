@@ -1,5 +1,5 @@
-# demo: a video from a prompt · test: lint and all tests · lint · aot: the GPU kernels, compiled · embed: the C interface
-# bench · venv · clean
+# demo: a video from a prompt · test: lint and all tests · lint · fake-cuda: runs on a pretended GPU
+# aot: the GPU kernels, compiled · embed: the C interface · bench · venv · clean
 # The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test lint aot embed bench venv clean
+.PHONY: demo test lint fake-cuda aot embed bench venv clean
 
 demo: venv
 	mkdir -p out
@@ -23,6 +23,10 @@ lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Whole runs on a pretended GPU, watched for unordered work; part of the tests.
+fake-cuda: $(VENV)/.test $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_pretended_cuda.py --numprocesses logical --maxprocesses 4
 
 aot: $(VENV)/.installed
 	$(BIN)/python bench/aot.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import signal
@@ -87,7 +88,8 @@ def _build_parser() -> argparse.ArgumentParser:
     model.add_argument("--preset", choices=list(PRESETS), help="set of defaults (default: by model)")
     model.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the transformer")
-    model.add_argument("--vae-dtype", choices=["float32", "bfloat16", "float16"], help="of the VAE (default: float32)")
+    model.add_argument("--vae-dtype", choices=["float32", "tf32", "bfloat16", "float16"], help="of the VAE (default: "
+                       "float32; tf32 on GPUs alone)")  # fmt: skip
     model.add_argument("--attention", choices=ATTENTION_BACKENDS, help="who computes self-attention (default: auto, "
                        "the fastest exact one installed); a name is obeyed or refused")  # fmt: skip
     video = run.add_argument_group("video")
@@ -374,6 +376,10 @@ def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
 
 def _estimate(options: argparse.Namespace) -> int:
     import miga_engine.video.sinks  # noqa: F401 - part of what a run loads
+    from miga_engine.video.pyav import require_av
+
+    with contextlib.suppress(MigaError):  # another part
+        require_av("write a video")
 
     print(_estimate_memory(_settings(options), "any"))
     return 0

@@ -16,13 +16,15 @@ import torch
 
 from miga_engine import ops
 from miga_engine._version import __version__
-from miga_engine.config import PRESETS, MigaConfig, Preset, Request
+from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, Preset, Request
+from miga_engine.device import indexed, is_out_of_memory
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError, SessionError
 from miga_engine.models.bundle import ModelBundle, WindowNetwork
+from miga_engine.models.layers import allows_tf32, set_tf32
 from miga_engine.models.loading import file_bytes, load_bundle
 from miga_engine.noise import CounterNoise
 from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
-from miga_engine.runtime.denoise import Batch, is_out_of_memory
+from miga_engine.runtime.denoise import Batch
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.session import Session, State, fingerprint, guarded, load_session
 from miga_engine.runtime.stages import VideoRun
@@ -73,10 +75,11 @@ class Engine:
         self.bundle = bundle
         self.preset = preset
         self.name = name
-        self.device = device
+        self.device = indexed(device)
         self.preset_name = next((known for known, entry in PRESETS.items() if entry is preset), "")
         self.capture = True
         self.ranks: Ranks | None = None
+        self._estimates: dict[str, int] = {}  # bytes of runs by what decides over them
 
     @classmethod
     def from_pretrained(
@@ -101,8 +104,9 @@ class Engine:
             preset: name of the defaults; None for those of the model's family, or of the embedded model.
             attention: backend of the transformer's self-attention, one of `config.ATTENTION_BACKENDS`; "auto" times
                 what is installed at the real shape, once on each GPU. Any other is obeyed or refused.
-            vae_dtype: in which frames are decoded. On "tiny" frames in bfloat16 have a PSNR of 54 dB against those of
-                float32 and differ by at most 4 of 255 levels; float16 64 dB, 1 level.
+            vae_dtype: in which frames are decoded: "float32", "tf32" (on GPUs: float32, with convolutions that round to
+                TF32 as torch's own do), "bfloat16" or "float16". On "tiny" frames in bfloat16 have a PSNR of 54 dB
+                against those of float32 and differ by at most 4 of 255 levels; float16 64 dB, 1 level.
             compile: run the transformer through torch.compile, which compiles at the first passes.
             capture: replay forwards of one shape as CUDA graphs; without effect on CPUs.
             ranks: the processes that share the windows of each pass (`runtime.ranks.Ranks`). All must ask for the same
@@ -118,7 +122,12 @@ class Engine:
             raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(preset)}")
-        bundle = load_bundle(folder, target, compute, _resolve_dtype(vae_dtype, target, "vae_dtype"))
+        is_tf32 = vae_dtype == "tf32"
+        if is_tf32 and target.type == "cpu":
+            raise ConfigError("vae_dtype 'tf32' is for GPUs, and the device is a CPU: use float32")
+        decoding = torch.float32 if is_tf32 else _resolve_dtype(vae_dtype, target, "vae_dtype")
+        bundle = load_bundle(folder, target, compute, decoding)
+        set_tf32(bundle.vae, is_tf32)
         ops.require_attention(attention, target, compute, bundle.transformer.config.head_dim)
         bundle.transformer.attention = attention
         if compile:
@@ -298,7 +307,7 @@ class Engine:
                 frames.append(chunk.frames.cpu())
                 if callback is not None and callback(Progress(stream.num_frames_out, num_frames, chunk)) is False:
                     break
-        return Video(torch.cat(frames), request.fps, request.metadata(self.name))
+        return Video(torch.cat(frames), request.fps, request.metadata(self.name) | stream.metadata())
 
     def resume(
         self,
@@ -321,8 +330,9 @@ class Engine:
         session = load_session(path)
         self._check_same_model(path, session.model)
         request, state = self._resumed(path, session, num_frames)
-        stream = self.run(
+        stream = self._run(
             request,
+            _attention_choices(path, session),
             chunk_frames=chunk_frames,
             on_event=on_event,
             is_cancelled=is_cancelled,
@@ -343,20 +353,43 @@ class Engine:
         stop_on_drift: float | None = None,
     ) -> Stream:
         """Stream a resolved request; see :meth:`stream`."""
+        return self._run(
+            request,
+            {},
+            chunk_frames=chunk_frames,
+            on_event=on_event,
+            is_cancelled=is_cancelled,
+            overlap_decode=overlap_decode,
+            stop_on_drift=stop_on_drift,
+        )
+
+    def _run(
+        self,
+        request: Request,
+        attention: dict[str, str],
+        *,
+        chunk_frames: int | None,
+        on_event: Callable[[Event], None] | None,
+        is_cancelled: Callable[[], bool] | None,
+        overlap_decode: bool | None,
+        stop_on_drift: float | None,
+    ) -> Stream:
+        """`attention` is what `ops.attention_choices` takes: choices made already, to which the run adds its own."""
         if chunk_frames is not None:
             _check_count("chunk_frames", chunk_frames, "video frames")
         if stop_on_drift is not None:
             _number("stop_on_drift", stop_on_drift)
         return Stream(
-            self.start(request, _emitter(on_event)),
+            self.start(request, _emitter(on_event), attention),
             self.bundle.vae.stream_decoder(),
             request,
-            self.identity,
+            lambda: {**self.identity(), "attention_choices": dict(attention)},
             chunk_frames=chunk_frames,
             on_event=on_event,
             is_cancelled=is_cancelled or (lambda: False),
             overlap_decode=self.device.type == "cuda" if overlap_decode is None else overlap_decode,
             stop_on_drift=stop_on_drift,
+            attention=attention,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -366,7 +399,7 @@ class Engine:
             "name": self.name if self.name == "tiny" else os.path.abspath(self.name),
             "preset": self.preset_name,
             "dtype": str(self.bundle.dtype).removeprefix("torch."),
-            "vae_dtype": str(self.bundle.vae.dtype).removeprefix("torch."),
+            "vae_dtype": "tf32" if allows_tf32(self.bundle.vae) else str(self.bundle.vae.dtype).removeprefix("torch."),
             "attention": self.bundle.transformer.attention,
             "compile": self.bundle.transformer._compiled_call_impl is not None,
             "transformer": fingerprint(self.bundle.transformer),
@@ -424,10 +457,18 @@ class Engine:
         guarded(path, read)
         return found[0]
 
-    def start(self, request: Request, emit: Callable[..., None] = lambda kind, **fields: None) -> VideoRun:
-        """The run of a resolved request, for those who take its latents themselves; DeviceError if memory is short."""
+    def start(
+        self,
+        request: Request,
+        emit: Callable[..., None] = lambda kind, **fields: None,
+        attention: dict[str, str] | None = None,
+    ) -> VideoRun:
+        """The run of a resolved request, for those who take its latents themselves; DeviceError if memory is short.
+
+        attention: see `ops.attention_choices`; the run's choices are added to it.
+        """
         try:
-            return self._start(request, emit)
+            return self._start(request, emit, {} if attention is None else attention)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -436,13 +477,13 @@ class Engine:
                 "choose a smaller picture or bfloat16; `miga estimate` tells what it needs"
             ) from error
 
-    def _start(self, request: Request, emit: Callable[..., None]) -> VideoRun:
+    def _start(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> VideoRun:
         config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
         bundle = self.bundle
         schedule = _schedule(request)
         timeline = PromptTimeline(request.prompt, request.miga.prompt_blend_frames, bundle.first_video_frame)
         contexts = timeline.contexts(request.negative_prompt, bundle.encode_prompts)
-        network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps))
+        network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps), attention)
         factor = bundle.spatial_factor
         frame_shape = (bundle.latent_channels, request.height // factor, request.width // factor)
         num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
@@ -469,19 +510,17 @@ class Engine:
             return request.miga.window_batch or 1
         from miga_engine import memory
 
-        asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-        asked["prompt"] = dict(asked["prompt"])
-
         def estimated(window_batch: int) -> int:
-            need = self.estimate(
-                self.name,
-                device="cuda",
-                dtype=self.bundle.dtype,
-                preset=self.preset_name,
-                window_batch=window_batch,
-                **asked,
-            )
-            return need.device_total
+            config = dataclasses.replace(request.miga, window_batch=window_batch)
+            sizes = dataclasses.replace(request, miga=config, seed=0, num_frames=None)
+            if (key := repr(sizes)) not in self._estimates:
+
+                def start(bundle: ModelBundle) -> VideoRun:
+                    return Engine(bundle, self.preset, name=self.name, device=bundle.device).start(sizes)
+
+                need = memory.running_bytes(self.bundle, start, height=request.height, width=request.width)
+                self._estimates[key] = need
+            return self._estimates[key]
 
         held = torch.cuda.memory_reserved(self.device)
         batch = memory.choose_window_batch(estimated, torch.cuda.mem_get_info(self.device)[0] + held, most=MOST_WINDOWS)
@@ -491,11 +530,21 @@ class Engine:
 class _BatchNetwork:
     """A model's network as the runtime calls it."""
 
-    def __init__(self, run: WindowNetwork) -> None:
+    def __init__(self, run: WindowNetwork, attention: dict[str, str]) -> None:
         self._run = run
+        self._attention = attention
 
     def forward_batch(self, batch: Batch) -> torch.Tensor:
-        return self._run(batch.latents, batch.steps, batch.prompt_rows, batch.keep)
+        with ops.attention_choices(self._attention):
+            return self._run(batch.latents, batch.steps, batch.prompt_rows, batch.keep)
+
+
+def _attention_choices(path: str | os.PathLike[str], session: Session) -> dict[str, str]:
+    """What "auto" took on the GPU of the saved run."""
+    choices = session.model.get("attention_choices", {})
+    if not isinstance(choices, dict) or not set(choices.values()) <= set(ATTENTION_BACKENDS):
+        raise SessionError(f"{path} names attention that there is not: resume from another copy")
+    return dict(choices)
 
 
 def _schedule(request: Request) -> Schedule:
@@ -539,6 +588,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(1, device=target)
+        target = indexed(target)
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"device {str(device)!r} is not available here: use 'cpu' or leave the option out") from error
     return target
@@ -550,5 +600,6 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, option
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(dtype).removeprefix("torch.")
     if name not in choices:
-        raise ConfigError(f"{option} must be one of {', '.join(choices)}, got {reprlib.repr(name)}")
+        names = ["float32", "tf32", *list(choices)[1:]] if option == "vae_dtype" else choices
+        raise ConfigError(f"{option} must be one of {', '.join(names)}, got {reprlib.repr(name)}")
     return choices[name]

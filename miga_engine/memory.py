@@ -8,6 +8,7 @@ count as if they had the most tokens the model takes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -17,7 +18,8 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 from miga_engine.ops.attention import _SCORES_IN_CACHE
 from miga_engine.runtime.decode import Decoding
-from miga_engine.runtime.denoise import Window
+from miga_engine.runtime.denoise import CAPTURE_POSITIONS, Window
 from miga_engine.runtime.stages import VideoRun
 
 GIB = 2**30
@@ -204,12 +206,84 @@ def estimate(
     bundle: on `meta`; start: begins a run of it; height, width: of the video in pixels; stored: bytes of its networks
     in their files, in the order of their loading (`models.loading.file_bytes`).
     """
+    needs = _device_needs(bundle, start, device=device, height=height, width=width)
+    resident, peaks, weights = dict(needs.resident), dict(needs.peaks), needs.weights
+    process = {
+        "interpreter and libraries (measured)": _library_bytes(bundle.dtype),
+        "video encoder": _ENCODER_BYTES + _ENCODER_FRAMES * height * width * 3 // 2,
+    }
+    if device == "cpu":
+        loaded = np.cumsum([weights[name] for name in stored])
+        most = max(int(before) + size for before, size in zip(loaded, stored.values(), strict=True))
+        peaks |= {"loading (files mapped)": max(0, most - int(loaded[-1]))}
+        process["held back by the allocator"] = int(_HELD_BACK * needs.in_heap)
+    else:
+        process |= {
+            "weights files (mapped)": max(stored.values()),
+            "output frames to write": resident["output frames"],
+        }
+    return MemoryEstimate(device, resident, peaks, process)
+
+
+def running_bytes(bundle: ModelBundle, start: Callable[[ModelBundle], VideoRun], *, height: int, width: int) -> int:
+    """What a run needs on a GPU once its prompts are encoded, at the worst moment, with the weights of a loaded model.
+
+    start: begins a run of the model it is given, which has the shapes of `bundle` and no data; height, width: of the
+    video in pixels.
+    """
+    shapes = dataclasses.replace(
+        bundle,
+        device=torch.device("meta"),
+        transformer=_on_meta(bundle.transformer),
+        vae=_on_meta(bundle.vae),
+        open_text_encoder=lambda: cast(UMT5Encoder, _LongestText(bundle.text_dim)),
+    )
+    needs = _device_needs(shapes, start, device="cuda", height=height, width=width)
+    return sum(needs.resident.values()) + max(size for name, size in needs.peaks.items() if name != "encoding prompts")
+
+
+class _LongestText(nn.Module):
+    """A text encoder without weights: every text is as long as can be."""
+
+    config = SimpleNamespace(vocab_size=sys.maxsize)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.empty(*ids.shape, self.width, device="meta")
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def _on_meta(network: Network) -> Network:
+    """A copy with the same shapes and no data."""
+    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    return copy.deepcopy(network, memo)
+
+
+class _Needs(NamedTuple):
+    """Bytes on a device: see `MemoryEstimate`; `in_heap` of a forward's are in blocks that glibc may keep."""
+
+    resident: dict[str, int]
+    peaks: dict[str, int]
+    weights: dict[str, int]
+    in_heap: int
+
+
+def _device_needs(
+    bundle: ModelBundle, start: Callable[[ModelBundle], VideoRun], *, device: str, height: int, width: int
+) -> _Needs:
+    """Of a run of a bundle on `meta`, in the order in which they come up."""
     networks: dict[str, nn.Module] = {
         "transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder
     }  # fmt: skip
     weights = {name: _num_bytes([*network.parameters(), *network.buffers()]) for name, network in networks.items()}
-    loaded = np.cumsum([weights[name] for name in stored])
-    loading = max(int(before) + size for before, size in zip(loaded, stored.values(), strict=True)) - int(loaded[-1])
+    kept = dict(weights)
     tokens = functools.partial(_longest_texts, bundle.facts.text_len)
     bundle = dataclasses.replace(
         bundle,
@@ -240,9 +314,9 @@ def estimate(
     decoding += chunk
 
     if device != "cpu":  # the text encoder is given back once the prompts are encoded
-        prompts += weights.pop("text encoder")
+        prompts += kept.pop("text encoder")
     resident = {
-        **{f"{name} weights": size for name, size in weights.items()},
+        **{f"{name} weights": size for name, size in kept.items()},
         "rings of latent frames": rings,
         "network outputs of a pass": outputs,
         "prompt keys and values, noise levels": cache,
@@ -251,17 +325,14 @@ def estimate(
         "output frames": chunk,
     }
     peaks = {"encoding prompts": max(0, prompts)}
-    process = {
-        "interpreter and libraries (measured)": _library_bytes(bundle.dtype),
-        "video encoder": _ENCODER_BYTES + _ENCODER_FRAMES * height * width * 3 // 2,
-    }
     if device == "cpu":
-        peaks |= {"loading (files mapped)": max(0, loading), "forward": forward, "decoding": decoding}
-        process["held back by the allocator"] = int(_HELD_BACK * in_heap)
-    else:  # frames are decoded while the network computes, and wait in the process to be written
+        peaks |= {"forward": forward, "decoding": decoding}
+    else:  # frames are decoded while the network computes
         peaks["forward, with decoding beside it"] = forward + decoding
-        process |= {"weights files (mapped)": max(stored.values()), "output frames to write": chunk}
-    return MemoryEstimate(device, resident, peaks, process)
+        batch = (run.denoiser.window_batch, run.window_frames)
+        if run.denoiser.num_positions(batch) <= CAPTURE_POSITIONS:
+            resident["captured forwards"] = forward
+    return _Needs(resident, peaks, weights, in_heap)
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miga_engine.device import to_device
 from miga_engine.errors import ConfigError
 
 _MASK = 0xFFFFFFFF
@@ -106,11 +107,10 @@ def frame_noise(
     streams = torch.as_tensor(stream, dtype=torch.int64)
     _check_range("stream", streams, 0, _MASK)
     target = torch.device(device) if device is not None else frames.device
-    frames = frames.to(target)
-    streams = streams.to(target).expand(frames.shape[0])
+    streams = streams.to(frames.device).expand(frames.shape[0])
     high = (frames >> 32 << _PURPOSE_BITS) & _MASK | int(purpose)
     signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    return FrameNoise(signed_seed, torch.stack([frames & _MASK, streams, high], dim=1))
+    return FrameNoise(signed_seed, to_device(torch.stack([frames & _MASK, streams, high], dim=1), target))
 
 
 class CounterNoise:

@@ -108,7 +108,8 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
         start = num_out = stream.num_frames_out
         bar.total, bar.n = request.num_frames, num_out
         bar.refresh()
-        sink = EncoderThread(_open_output(stream, outputs, request.metadata(model)))
+        metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
+        sink = EncoderThread(_open_output(stream, outputs, metadata))
         if outputs.events is not None:
             mode = "a" if stream.is_resumed else "w"
             events = stack.enter_context(outputs.events.open(mode, buffering=1, encoding="utf-8"))
@@ -126,6 +127,7 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
                         first_frame_after = time.perf_counter() - started
                         bar.set_description_str(outputs.video)
                         bar.set_postfix_str(f"first after {first_frame_after:.1f} s")
+                    metadata |= stream.metadata()
                     sink.write(chunk.frames)
                     if sheet is not None:
                         sheet.add(chunk.frames)

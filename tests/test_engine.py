@@ -136,7 +136,7 @@ def test_vae_dtype_is_obeyed_and_close(folder, engine):
     frames = _generate(half)
     difference = (frames.float() - _generate(engine).float()).square().mean().sqrt()
     assert 0 < difference < 2  # levels of 255
-    with pytest.raises(ConfigError, match="vae_dtype must be one of float32, bfloat16, float16, got 'int8'"):
+    with pytest.raises(ConfigError, match="vae_dtype must be one of float32, tf32, bfloat16, float16, got 'int8'"):
         Engine.from_pretrained(folder, vae_dtype="int8")
 
 

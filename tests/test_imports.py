@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From low to high. A module may import its own layer and those below it.
 LAYERS = [
     ["errors", "_version"],
-    ["config", "schedule", "noise", "prompts"],
+    ["config", "device", "schedule", "noise", "prompts"],
     ["config_file"],
     ["kernels", "_extension"],
     ["ops"],

@@ -45,6 +45,17 @@ def test_decode_matches_golden(vae: WanVAE, golden: dict[str, torch.Tensor]) -> 
     assert relative_error(first, golden["decoded_first_frame_only"]) <= TOLERANCE
 
 
+def test_weights_are_laid_out_once_and_give_the_same_video(vae: WanVAE, golden: dict[str, torch.Tensor]) -> None:
+    plain = WanVAE(vae.config).requires_grad_(False)
+    plain.load_state_dict(vae.state_dict())
+    for name, module in vae.named_modules():
+        if isinstance(module, CausalConv3d):
+            read = module.weight.permute(0, 3, 4, 2, 1).flatten(3)
+            assert read.data_ptr() == module.weight.data_ptr(), name
+    video = plain.decode(golden["latent"][None])
+    assert relative_error(vae.decode(golden["latent"][None]), video) <= 4e-6  # another layout, another order of sums
+
+
 def test_encode_matches_golden(vae: WanVAE, golden: dict[str, torch.Tensor]) -> None:
     latents = vae.encode(golden["video_in"][None])
     assert relative_error(latents[0], golden["encoded"]) <= TOLERANCE

@@ -127,6 +127,11 @@ class ModelBundle:
         return self.vae.config.z_dim
 
     @property
+    def text_dim(self) -> int:
+        """Width of a text embedding."""
+        return self.transformer.config.text_dim
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels per latent position, along height and width."""
         return self.vae.config.spatial_factor

@@ -25,6 +25,29 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias, gelu=self.gelu)
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution through `ops.conv2d`; `allow_tf32` is the network's own (`set_tf32`)."""
+
+    allow_tf32 = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.conv2d(
+            input, self.weight, self.bias, stride=self.stride, padding=self.padding, allow_tf32=self.allow_tf32
+        )
+
+
+def set_tf32(network: nn.Module, allow: bool) -> None:
+    """Whether the network's convolutions round float32 to TF32 on GPUs that have it."""
+    for module in network.modules():
+        if hasattr(module, "allow_tf32"):
+            setattr(module, "allow_tf32", allow)  # noqa: B010 - one of several classes
+
+
+def allows_tf32(network: nn.Module) -> bool:
+    """Whether `set_tf32` allowed it."""
+    return any(getattr(module, "allow_tf32", False) for module in network.modules())
+
+
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoids [..., dim] in float32: cosines, then sines, of t · 10000^(-i / (dim/2)), taken in float64."""
     half = dim // 2

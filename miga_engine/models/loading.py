@@ -72,7 +72,7 @@ def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch
     files = _component_files(Path(path), "vae", _VAE_FILES)
     checkpoint = layouts.official_vae(_open(files))
     config = layouts.vae_config(checkpoint, _stored_config(files[0], {"AutoencoderKLWan"}))
-    return load_module(lambda: WanVAE(config), checkpoint, device=device, dtype=dtype)
+    return load_module(lambda: WanVAE(config), checkpoint, device=device, dtype=dtype).lay_out()
 
 
 def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> UMT5Encoder:

@@ -6,7 +6,15 @@ trust theirs. They are for inference and define no gradient; `frame_attention` a
 """
 
 from miga_engine import _extension
-from miga_engine.ops.attention import SELF_ATTENTION_ONLY, attention_backends, frame_attention, require_attention
+from miga_engine.ops.attention import (
+    SELF_ATTENTION_ONLY,
+    attention_backends,
+    attention_choices,
+    frame_attention,
+    require_attention,
+    untimed_backend,
+)
+from miga_engine.ops.convolution import conv2d
 from miga_engine.ops.linear import linear
 from miga_engine.ops.modulation import norm_modulate, qk_norm_rope, residual_norm_modulate, rms_norm_
 from miga_engine.ops.sampling import consistency_score, sampler_update
@@ -14,7 +22,9 @@ from miga_engine.ops.sampling import consistency_score, sampler_update
 __all__ = [
     "SELF_ATTENTION_ONLY",
     "attention_backends",
+    "attention_choices",
     "consistency_score",
+    "conv2d",
     "frame_attention",
     "linear",
     "norm_modulate",
@@ -23,6 +33,7 @@ __all__ = [
     "residual_norm_modulate",
     "rms_norm_",
     "sampler_update",
+    "untimed_backend",
 ]
 
 _extension.load()  # the C++ CPU kernels, where they were built, take precedence over the eager oracle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from miga_engine.device import current_device
 
 
 def require(condition: bool, name: str, trait: str, received: object, expected: object) -> None:
@@ -31,15 +34,19 @@ def has_triton() -> bool:
 def register(op: str, eager: Callable[..., Any], kernel: str, launch: str = "launch") -> None:
     """Eager PyTorch for every device; on GPUs `launch` of miga_engine.kernels.<kernel>, where Triton is installed.
 
-    A device's own implementation (csrc, for the CPU) takes precedence over the eager one. The kernels compute in
-    float32: a call with float64, which is for checking, stays eager.
+    A device's own implementation (csrc, for the CPU) takes precedence over the eager one.
     """
     torch.library.impl(f"miga::{op}", "CompositeExplicitAutograd", eager)
     if has_triton():
+        torch.library.impl(f"miga::{op}", "CUDA", functools.partial(run_kernel, eager, kernel, launch))
 
-        def run_kernel(*args: Any, **kwargs: Any) -> Any:
-            if args[0].dtype == torch.float64:
-                return eager(*args, **kwargs)
-            return getattr(importlib.import_module(f"miga_engine.kernels.{kernel}"), launch)(*args, **kwargs)
 
-        torch.library.impl(f"miga::{op}", "CUDA", run_kernel)
+def run_kernel(eager: Callable[..., Any], kernel: str, launch: str, /, *args: Any, **kwargs: Any) -> Any:
+    """`launch` of miga_engine.kernels.<kernel> on the device of the first tensor.
+
+    The kernels compute in float32: a call with float64, which is for checking, stays eager.
+    """
+    if args[0].dtype == torch.float64:
+        return eager(*args, **kwargs)
+    with current_device(args[0].device):  # Triton launches on the current device, whatever the tensors'
+        return getattr(importlib.import_module(f"miga_engine.kernels.{kernel}"), launch)(*args, **kwargs)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miga_engine.config import ATTENTION_BACKENDS
+from miga_engine.device import current_device
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.ops import reference as _reference
 from miga_engine.ops._registry import has_triton, require
@@ -56,8 +58,9 @@ def frame_attention(
     None. key_rows int64 [B] or [B,F] names the row of k, v and bias for each window, or for each of its F equal runs of
     queries; without it P is B or 1. Queries may be fewer than keys (a slice of the window's tokens).
 
-    backend: "auto" takes the fastest exact one installed, timed once at the real shape on each GPU (on CPUs by rule:
-    oneDNN for many keys where there is AVX-512, else SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with
+    backend: "auto" takes the fastest exact one installed, timed once on each GPU for each kind of call (dtype, keys,
+    heads, bias), or what `attention_choices` says (on CPUs by rule: oneDNN for many keys where there is AVX-512, else
+    SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with
     DeviceError, and never replaced. A backend must agree with the oracle on a sample of its first call's queries before
     its result is used. Where a gradient is wanted, SDPA alone gives it.
     """
@@ -101,6 +104,11 @@ def require_attention(name: str, device: torch.device | str, dtype: torch.dtype,
         raise DeviceError(f"attention={name!r} cannot be used here, for {refusal}: choose auto, {usable}")
 
 
+def untimed_backend(device: torch.device) -> str:
+    """For attention that is computed once, or beside the network: timing backends would cost more than it brings."""
+    return "sdpa" if device.type == "cuda" else "auto"
+
+
 @dataclass(frozen=True)
 class _Call:
     q: Tensor
@@ -134,8 +142,10 @@ def _run_sdpa(call: _Call) -> Tensor:
 
 
 def _run_cudnn(call: _Call) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _run_sdpa(call)
+    """The operator itself: torch's switch between SDPA's backends is one for all threads, and others use SDPA too."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in call.gathered()[:3])
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=call.scale)[0]
+    return out.transpose(1, 2)
 
 
 def _run_onednn(call: _Call) -> Tensor:
@@ -271,17 +281,19 @@ SELF_ATTENTION_ONLY = ("onednn", "cudnn", "flash", "sage")
 _TIMED = ("triton", "sdpa", "cudnn", "flash", "xformers")  # what auto chooses from on a GPU
 
 _tested: set[tuple[object, ...]] = set()
-_fastest: dict[tuple[object, ...], str] = {}
+_fastest: dict[tuple[str, str], str] = {}
+_chosen: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("attention choices")
 
 
 def _dispatch(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, scale: float | None, backend: str
 ) -> Tensor:
     call = _Call(q, k, v, bias, key_rows, scale)
-    name = _choose(call) if backend == "auto" else backend
-    if refusal := _BACKENDS[name].refuses(call):
-        raise DeviceError(f"attention={name!r} cannot be used here, for {refusal}: choose auto or another backend")
-    return _checked(name, call)
+    with current_device(q.device):
+        name = _choose(call) if backend == "auto" else backend
+        if refusal := _BACKENDS[name].refuses(call):
+            raise DeviceError(f"attention={name!r} cannot be used here, for {refusal}: choose auto or another backend")
+        return _checked(name, call)
 
 
 def _checked(name: str, call: _Call) -> Tensor:
@@ -324,17 +336,46 @@ def _choose(call: _Call) -> str:
     if not call.q.is_cuda:  # by rule, so that one machine always rounds the same way
         is_faster = not IS_MKL_FASTER and torch.get_num_threads() <= _ONEDNN_MOST_THREADS
         return "onednn" if is_faster and _BACKENDS["onednn"].refuses(call) is None else "sdpa"
-    device = torch.cuda.get_device_name(call.q.device)
-    bias_shape = None if call.bias is None else call.bias.shape
-    key = (device, call.q.dtype, call.q.shape, call.k.shape, bias_shape, call.key_rows is None)
-    if key not in _fastest:
+    chosen = _chosen.get({})
+    key = _kind(call)
+    if key in chosen:
+        return chosen[key]
+    known = (torch.cuda.get_device_name(call.q.device), key)
+    if known not in _fastest:
         if _is_capturing(call):
             return "sdpa"  # nothing can be timed now; a caller that wants the fastest runs once before it captures
         times = {name: _milliseconds(name, call) for name in _TIMED if _BACKENDS[name].refuses(call) is None}
-        _fastest[key] = min(times, key=lambda name: times[name])
+        _fastest[known] = min(times, key=lambda name: times[name])
         said = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
-        _log.info("attention of %s queries and %s keys: %s", call.q.shape[1], call.k.shape[1], said)
-    return _fastest[key]
+        _log.info("attention of %s queries, %s: %s", call.q.shape[1], key, said)
+    chosen[key] = _fastest[known]
+    return chosen[key]
+
+
+def _kind(call: _Call) -> str:
+    """Calls that share one choice: the batch and the number of queries change from pass to pass of one run."""
+    keys, heads, head_dim = call.k.shape[1:]
+    bias = (
+        ""
+        if call.bias is None
+        else ", a bias for each key"
+        if call.bias.shape[1:3] == (1, 1)
+        else ", a bias for each pair"
+    )
+    return f"{str(call.q.dtype).removeprefix('torch.')}, {keys} keys, {heads} heads of {head_dim}{bias}"
+
+
+@contextlib.contextmanager
+def attention_choices(choices: dict[str, str]) -> Iterator[None]:
+    """What "auto" takes on a GPU, by kind of call, as long as this is open: `choices`, and what they lack is added.
+
+    Who computes attention decides over last bits: a run that keeps its choices can be repeated with the same.
+    """
+    token = _chosen.set(choices)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def _milliseconds(name: str, call: _Call) -> float:

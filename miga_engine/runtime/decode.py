@@ -7,6 +7,7 @@ which bounds both queues, and for the first frames of a video, which are not hel
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -16,6 +17,8 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from miga_engine.device import indexed
 
 Push = Callable[[Tensor], Tensor]
 """A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]. A push that fails
@@ -39,7 +42,7 @@ class Decoding:
         self._most_pending = 0
         self._failure: BaseException | None = None
         self._undecoded: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._outputs: queue.SimpleQueue[tuple[Tensor | None, BaseException | None]] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[tuple[list[Tensor], BaseException | None]] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._is_stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -78,21 +81,21 @@ class Decoding:
             self._undecoded.append((latents, ready))
             self._jobs.put(True)
         while self.num_pending > self._most_pending or not self._outputs.empty():
-            yield self._take()
+            yield from self._take()
             self._most_pending = MOST_PENDING if self._thread is not None else 0
 
     def drain(self) -> Iterator[Tensor]:
         """The frames of all groups that were handed over, waited for."""
         while self.num_pending:
-            yield self._take()
+            yield from self._take()
 
     @property
     def undecoded(self) -> list[Tensor]:
         """Latents that were handed over and not decoded, once `drain` has ended or failed."""
         return [latents for latents, _ in self._undecoded]
 
-    def _take(self) -> Tensor:
-        """Frames of the oldest group, finished on the device too; the error where it failed."""
+    def _take(self) -> list[Tensor]:
+        """Frames of the oldest group, finished on the device too; the error where there is nothing but it."""
         if self._failure is not None:
             raise self._failure
         if self._thread is None:
@@ -100,11 +103,11 @@ class Decoding:
         frames, self._failure = self._outputs.get()
         if self._failure is None:
             self.num_pending -= 1
-        if frames is None:
-            assert self._failure is not None
+        if not frames and self._failure is not None:
             raise self._failure
-        if frames.is_cuda:  # allocated on the decoder's stream, used on the caller's
-            frames.record_stream(torch.cuda.current_stream(frames.device))
+        for part in frames:
+            if part.is_cuda:  # allocated on the decoder's stream, used on the caller's
+                part.record_stream(torch.cuda.current_stream(part.device))
         return frames
 
     def _run(self) -> None:
@@ -118,30 +121,27 @@ class Decoding:
         latents, ready = self._undecoded[0]
         parts: list[Tensor] = []
         failure: BaseException | None = None
+        num_latents, num_decoded = len(latents), 0
         try:
-            if ready is None:
-                self._decode(latents, parts)
-            else:
-                stream = _decode_stream(latents.device)
-                with torch.cuda.stream(stream):
-                    stream.wait_event(ready)
-                    try:
-                        self._decode(latents, parts)
-                    finally:
-                        # Handed on only when finished: a caller that waited in its stream would hold up the network,
-                        # and the number of pending groups would not bound the work. The latents live until here, so
-                        # their memory is not reused early.
-                        done = torch.cuda.Event(blocking=True)
-                        done.record(stream)
-                        done.synchronize()
+            # Handed on only when finished: a caller that waited in its stream would hold up the network, and the number
+            # of pending groups would not bound the work. The latents live until then: their memory is not reused early.
+            with decoding_stream(latents.device, after=ready):
+                try:
+                    self._decode(latents, parts)
+                finally:
+                    num_decoded = len(parts)
+                    if num_decoded > 1:
+                        parts = [torch.cat(parts)]  # where memory is short for it, they stay apart
         except BaseException as error:
             failure = error
-        if len(parts) == len(latents):
+        if num_decoded == num_latents:
             self._undecoded.popleft()
+            if failure is not None and parts:  # nothing but the joining failed, and no frame is missing
+                failure = None
         else:
-            self._undecoded[0] = (latents[len(parts) :], ready)
+            self._undecoded[0] = (latents[num_decoded:], ready)
         del latents
-        self._outputs.put((torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None, failure))
+        self._outputs.put((parts, failure))
         return failure is None
 
     def _decode(self, latents: Tensor, parts: list[Tensor]) -> None:
@@ -156,6 +156,28 @@ class Decoding:
 def to_uint8(frames: Tensor) -> Tensor:
     """Frames ``[3,T,H,W]`` in [−1, 1] → uint8 ``[T,H,W,3]``, contiguous."""
     return frames.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+@contextlib.contextmanager
+def decoding_stream(device: torch.device, *, after: torch.cuda.Event | None = None) -> Iterator[None]:
+    """On CUDA, the decoder's stream: begun behind `after`, finished on the device when this ends.
+
+    All of a decoder's memory is to be allocated in it. What another stream allocated would go back to that stream's
+    pool as soon as the decoder drops it, with the decoder's work on it still under way.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = _decode_stream(indexed(device))
+    with torch.cuda.stream(stream):
+        if after is not None:
+            stream.wait_event(after)
+        try:
+            yield
+        finally:
+            done = torch.cuda.Event(blocking=True)
+            done.record(stream)
+            done.synchronize()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ windows see earlier commits, as the paper's pseudocode and parts of the release 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from miga_engine import ops
+from miga_engine.device import current_device, indexed, is_out_of_memory
 from miga_engine.errors import DeviceError, NumericsError
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
 from miga_engine.runtime.frame_queue import FrameStore
@@ -66,6 +68,14 @@ class Window(NamedTuple):
         return self.slots[self.commit_start : self.commit_stop]
 
 
+CAPTURE_POSITIONS = 1 << 15
+"""Latent positions (of all frames, windows and guidance branches of a batch) up to which a forward is captured on CUDA.
+
+Above, the device is busy for longer than its launches take, and a graph would only hold memory. Predicted and not yet
+measured: a block of Wan2.1 1.3B is about 14 launches of 10 µs, and 0.1 µs of work a token of four positions.
+"""
+
+
 class _Shape(NamedTuple):
     """What a captured forward depends on; everything else is data."""
 
@@ -90,8 +100,8 @@ class Denoiser:
 
     ``network`` returns the model output in the schedule's prediction type; ``guidance_scale`` None or 1 skips the
     unconditional branch. ``window_batch`` windows go through the network together (twice that with guidance); where
-    memory runs out it is halved, once reported through ``emit``, and the batch repeated. ``capture`` replays forwards
-    of one shape as a CUDA graph. ``ranks`` shares the windows of a pass out over processes.
+    memory runs out it is halved, once reported through ``emit``, and the batch repeated. ``capture`` replays small
+    forwards as CUDA graphs. ``ranks`` shares the windows of a pass out over processes.
     """
 
     def __init__(
@@ -129,10 +139,9 @@ class Denoiser:
         rows = store.capacity + store.scratch + 1
         self._outputs = store.sample.new_empty(self._num_branches, rows, *store.frame_shape)
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
-        self._captured: dict[_Shape, _CapturedForward] | None = None
-        if capture and store.device.type == "cuda":
-            self._captured = {}
-            self._pool = torch.cuda.graph_pool_handle()  # one for all shapes: only one of them runs at a time
+        self._graphs = (
+            _Graphs(self._run_tables, store.device, emit) if capture and store.device.type == "cuda" else None
+        )
 
     def run(self, windows: Sequence[Window], *, solver_stream: int = 0) -> None:
         """Advance every committed frame of ``windows`` by one step.
@@ -140,14 +149,15 @@ class Denoiser:
         ``solver_stream`` separates the noise of a stochastic solver between stages that visit the same level twice.
         """
         parts = [[window] for window in windows] if self.order == "sequential" else [windows] if windows else []
-        for number in range(self._parts_done, len(parts)):
-            slots = np.concatenate([window.committed for window in parts[number]])
-            self._forward_all(parts[number])
-            self.is_intact = False
-            self._note_finite(parts[number], slots, first_window=number)
-            self._update(slots, solver_stream)
-            self._parts_done = number + 1
-            self.is_intact = True
+        with current_device(self.store.device):
+            for number in range(self._parts_done, len(parts)):
+                slots = np.concatenate([window.committed for window in parts[number]])
+                self._forward_all(parts[number])
+                self.is_intact = False
+                self._note_finite(parts[number], slots, first_window=number)
+                self._update(slots, solver_stream)
+                self._parts_done = number + 1
+                self.is_intact = True
         self._parts_done = 0
 
     def forget_parts(self) -> None:
@@ -202,8 +212,10 @@ class Denoiser:
             start = batch.start
             while start < batch.stop:
                 part = range(start, min(start + self.window_batch, batch.stop))
+                is_done = False
                 try:
                     self._forward([windows[i] for i in part], int(rows[start]))
+                    is_done = True
                 except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -213,9 +225,10 @@ class Denoiser:
                             f"out of memory on {self.store.device} in the network, with one window of {frames} latent "
                             f"frames of {height}×{width}: choose a smaller picture or bfloat16, or free memory"
                         ) from error
+                if is_done:
+                    start = part.stop
+                else:  # the error's traceback, which held the forward's tensors, is gone here
                     self._shrink(len(part))
-                    continue
-                start = part.stop
         self.num_forwards += len(windows)
         if self.ranks is not None:
             self.ranks.exchange(self._outputs, [int(rows[batch.start]) for batch in batches] + [int(rows[-1])])
@@ -225,30 +238,43 @@ class Denoiser:
         while self.window_batch >= too_many:
             self.window_batch //= 2
         self.emit("window_batch", window_batch=self.window_batch, reason="out of memory")
+        if self._graphs is not None:
+            self._graphs.clear()  # of batches that are too large now
         if self.store.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _forward(self, windows: Sequence[Window], first_row: int) -> None:
-        """One batch through the network; its committed frames go to rows first_row, … of ``_outputs``."""
+        """One batch through the network; its committed frames go to rows first_row, … of ``_outputs``.
+
+        Small batches on a GPU keep all frames, so that one graph serves whatever is committed; captured or not, for the
+        same bits.
+        """
         store, num_windows = self.store, len(windows)
         slots = np.stack([window.slots for window in windows])  # [B,F]
         starts = np.array([[window.commit_start] for window in windows])
         lengths = np.array([[window.commit_stop] for window in windows]) - starts
-        position = np.arange(lengths.max())[None]
-        keep = starts + np.minimum(position, lengths - 1)  # [B,K]
-        target = np.where(position < lengths, first_row + np.cumsum(lengths)[:, None] - lengths + position, -1)
+        is_small = store.device.type == "cuda" and self.num_positions(slots.shape) <= CAPTURE_POSITIONS
+        if is_small:
+            keep = np.arange(slots.shape[1])[None].repeat(num_windows, axis=0)  # [B,K]
+        else:
+            keep = starts + np.minimum(np.arange(lengths.max())[None], lengths - 1)
+        place = keep - starts
+        is_committed = (place >= 0) & (place < lengths) & (np.diff(keep, prepend=-1) != 0)
+        target = np.where(is_committed, first_row + np.cumsum(lengths)[:, None] - lengths + place, -1)
         target[target < 0] = self._outputs.shape[1] - 1
         rows = store.prompt_row[slots]
         has_prompt_per_frame = bool((rows != rows[:, :1]).any())
         shape = _Shape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
         tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, rows, keep, target)]))
-        if self._captured is None:
+        if is_small and self._graphs is not None:
+            self._graphs.run(tables, shape)
+        else:
             self._run_tables(tables, shape)
-            return
-        if shape not in self._captured:
-            self._captured[shape] = _CapturedForward(lambda static: self._run_tables(static, shape), tables, self._pool)
-        self._captured[shape].replay(tables)
+
+    def num_positions(self, windows_and_frames: tuple[int, ...]) -> int:
+        """Latent positions of a forward of so many windows of so many frames."""
+        return self._num_branches * math.prod((*windows_and_frames, *self.store.frame_shape[1:]))
 
     def _run_tables(self, tables: Tensor, shape: _Shape) -> None:
         """Gather, forward and scatter, all of whose data are the tables and the state on the device."""
@@ -326,25 +352,55 @@ class _PlainNetwork:
         return torch.stack([frames[:, index] for frames, index in zip(output, keep, strict=True)])
 
 
-class _CapturedForward:
-    """A forward of one shape as a CUDA graph; its tables are copied in before each replay."""
+class _Graphs:
+    """Forwards of small batches as CUDA graphs, one for each shape that comes again.
 
-    def __init__(self, run: Callable[[Tensor], None], tables: Tensor, pool: Any) -> None:
-        self._tables = tables.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(self._tables)  # what is chosen, timed or allocated at a first call happens here
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
+    The first forward of a shape runs as it is, which compiles kernels and chooses attention; the second is captured.
+    All share one stream and one pool of memory: only one of them runs at a time. Where the pool cannot be had, forwards
+    run as they are from then on, once reported through ``emit``.
+    """
+
+    def __init__(self, run: Callable[[Tensor, _Shape], None], device: torch.device, emit: Callable[..., None]) -> None:
+        self._run = run
+        self._emit = emit
+        self._is_on = True
+        self._stream = torch.cuda.Stream(indexed(device))  # torch's own is of the device that was current first
+        self._seen: set[_Shape] = set()
+        self._captured: dict[_Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None
+
+    def run(self, tables: Tensor, shape: _Shape) -> None:
+        if self._is_on and shape in self._seen:
+            self._is_on = shape in self._captured or self._capture(tables, shape)
+        if shape in self._captured:
+            graph, static = self._captured[shape]
+            static.copy_(tables)
+            graph.replay()
+        else:
+            self._run(tables, shape)
+            self._seen.add(shape)
+
+    def clear(self) -> None:
+        """Give back the memory of all graphs."""
+        self._captured.clear()
+        self._pool = None
+
+    def _capture(self, tables: Tensor, shape: _Shape) -> bool:
+        """Keep the graph of this shape, and the tables that it reads; False where there is no memory for it."""
+        if not self._captured:  # a pool is gone with the last graph that used it, also with one that failed
+            self._pool = torch.cuda.graph_pool_handle()
+        static, graph = tables.clone(), torch.cuda.CUDAGraph()
         # Other threads decode and encode meanwhile, which a capture of all threads' calls would forbid.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            run(self._tables)
-
-    def replay(self, tables: Tensor) -> None:
-        self._tables.copy_(tables)
-        self._graph.replay()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._run(static, shape)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self._captured[shape] = graph, static
+            return True
+        self.clear()
+        torch.cuda.empty_cache()
+        self._emit("capture", is_on=False, reason="out of memory")
+        return False

@@ -29,7 +29,8 @@ class DriftMeter:
         counts = torch.stack([torch.bincount(values[:, c], minlength=NUM_LEVELS) for c in range(3)]).double().cpu()
         cumulative = counts.cumsum(1) / counts.sum(1, keepdim=True)
         colours = values.float() / (NUM_LEVELS - 1)
-        luminance = colours @ colours.new_tensor(_LUMA)
+        red, green, blue = (share * colours[:, c] for c, share in enumerate(_LUMA))
+        luminance = red + green + blue
         highest, lowest = colours.amax(1), colours.amin(1)
         saturation = (highest - lowest) / highest.clamp(min=1 / (NUM_LEVELS - 1))
         if self.reference is None:

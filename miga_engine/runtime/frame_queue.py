@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from miga_engine.device import to_device
+
 
 class FrameStore:
     """State of the latent frames of a run.
@@ -52,8 +54,7 @@ class FrameStore:
 
     def index(self, slots: np.ndarray) -> torch.Tensor:
         """The slots as an index tensor on the device, copied without waiting for it."""
-        index = torch.from_numpy(slots)
-        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
+        return to_device(torch.from_numpy(slots), self.device)
 
     def put(
         self, slots: np.ndarray, sample: torch.Tensor, *, step_index: int | np.ndarray, numbers: Sequence[int] | range

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import traceback
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from miga_engine.config import Request
+from miga_engine.device import is_out_of_memory
 from miga_engine.errors import DeviceError, DriftError, SessionError
-from miga_engine.runtime.decode import Decoding
-from miga_engine.runtime.denoise import is_out_of_memory
+from miga_engine.runtime.decode import Decoding, decoding_stream
 from miga_engine.runtime.drift import DriftMeter
 from miga_engine.runtime.session import Session, State, guarded, load_session, save_session
 from miga_engine.runtime.stages import DONE, VideoRun
@@ -84,6 +85,7 @@ class Stream(Iterator[Chunk]):
         is_cancelled: Callable[[], bool],
         overlap_decode: bool,
         stop_on_drift: float | None,
+        attention: Mapping[str, str] | None = None,
     ) -> None:
         self.request = request
         self.num_frames_out = 0
@@ -107,6 +109,7 @@ class Stream(Iterator[Chunk]):
         self._extension: Path | None = None  # the file that holds it
         self._meters: dict[int, DriftMeter] = {}
         self._stop_on_drift = stop_on_drift
+        self._attention = {} if attention is None else attention  # the engine adds to it
 
     # Frames ----------------------------------------------------------------------------------------------------
 
@@ -133,6 +136,10 @@ class Stream(Iterator[Chunk]):
     def is_finished(self) -> bool:
         """Whether every frame asked for has been given out."""
         return self.num_frames_out == self.request.num_frames
+
+    def metadata(self) -> dict[str, Any]:
+        """What the run has chosen by itself and a repetition must know: on GPUs, who computes attention."""
+        return {"attention_choices": dict(self._attention)} if self._attention else {}
 
     def close(self) -> None:
         """End the threads and release the memory; the stream has no frames after this, and cannot be saved."""
@@ -175,6 +182,7 @@ class Stream(Iterator[Chunk]):
         except Exception as error:
             self._failure, self._is_over = error, True
             if is_out_of_memory(error):
+                traceback.clear_frames(error.__traceback__)  # the decoder's tensors: memory for what goes on from here
                 self._failure = DeviceError(
                     "out of memory while decoding: free memory, or decode in bfloat16 (vae_dtype), and go on from here"
                 ).with_traceback(error.__traceback__)
@@ -333,7 +341,8 @@ class Stream(Iterator[Chunk]):
             return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
         self._run.load_state(part("run/"), numbers["run"])
-        self._decoder.load_state(part("decoder/"))
+        with decoding_stream(device):
+            self._decoder.load_state(part("decoder/"))
         if "undecoded" in tensors:
             self._backlog = [tensors["undecoded"].to(device)]
         if "frames" in tensors:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.ops import frame_attention
+from miga_engine.ops import frame_attention, untimed_backend
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Attention(nn.Module):
         """x [B, T, D], bias [1, 1, T, T] -> [B, T, D]."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.unbind(2)
-        return self.out_proj(frame_attention(q, k, v, bias).flatten(2))
+        attended = frame_attention(q, k, v, bias, backend=untimed_backend(x.device))
+        return self.out_proj(attended.flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -75,6 +75,11 @@ class VideoUNetConfig:
                 )
 
     @property
+    def text_dim(self) -> int:
+        """Width of a text embedding."""
+        return self.context_dim
+
+    @property
     def size_multiple(self) -> int:
         """Height and width of the latents are multiples of this."""
         return 1 << (len(self.channel_mult) - 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import ConfigError
+from miga_engine.models import layers
 from miga_engine.models.layers import Linear, guidance_branches, linear_fp32
 
 GROUPS = 32  # of every group norm
@@ -95,7 +96,7 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(input.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(layers.Conv2d):
     """A convolution that takes any dtype and gives channels last in that of its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class TemporalConv(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, F, S] -> the same shape, channels last, in the dtype of the weights."""
         x = input.to(self.weight.dtype, memory_format=torch.channels_last)
-        return F.conv2d(x, self.weight.squeeze(4), self.bias, padding=(1, 0))
+        return ops.conv2d(x, self.weight.squeeze(4), self.bias, padding=(1, 0))
 
 
 class TemporalConvBlock(nn.Module):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine.errors import ConfigError
+from miga_engine.models.layers import Conv2d
 from miga_engine.models.wan.vae_layers import pointwise
-from miga_engine.ops import frame_attention
+from miga_engine.ops import frame_attention, untimed_backend
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = Norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = Norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = Pointwise(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +93,12 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(2) for layer in (self.q, self.k, self.v))
-        attended = frame_attention(q, k, v).squeeze(2).transpose(1, 2).unflatten(2, x.shape[2:])  # from [B, H·W, 1, C]
+        attended = (
+            frame_attention(q, k, v, backend=untimed_backend(x.device))
+            .squeeze(2)
+            .transpose(1, 2)
+            .unflatten(2, x.shape[2:])
+        )  # from [B, H·W, 1, C]
         return x + self.proj_out(attended)
 
 
@@ -101,7 +107,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -112,7 +118,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -154,7 +160,7 @@ class Encoder(nn.Module):
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
         widths = [config.dim * mult for mult in config.dim_mult]
-        self.conv_in = nn.Conv2d(3, config.dim, 3, padding=1)
+        self.conv_in = Conv2d(3, config.dim, 3, padding=1)
         self.down = nn.ModuleList(
             Level(before, width, config.num_res_blocks) for before, width in pairwise([config.dim, *widths])
         )
@@ -162,7 +168,7 @@ class Encoder(nn.Module):
             level.downsample = Downsample(width)
         self.mid = Middle(widths[-1])
         self.norm_out = Norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_dim, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -177,7 +183,7 @@ class Decoder(nn.Module):
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
         widths = [config.dim * mult for mult in config.dim_mult]
-        self.conv_in = nn.Conv2d(config.z_dim, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.z_dim, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
             Level(before, width, config.num_res_blocks + 1) for width, before in pairwise([*widths, widths[-1]])
@@ -185,7 +191,7 @@ class Decoder(nn.Module):
         for level, width in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = Upsample(width)
         self.norm_out = Norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

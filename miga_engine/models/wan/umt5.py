@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.ops import frame_attention
+from miga_engine.ops import frame_attention, untimed_backend
 
 MAX_DISTANCE = 128  # positions further apart share the last bucket
 
@@ -75,7 +75,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, T, D], bias [B, heads, T, T] -> [B, T, D]."""
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        return self.o(frame_attention(q, k, v, bias=bias, scale=1.0).flatten(2))
+        attended = frame_attention(q, k, v, bias=bias, scale=1.0, backend=untimed_backend(x.device))
+        return self.o(attended.flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -97,6 +97,13 @@ class WanVAE(nn.Module):
         """Dtype of the weights, in which the network computes."""
         return self.conv2.weight.dtype
 
+    def lay_out(self) -> WanVAE:
+        """Lay the weights out for inference (`CausalConv3d.lay_out`); the same VAE."""
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.lay_out()
+        return self
+
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] -> normalised mean latents [B, C, F, h, w].
 

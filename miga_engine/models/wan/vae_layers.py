@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.ops import frame_attention
+from miga_engine.models.layers import Conv2d
+from miga_engine.ops import conv2d, frame_attention, untimed_backend
 from miga_engine.ops.linear import linear
 
 FeatureCache = dict[str, Tensor]
@@ -46,6 +47,8 @@ class CausalConv3d(nn.Conv3d):
     the embedded model's scale, and 52 against 49 (channels-last) or 64 ms at 96 channels of 4x64x96.
     """
 
+    allow_tf32 = False
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1, padding: int = 0
     ) -> None:
@@ -70,6 +73,10 @@ class CausalConv3d(nn.Conv3d):
             self._zero_past = (key, not bool(weight[:, :, :-1].any()))
         return self._zero_past[1]
 
+    def lay_out(self) -> None:
+        """Put the weights in memory as the 2-D convolution reads them, which saves copies; their shape stays."""
+        self.weight.data = self.weight.data.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+
     def taps(self, frames: Tensor, num_taps: int) -> Tensor:
         """Convolve with the last `num_taps` time taps, unpadded in time: T -> (T - num_taps) // stride + 1 frames."""
         stride = self.stride[0]
@@ -83,7 +90,9 @@ class CausalConv3d(nn.Conv3d):
         if self.kernel_size[1:] == (1, 1):
             return pointwise(stacked, kernel.flatten(1), self.bias)
         pictures = stacked.flatten(0, 1).permute(0, 3, 1, 2)
-        out = F.conv2d(pictures, kernel.permute(0, 3, 1, 2), self.bias, padding=self.padding[1:])
+        out = conv2d(
+            pictures, kernel.permute(0, 3, 1, 2), self.bias, padding=self.padding[1:], allow_tf32=self.allow_tf32
+        )
         return out.permute(0, 2, 3, 1).unflatten(0, (frames.shape[0], num_out))
 
     def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
@@ -156,7 +165,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(0, 1).flatten(1, 2).unsqueeze(2)  # [B·T, H·W, 1, C]
         q, k, v = pointwise(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
-        out = pointwise(frame_attention(q, k, v), self.proj.weight.flatten(1), self.proj.bias)
+        out = pointwise(
+            frame_attention(q, k, v, backend=untimed_backend(x.device)), self.proj.weight.flatten(1), self.proj.bias
+        )
         return x + out.view(x.shape)
 
 
@@ -165,7 +176,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, is_temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if is_temporal else None
 
     def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
@@ -189,7 +200,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, is_temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), Conv2d(channels, channels // 2, 3, padding=1)
         )
         self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if is_temporal else None
 
