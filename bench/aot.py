@@ -2,8 +2,9 @@
 
 Each case calls a kernel's own `launch` with tensors that have shapes and strides and no memory, those of the real
 models. In place of a launch, Triton specialises and compiles the kernel for each GPU, and its code is measured:
-registers, spilled bytes, shared memory of a block, the matrix instructions, and the share of the bytes a thread
-moves to or from global memory in accesses of 128 bits. tests/test_aot.py asserts what has to hold.
+registers, spilled bytes, shared memory of a block, the matrix instructions, the share of the bytes a thread
+moves to or from global memory in accesses of 128 bits, and on sm_90, where products run beside the other
+instructions, how the innermost loops wait for them. tests/test_aot.py asserts what has to hold.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ class Code:
     narrow_loads: int
     narrow_stores: int
     """Bytes that a thread loads or stores otherwise, each instruction counted once."""
+    full_waits: int
+    partial_waits: int
+    """Instructions in the loops over products (wgmma) that wait for all in flight, or for all but some."""
+    overlap: float
+    """Of the exponentials in these loops, the share computed with a product in flight."""
+    is_serialized: bool
+    """ptxas says that it lets no product (wgmma) run beside other instructions."""
 
 
 # A window of Wan2.1 at 480×832: two guidance branches, 21 latent frames of 1,560 tokens.
@@ -150,11 +158,10 @@ def attention_cases(target: str) -> dict[str, Callable[[], None]]:
     for head_dim, heads in ((128, 12), (64, 3)):
         for config in _kernels("frame_attention").CONFIGS[target, head_dim]:
             kind = "ws" if config.is_warp_specialized else "tma" if config.use_tma else "ptr"
+            kind += " overlapped" if config.is_overlapped else ""
             tiles = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} {kind}"
             cases[f"self d{head_dim} {tiles}"] = functools.partial(attention, heads, head_dim, F * S, False, config)
-            if not config.is_warp_specialized:
-                cases[f"text d{head_dim} {tiles}"] = functools.partial(attention, heads, head_dim, 512, True, config)
-        for m in (12, 64):
+        for m in (12, 64, 512):
             cases[f"text d{head_dim} M={m}"] = functools.partial(attention, heads, head_dim, m, True, None)
         cases[f"text d{head_dim} M=64, 24 queries a run"] = functools.partial(
             attention, heads, head_dim, 64, True, None, n=F * 24
@@ -201,7 +208,8 @@ def compile_case(case: str, target: str, call: Callable[[], None] | None = None)
 def _measured(case: str, kernel: Any, target: str) -> Code:
     is_amd = TARGETS[target][0] == "hip"
     text = kernel.asm["amdgcn" if is_amd else "ptx"]
-    registers, spilled = _amd_registers(text) if is_amd else _ptxas_registers(text)
+    registers, spilled, is_serialized = _amd_registers(text) if is_amd else _ptxas_registers(text)
+    full_waits, partial_waits, overlap = _overlap(text)
     accesses = list(_amd_accesses(text) if is_amd else _nvidia_accesses(text))
     total = sum(size for _, size in accesses)
     narrow = {kind: sum(size for k, size in accesses if k == kind and size < 16) for kind in ("load", "store")}
@@ -217,11 +225,15 @@ def _measured(case: str, kernel: Any, target: str) -> Code:
         wide=1 - sum(narrow.values()) / total,
         narrow_loads=narrow["load"],
         narrow_stores=narrow["store"],
+        full_waits=full_waits,
+        partial_waits=partial_waits,
+        overlap=overlap,
+        is_serialized=is_serialized,
     )
 
 
-def _ptxas_registers(ptx: str) -> tuple[int, int]:
-    """Registers of a thread and bytes of local memory, from the assembler that Triton brings."""
+def _ptxas_registers(ptx: str) -> tuple[int, int, bool]:
+    """Registers of a thread, bytes of local memory, and whether products are serialised: the word of Triton's ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
@@ -231,14 +243,49 @@ def _ptxas_registers(ptx: str) -> tuple[int, int]:
         command = [get_ptxas(int(arch[2])).path, "-v", f"--gpu-name={arch[1]}", source, "-o", Path(folder, "cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack, stores = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said).groups())
-    return int(re.search(r"Used (\d+) registers", said)[1]), max(stack, stores)
+    is_serialized = "wgmma.mma_async instructions are serialized" in said
+    return int(re.search(r"Used (\d+) registers", said)[1]), max(stack, stores), is_serialized
 
 
-def _amd_registers(assembly: str) -> tuple[int, int]:
+def _amd_registers(assembly: str) -> tuple[int, int, bool]:
     """Vector registers of a thread and bytes of private memory."""
     names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     count, spilled, private = (int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in names)
-    return count, max(4 * spilled, private)
+    return count, max(4 * spilled, private), False
+
+
+def _overlap(ptx: str) -> tuple[int, int, float]:
+    """Full and partial waits in the innermost loops over wgmma, and the share of exponentials that run under one."""
+    waits, under, exponentials = {True: 0, False: 0}, 0, 0
+    for loop in _innermost_loops(ptx):
+        if not any("wgmma.mma_async" in line for line in loop):
+            continue
+        pending = 0
+        for is_counted in (False, True):  # the first iteration finds what an earlier one left in flight
+            for line in loop:
+                if "wgmma.commit_group" in line:
+                    pending += 1
+                elif wait := re.search(r"wgmma\.wait_group\S* (\d+)", line):
+                    pending = min(pending, int(wait[1]))
+                    waits[wait[1] == "0"] += is_counted
+                elif "ex2.approx" in line:
+                    exponentials += is_counted
+                    under += is_counted and pending > 0
+    return waits[True], waits[False], under / exponentials if exponentials else 0.0
+
+
+def _innermost_loops(ptx: str) -> Iterator[list[str]]:
+    """Lines from a label to the branch back to it, where these hold no other loop."""
+    labels: dict[str, int] = {}
+    lines, start = ptx.splitlines(), 0
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = i
+            continue
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if branch and labels.get(branch[1], -1) >= start:
+            yield lines[labels[branch[1]] : i]
+            start = i
 
 
 def _nvidia_accesses(ptx: str) -> Iterator[tuple[str, int]]:
@@ -272,8 +319,9 @@ def compile_all(names: list[str] | None = None, num_processes: int = 2) -> list[
 
 
 def table(codes: list[Code]) -> str:
-    """Plain text, a line a kernel."""
+    """Plain text, a line a kernel; waits are full + partial."""
     head = ("target", "case", "kernel", "warps", "registers", "spilled B", "shared B", "matrix", "128-bit", "narrow B")
+    head += ("waits", "overlap")
     lines = [
         (
             c.target,
@@ -286,6 +334,8 @@ def table(codes: list[Code]) -> str:
             c.matrix or "-",
             f"{c.wide:.0%}",
             f"{c.narrow_loads}+{c.narrow_stores}",
+            f"{c.full_waits}+{c.partial_waits}" if c.matrix == "wgmma" else "-",
+            "serialised" if c.is_serialized else f"{c.overlap:.0%}" if c.matrix == "wgmma" else "-",
         )
         for c in codes
     ]

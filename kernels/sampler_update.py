@@ -139,6 +139,7 @@ def _sampler_update_kernel(
         b_uncond = tl.load(p_velocity_uncond + o_frame, mask=m, other=0.0).to(tl.float32)
         b_v = b_uncond + guidance_scale * (b_v - b_uncond)
 
+    tl.store(p_x0_previous + o_state, tl.where(length > 0, b_m1, 0.0), mask=m)
     b_m = _term(m_x, b_x) + _term(m_v, b_v)
     b_xc = _term(c_x, b_x) + _term(c_y, b_y) + _term(c_m, b_m) + _term(c_m1, b_m1) + _term(c_m2, b_m2)
     b_next = _term(p_x, b_xc) + _term(p_v, b_v) + _term(p_m, b_m) + _term(p_m1, b_m1)
@@ -150,7 +151,6 @@ def _sampler_update_kernel(
         if p_n != 0.0:
             b_noise = _frame_noise(noise_seed, p_noise_counters + i_frame * 3, i_block, BLOCK)
         b_next += _term(p_n, b_noise)
-    tl.store(p_x0_previous + o_state, tl.where(length > 0, b_m1, 0.0), mask=m)
     tl.store(p_x0 + o_state, b_m, mask=m)
     tl.store(p_last_sample + o_state, b_xc, mask=m)
     tl.store(p_sample + o_state, b_next, mask=m)

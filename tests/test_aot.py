@@ -71,6 +71,25 @@ def test_attention_uses_the_matrix_units(codes: list[dict]) -> None:
     assert not {where: got for where, (got, wanted) in found.items() if got != wanted}
 
 
+def test_exponentials_run_under_products_on_sm_90(codes: list[dict]) -> None:
+    """A wgmma is waited for by all its warps. The overlapped form, which is the default, does every exponential of its
+    loop before that, where the plain one has nothing in flight; each waits once for its two products."""
+    loops = {}
+    for code in codes:
+        if code["target"] == "sm_90" and " self d" in code["case"] and not code["case"].endswith(" ws"):
+            loops[code["case"]] = code["full_waits"], code["partial_waits"], code["overlap"]
+    assert {loop for case, loop in loops.items() if case.endswith(" overlapped")} == {(1, 0, 1.0)}
+    assert {loop for case, loop in loops.items() if not case.endswith(" overlapped")} == {(1, 0, 0.0)}
+    for head_dim in (64, 128):
+        default = next(case for case in loops if f" d{head_dim} " in case)  # the first of CONFIGS
+        assert default.endswith(" 128x128 w8 s2 tma overlapped")
+
+
+def test_no_product_is_serialised(codes: list[dict]) -> None:
+    """Where other instructions touch its registers too early, ptxas waits for every wgmma at once, and says so."""
+    assert not [_where(code) for code in codes if code["is_serialized"]]
+
+
 def test_warps_are_specialised_where_asked(codes: list[dict]) -> None:
     """Triton ignores the request where it cannot; beside the four warps of the softmax others must be there."""
     warps = [code["num_warps"] for code in codes if code["case"].endswith(" ws")]
@@ -105,6 +124,39 @@ print(json.dumps([dataclasses.asdict(code) for call in bad for code in aot.compi
     assert attention["spilled"] > 0
     assert norm["narrow_stores"] > 0
     assert norm["narrow_loads"] > NARROW_LOADS["residual_norm_modulate"]
+
+
+def test_the_gate_sees_serialised_products(tmp_path: Path) -> None:
+    """Scores read while the next ones are under way have to be copied out of a product in flight."""
+    source = (ROOT / "kernels" / "frame_attention.py").read_text()
+    scores = "_scores(b_q, keys, start + BLOCK_N, BLOCK_N, D, RANK)\n"
+    exponents = "        b_x, b_new = _exponents(b_s, b_max, None, 0, start"
+    assert source.count(scores) == source.count(exponents) == 1
+    source = source.replace(f"b_s = {scores}", "b_s = b_next\n")
+    (tmp_path / "too_early.py").write_text(source.replace(exponents, f"        b_next = {scores}{exponents}"))
+    script = f"""
+import dataclasses, json, sys, aot
+sys.path.insert(0, {str(tmp_path)!r})
+import too_early
+aot._kernels = lambda name: too_early
+call = lambda: aot.attention(12, 128, 32_760, False, too_early.CONFIGS["sm_90", 128][0])
+print(json.dumps([dataclasses.asdict(code) for code in aot.compile_case("bad", "sm_90", call)]))
+"""
+    (code,) = json.loads(_python("-c", script, cache=tmp_path / "cache"))
+    assert code["is_serialized"]
+    assert code["overlap"] == 1.0  # what Triton asked for
+
+
+def test_waits_are_counted_in_the_innermost_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import aot
+
+    product, wait, exponential = "wgmma.mma_async;\nwgmma.commit_group;", "wgmma.wait_group.sync.aligned", "ex2.approx;"
+    loop = f"$L__BB0_1:\n{wait} 0;\n{exponential}\n{product}\n{product}\n{wait} 1;\n{exponential}\n@%p1 bra $L__BB0_1;"
+    assert aot._overlap(f"{wait} 0;\n{loop}\n{product}\n{exponential}") == (1, 1, 0.5)
+    outer = f"$L__BB0_0:\n{loop}\n{wait} 0;\n@%p2 bra $L__BB0_0;"
+    assert aot._overlap(outer) == (1, 1, 0.5)
+    assert aot._overlap(f"$L__BB0_1:\n{exponential}\nbra.uni $L__BB0_1;") == (0, 0, 0.0)
 
 
 def test_the_table_is_readable(codes: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:

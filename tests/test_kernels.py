@@ -13,6 +13,7 @@ from miga_engine.schedule import NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_sch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 
+import triton.language as tl  # noqa: E402
 from miga_engine.kernels import consistency_score, norm_modulate, qk_norm_rope, sampler_update  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,6 +48,21 @@ def _assert_within_budget(result: torch.Tensor, eager: torch.Tensor, exact: torc
     budget = 2 * float((eager.double() - exact).abs().max() + eps * exact.abs().max())
     assert math.isfinite(budget)
     assert float((result.double() - exact).abs().max()) <= budget  # False for NaN
+
+
+@triton.jit
+def _count_kernel(p_out, first, end):
+    total = 0
+    for i in range(first, end):
+        total += i
+    tl.store(p_out, total)
+
+
+def test_loops_run_over_bounds_known_at_run_time() -> None:
+    """As the interpreter of Triton 3.6 does not with numpy 2.5 before tests/conftest.py has mended it."""
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _count_kernel[(1,)](out, 3, 8)
+    assert out.item() == 25
 
 
 @pytest.fixture
@@ -95,14 +111,20 @@ def _wide(tensors: list) -> list:
     return [tensor.double() if tensor is not None and tensor.dtype.is_floating_point else tensor for tensor in tensors]
 
 
-# The last has the width and the strides of the 1.3B model; 17 tokens are one more than a program takes.
+# The last has the width and the strides of the 1.3B model; 17 tokens are one more than a program takes. Each width is a
+# kernel of its own to compile, and each set of tables: every width takes the first set, one of them every set.
 TOKENS = [(2, 3, 5, 7), (1, 2, 1, 24), (1, 3, 17, 192), (1, 2, 5, 1536)]
+
+
+def _each_with_the_first(shapes: list, sets: list) -> list:
+    return [(shape, *sets[0]) for shape in shapes] + [(shapes[-2], *others) for others in sets[1:]]
 
 
 @pytest.mark.usefixtures("guarded_empty_like")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "with_rows"), [(5, True), (1, True), (1, False)])
-@pytest.mark.parametrize("shape", TOKENS)
+@pytest.mark.parametrize(
+    ("shape", "num_rows", "with_rows"), _each_with_the_first(TOKENS, [(5, True), (1, True), (1, False)])
+)
 def test_norm_modulate_is_within_the_error_budget(shape, num_rows, with_rows, dtype) -> None:
     x = _guarded(_randn(*shape) + 10)
     (weight, bias, _), rows = _modulation(shape, num_rows, with_rows)
@@ -117,8 +139,10 @@ def test_norm_modulate_is_within_the_error_budget(shape, num_rows, with_rows, dt
 
 @pytest.mark.usefixtures("guarded_empty_like")
 @pytest.mark.parametrize(("dtype", "y_dtype"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize(("num_rows", "has_gate", "has_norm"), [(5, True, True), (1, True, False), (5, False, True)])
-@pytest.mark.parametrize("shape", TOKENS)
+@pytest.mark.parametrize(
+    ("shape", "num_rows", "has_gate", "has_norm"),
+    _each_with_the_first(TOKENS, [(5, True, True), (1, True, False), (5, False, True)]),
+)
 def test_residual_norm_modulate_is_within_the_error_budget(shape, num_rows, has_gate, has_norm, dtype, y_dtype) -> None:
     x = _guarded(_randn(*shape) + 10)
     y = _guarded(_randn(*shape, seed=1).to(y_dtype))
@@ -175,8 +199,7 @@ def _fused_qkv(shape: tuple[int, ...], dtype: torch.dtype, fill: float = torch.n
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_weights", [True, False])
-@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize(("shape", "has_weights"), _each_with_the_first(HEADS, [(True,), (False,)]))
 def test_qk_norm_rope_is_within_the_error_budget(shape, has_weights, dtype) -> None:
     batch, num_frames, tokens, num_heads, head_dim = shape
     q, k = _fused_qkv(shape, dtype)

@@ -73,11 +73,12 @@ def _check(
     return out
 
 
-def _configs(head_dim: int) -> list[Config]:
-    if not IS_INTERPRETED:
-        return list(CONFIGS[frame_attention._arch(), head_dim])
-    # the interpreter has no warps; it runs the same loads, loops and masks
-    return [Config(64, 32, 4, 2), Config(64, 64, 8, 2, True), Config(128, 64, 4, 2, True, True)]
+def _configs(head_dim: int, is_warp_specialized: bool = False) -> list[Config]:
+    configs = CONFIGS[frame_attention._arch(), head_dim]
+    if IS_INTERPRETED:  # the interpreter has no warps; it runs the same loads, loops and masks
+        configs = [Config(64, 32, 4, 2), Config(64, 64, 8, 2, True), Config(64, 64, 4, 2, True, True)]
+        configs += [Config(64, 32, 8, 3, is_overlapped=True), Config(64, 64, 8, 2, True, is_overlapped=True)]
+    return [config for config in configs if config.is_warp_specialized == is_warp_specialized]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,10 +94,36 @@ def test_sizes_are_arbitrary(n: int, m: int, head_dim: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_configuration_gives_the_same(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = _inputs(2, 2, 70, 135, 2, head_dim, dtype)
+    bias = _bias(2, 135)
     for config in _configs(head_dim):
         _check(q, k, v, config=config)
-        if not config.is_warp_specialized:
-            _check(q, k, v, _bias(2, 135), config=config)
+        if config.use_tma or config.is_overlapped:
+            with pytest.raises(ValueError, match=r"config is Config\(.*\), which takes no bias: choose another"):
+                launch(q, k, v, bias, None, None, config=config)
+        else:
+            _check(q, k, v, bias, config=config)
+
+
+@pytest.mark.parametrize("m", [1, 32, 33, 64, 65, 128, 193])
+def test_overlapped_loops_end_anywhere_in_a_block(m: int) -> None:
+    """The first and the last block of keys have a place of their own; there may be one, two or many."""
+    tensors = _inputs(1, 1, 40, m, 1, 64, torch.float16)
+    for config in _configs(64):
+        if config.is_overlapped:
+            _check(*tensors, config=config)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_descriptors_take_the_rows_of_windows_and_runs(num_rows: int) -> None:
+    """Descriptors are of all rows of keys; what lies past a row's keys counts as nothing, whatever it holds."""
+    q, k, v = _inputs(2, num_rows, 2 * 37, 200, 2, 64, torch.float16)
+    for tensor in (k, v):
+        tensor[:, 140:] = torch.nan
+    key_rows = torch.tensor([[2, 0], [1, 2]], device=DEVICE).remainder(num_rows)
+    for config in _configs(64):
+        if config.use_tma:
+            _check(q, k[:, :140], v[:, :140], None, key_rows, config=config)
+            _check(q, k[:1, :140], v[:1, :140], config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,7 +168,7 @@ def test_hidden_blocks_before_the_first_visible_key() -> None:
     q, k, v = _inputs(1, 1, 20, 200, 1, 64, torch.float16)
     bias = torch.full((1, 200), -torch.inf, device=DEVICE)
     bias[:, 170:] = 0.5
-    out = _check(q, k, v, bias, config=_configs(64)[0])
+    out = _check(q, k, v, bias)
     visible = launch(q, k[:, 170:], v[:, 170:], None, None, None)
     torch.testing.assert_close(out, visible, rtol=0, atol=2 * torch.finfo(torch.float16).eps * float(v.abs().max()))
     assert launch(q, k, v, bias.fill_(-torch.inf), None, None).isnan().all()  # as eager softmax of nothing
@@ -178,13 +205,15 @@ def test_queries_may_be_the_end_of_a_window() -> None:
 
 
 def test_other_strides_and_alignments() -> None:
-    heads_first = [torch.randn(2, 3, 140, 64, device=DEVICE).half().transpose(1, 2) for _ in range(3)]
+    heads_first = [torch.randn(1, 3, 140, 64, device=DEVICE).half().transpose(1, 2) for _ in range(3)]
     _check(*heads_first)
     memory = torch.randn(3 * 140 * 67 + 1, device=DEVICE).half()
     odd = [memory[i * 140 * 67 + 1 :][: 140 * 67].view(1, 140, 1, 67)[..., :64] for i in range(3)]
     _check(*odd)
-    with pytest.raises(ValueError, match=r"q, k or v has strides .*, expected 16 bytes for TMA"):
-        launch(*odd, None, None, None, config=Config(64, 64, 4, 2, use_tma=True))
+    shared = [tensor.expand(3, -1, -1, -1) for tensor in heads_first]
+    for tensors in (odd, heads_first, shared):
+        with pytest.raises(ValueError, match=r"q, k or v has strides .*, which TMA does not take"):
+            launch(*tensors, None, None, None, config=Config(64, 64, 4, 2, use_tma=True))
 
 
 def test_real_strides_of_a_slice_of_the_real_model() -> None:
@@ -218,11 +247,21 @@ def test_work_and_traffic_are_counted() -> None:
     assert frame_attention.bytes_moved(2, 32_760, 32_760, 12, 128) == 4 * 2 * 32_760 * 1536 * 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_warp_specialised_configurations_give_the_same(head_dim: int, dtype: torch.dtype) -> None:
+    """Apart from the others, so that a GPU which hangs in one can leave them out by name."""
+    tensors = _inputs(2, 2, 70, 135, 2, head_dim, dtype)
+    for config in _configs(head_dim, is_warp_specialized=True):
+        _check(*tensors, config=config)
+
+
 @pytest.mark.skipif(IS_INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("is_warp_specialized", [False, True], ids=["plain", "warp_specialised"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_whole_window_of_the_real_model_under_graph_capture(dtype: torch.dtype) -> None:
+def test_whole_window_of_the_real_model_under_graph_capture(dtype: torch.dtype, is_warp_specialized: bool) -> None:
     q, k, v = _inputs(1, 1, 32_760, 32_760, 2, 128, dtype)
-    for config in _configs(128):
+    for config in _configs(128, is_warp_specialized):
         eager = launch(q, k, v, None, None, None, config=config)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -230,4 +269,4 @@ def test_whole_window_of_the_real_model_under_graph_capture(dtype: torch.dtype) 
         torch.empty_like(q).fill_(torch.nan)
         graph.replay()
         assert torch.equal(captured, eager)
-    _check(q[:, -2048:], k, v)
+        _check(q[:, -512:], k, v, config=config)
