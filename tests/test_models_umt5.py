@@ -1,6 +1,7 @@
 """The UMT5 text encoder and the tokenizer against the reference implementation's output and Transformers."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import UMT5EncoderModel
 
 from miga_engine.errors import CheckpointError
 from miga_engine.models import load_text_encoder, load_tokenizer
+from miga_engine.models.wan import tokenizer
 from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer, clean_prompt
 from miga_engine.models.wan.umt5 import UMT5Encoder
 
@@ -59,6 +61,20 @@ def test_encoder_agrees_with_transformers(tmp_path: Path, length: int) -> None:
 def test_prompts_are_cleaned_as_in_training() -> None:
     assert [clean_prompt(prompt) for prompt in META["prompts"]] == META["cleaned"]["whitespace"]
     assert clean_prompt(WAN_DEFAULT_NEGATIVE_PROMPT).startswith("色调艳丽,过曝,静态")
+
+
+def test_prompts_are_read_without_ftfy_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)  # as if it were not installed
+    tokenizer._unicode_repair.cache_clear()
+    try:
+        with caplog.at_level("WARNING", "miga_engine"):
+            assert [clean_prompt(text) for text in (" a &amp;amp; b\n", "ｆｕｌｌ")] == ["a & b", "ｆｕｌｌ"]
+        assert [record.name for record in caplog.records] == ["miga_engine"]
+        assert caplog.text.count("the package ftfy is not installed") == 1
+    finally:
+        tokenizer._unicode_repair.cache_clear()
 
 
 def test_tokens_match_golden(golden: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ import torch
 from miga_engine.errors import MigaError, OutputError
 from miga_engine.video.contact_sheet import ContactSheet, write_contact_sheet
 from miga_engine.video.paths import check_output
+from miga_engine.video.png import write_png
 from miga_engine.video.reading import read_metadata, read_video
 from miga_engine.video.sinks import EncoderThread, Sink, open_sink
 
@@ -521,3 +522,50 @@ def test_unwritable_sheets_are_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "sheet.png", (".png",))
     with pytest.raises(OutputError, match=r"it is a folder, and a file name ending in \.png is expected$"):
         check_output(f"{tmp_path}/", (".png",))
+
+
+WITHOUT_AV = """
+import dataclasses, sys
+sys.modules["av"] = None  # as if it were not installed
+import torch
+from miga_engine import Engine, MigaError
+from miga_engine.video.reading import read_video
+from miga_engine.video.sinks import open_sink
+
+options = {"height": 32, "width": 48, "num_inference_steps": 8, "guidance_scale": 1.0}
+engine = Engine.from_pretrained("tiny", "cpu")
+miga = dataclasses.replace(engine.preset.miga, self_reflection=False, stage2_steps=1, refine_steps=0)
+video = engine.generate("a red balloon", num_frames=5, miga=miga, **options)
+video.save("a.rgb")
+video.save("images/")
+for call, *arguments in ((video.save, "a.mp4"), (open_sink, "a.mkv", 8, 48, 32), (read_video, "images/000000.png")):
+    try:
+        call(*arguments)
+    except MigaError as error:
+        print(error)
+"""
+
+
+def test_video_is_made_without_pyav_and_an_mp4_names_the_package(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", WITHOUT_AV]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    missing = "the package av (PyAV) is not installed; install it"
+    assert run.stdout.splitlines() == [
+        f"cannot write a.mp4: {missing}, or write .rgb or numbered .png files",
+        f"cannot write a.mkv: {missing}, or write .rgb or numbered .png files",
+        f"cannot read images/000000.png: {missing}",
+    ]
+    raw = np.fromfile(tmp_path / "a.rgb", np.uint8).reshape(5, 32, 48, 3)
+    for i in range(5):
+        np.testing.assert_array_equal(read_video(tmp_path / "images" / f"{i:06d}.png")[0], raw[i])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (64, 96)])
+def test_pictures_are_read_back_as_they_were(tmp_path: Path, size: tuple[int, int]) -> None:
+    for name, image in (
+        ("noise", np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)),
+        ("white", np.full((*size, 3), 255, np.uint8)),
+    ):
+        write_png(tmp_path / f"{name}.png", image)
+        np.testing.assert_array_equal(read_video(tmp_path / f"{name}.png")[0], image)

@@ -78,13 +78,15 @@ def read_clip(path: str | Path, num_frames: int | None = None) -> tuple[npt.NDAr
 
     Raises ConfigError for a folder without pictures or of several sizes, MigaError for a file that cannot be read.
     """
-    import av
     import numpy as np
+
+    from miga_engine.video.pyav import require_av
 
     path = Path(path)
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise ConfigError(f"the folder {path} holds no pictures ({', '.join(IMAGE_SUFFIXES)}): give one that does")
+    av = require_av(f"read {path}")
     frames: list[npt.NDArray[np.uint8]] = []
     rate = None
     for file in files[:num_frames] if path.is_dir() else files:

@@ -38,6 +38,6 @@ def check_folder(folder: Path, path: str | os.PathLike[str]) -> None:
         raise OutputError(f"cannot write {path}: the folder {folder} is not writable")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The system's words for a failed write, without errno and file name."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import av
 import numpy as np
 
 from miga_engine.errors import MigaError
 from miga_engine.video.paths import reason
+from miga_engine.video.pyav import require_av
 
 FORMATS = {".mp4": "mp4", ".mkv": "matroska", ".png": "png_pipe"}
 """What FFmpeg takes a file for, whatever its content claims: a playlist would make it open other files and hosts."""
@@ -49,6 +49,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise MigaError(f"cannot read {path}: a name ending in {', '.join(FORMATS)} is expected")
     if not os.path.isfile(name):
         raise MigaError(f"cannot read {path}: it is not a file")
+    av = require_av(f"read {path}")
     try:
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{name}", format=kind, options=options, metadata_errors="replace") as container:

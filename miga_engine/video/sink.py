@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-import av
 import numpy as np
 
 from miga_engine.errors import OutputError
@@ -143,6 +142,9 @@ class StreamSink(Sink):
 class FileSink(Sink):
     """One file: created at the first frame, in place if nothing is there, else beside it until closed."""
 
+    _failures: tuple[type[BaseException], ...] = (OSError,)
+    """What a failed write raises."""
+
     def __init__(
         self, path: Path, width: int, height: int, growing_path: Path | None = None, num_frames: int = 0
     ) -> None:
@@ -158,7 +160,7 @@ class FileSink(Sink):
         self._is_open = False
 
     def _write(self, frames: "np.ndarray[Any, Any]") -> None:
-        with reported(self.path):
+        with reported(self.path, self._failures):
             if not self._is_open:
                 if not self._replaces and not self.is_resumed and self.path.exists():
                     raise OutputError(f"cannot write {self.path}: another program has created it meanwhile")
@@ -174,18 +176,18 @@ class FileSink(Sink):
 
     def _close(self) -> None:
         if self.is_resumed and not self._is_open and self.num_frames:
-            with reported(self.path):
+            with reported(self.path, self._failures):
                 self._open()  # which drops the frames behind the last that counts
                 self._is_open = True
         if self._is_open:
-            with reported(self.path):
+            with reported(self.path, self._failures):
                 self._finish()
                 if self._replaces:
                     self.growing_path.replace(self.path)
 
     def _abort(self) -> None:
         if self._is_open:
-            with suppress(OutputError), reported(self.path):
+            with suppress(OutputError), reported(self.path, self._failures):
                 self._finish()
 
     def _discard(self) -> None:
@@ -309,7 +311,7 @@ def too_short(path: Path, num_frames: int) -> OutputError:
 
 
 @contextmanager
-def reported(name: str | os.PathLike[str]) -> Iterator[None]:
+def reported(name: str | os.PathLike[str], failures: tuple[type[BaseException], ...] = (OSError,)) -> Iterator[None]:
     """A failed write as one OutputError sentence."""
     try:
         yield
@@ -317,5 +319,5 @@ def reported(name: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except BrokenPipeError as error:
         raise OutputError(f"cannot write {name} any further: the program that read it has closed it") from error
-    except (OSError, av.FFmpegError) as error:
+    except failures as error:
         raise OutputError(f"cannot write {name}: {reason(error)}") from error

@@ -10,13 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
-import av.codec.context
 import numpy as np
-from av.bitstream import BitStreamFilterContext
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from miga_engine.errors import OutputError
+from miga_engine.video.pyav import require_av
 from miga_engine.video.sink import FileSink, flush_file, too_short
 
 _ITU709, _LIMITED_RANGE = 1, 1  # FFmpeg's numbers for the colour tags
@@ -36,10 +33,12 @@ class VideoFileSink(FileSink):
         num_frames: int = 0,
     ) -> None:
         super().__init__(path, width, height, growing_path, num_frames)
+        self._av: Any = require_av(f"write {path}", OutputError, ", or write .rgb or numbered .png files")
+        self._failures = (OSError, self._av.FFmpegError)
         self._fps = Fraction(fps).limit_denominator(1001)
         self._metadata = metadata
         self._is_mp4 = path.suffix.lower() == ".mp4"
-        self._reformatter = VideoReformatter()
+        self._reformatter = self._av.video.reformatter.VideoReformatter()
         self._container: Any = None
         self._encoder: Any = None
         self._next_frame = self._num_taken = num_frames
@@ -70,7 +69,7 @@ class VideoFileSink(FileSink):
             kind, muxer = "mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
         else:
             kind, muxer = "matroska", {"cluster_time_limit": "1000", "flush_packets": "1"}  # ms
-        self._container = av.open(str(self._beside or self.growing_path), "w", format=kind, options=muxer)
+        self._container = self._av.open(str(self._beside or self.growing_path), "w", format=kind, options=muxer)
         self._container.metadata.update(_container_metadata(self._metadata))
         self._stream = self._container.add_stream("libx264" if self._is_mp4 else "ffv1", rate=self._fps)
         self._configure(self._stream.codec_context)
@@ -87,7 +86,7 @@ class VideoFileSink(FileSink):
         if self._is_mp4:
             # x264's macroblock tree reads memory nobody has written: with it, the same frames encode in many ways.
             context.options = {"crf": "17", "preset": "medium", "mbtree": "0"}
-            context.flags |= av.codec.context.Flags.global_header
+            context.flags |= self._av.codec.context.Flags.global_header
             context.colorspace = context.color_primaries = context.color_trc = _ITU709
             context.color_range = _LIMITED_RANGE
         else:
@@ -95,7 +94,7 @@ class VideoFileSink(FileSink):
 
     def _copy_packets(self) -> None:
         """The first `_stored` frames of the old file, as they are."""
-        with av.open(str(self.growing_path)) as old:
+        with self._av.open(str(self.growing_path)) as old:
             source = old.streams.video[0]
             parameters = bytes(self._stream.codec_context.extradata or b"").split(b"\0\0\0\1")
             if not all(part in bytes(source.codec_context.extradata or b"") for part in parameters):
@@ -104,7 +103,9 @@ class VideoFileSink(FileSink):
                     "resume with the packages it was made with"
                 )
             # In mp4, H.264 has lengths in place of the start codes that the encoder's packets beside these have.
-            bitstream = BitStreamFilterContext("h264_mp4toannexb" if self._is_mp4 else "null", source)
+            bitstream = self._av.bitstream.BitStreamFilterContext(
+                "h264_mp4toannexb" if self._is_mp4 else "null", source
+            )
             frame_ticks = 1 / (self._fps * (source.time_base or 1))
             num_copied, first = 0, 0
             for packet in old.demux(source):
@@ -123,13 +124,14 @@ class VideoFileSink(FileSink):
     def _append(self, frames: "np.ndarray[Any, Any]") -> None:
         for image in frames:
             if self._encoder is None:
-                self._encoder = av.CodecContext.create(self._stream.codec_context.codec.name, "w")
+                self._encoder = self._av.CodecContext.create(self._stream.codec_context.codec.name, "w")
                 self._configure(self._encoder)
+            enums = self._av.video.reformatter
             frame = self._reformatter.reformat(
-                av.VideoFrame.from_ndarray(image, format="rgb24"),
+                self._av.VideoFrame.from_ndarray(image, format="rgb24"),
                 format=self._encoder.pix_fmt,
-                dst_colorspace=Colorspace.ITU709 if self._is_mp4 else None,
-                interpolation=Interpolation.BICUBIC,
+                dst_colorspace=enums.Colorspace.ITU709 if self._is_mp4 else None,
+                interpolation=enums.Interpolation.BICUBIC,
             )
             frame.pts, frame.time_base = self._next_frame, 1 / self._fps
             self._mux(self._encoder.encode(frame))

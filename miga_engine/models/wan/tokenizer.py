@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from miga_engine.models.checkpoint import first_line, read_bounded
 
 if TYPE_CHECKING:
     import tokenizers
+
+_log = logging.getLogger("miga_engine")
 
 MAX_TOKENIZER_BYTES = 32 * 2**20  # twice that of google/umt5-xxl
 
@@ -30,10 +34,22 @@ WAN_DEFAULT_NEGATIVE_PROMPT = (
 
 def clean_prompt(text: str) -> str:
     """Repair broken Unicode, resolve HTML entities (also doubly escaped ones), collapse white space."""
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = html.unescape(html.unescape(_unicode_repair()(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+@functools.cache
+def _unicode_repair() -> Callable[[str], str]:
+    """`ftfy.fix_text`, or the text as it is where ftfy is missing, said once."""
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        _log.warning(
+            "the package ftfy is not installed: prompts are used as typed, with broken or full-width characters that "
+            "the model's training text did not have; install ftfy to have them repaired"
+        )
+        return str
+    return cast("Callable[[str], str]", fix_text)
 
 
 @contextmanager
