@@ -5,12 +5,14 @@ generate    the embedded model `tiny`, the same request by the engine and by bas
             goes. Before anything is timed the two are held against each other.
 import      `from miga_engine import Engine` over `import torch`, each in fresh processes.
 iteration   Stage-1 iterations at a published width with random weights: wall time over the sum of the forwards, and
-            how often the host waited for the device. On a CPU choose a small picture and few blocks.
+            how often the host waited for the device. On a CPU choose a small picture and few blocks. With `--capture`
+            the clock starts when a whole cycle of phases has brought no shape that is captured and was not yet.
 
 The first two run if none is named. On a CPU: one thread, process time, the minimum of the runs; on a GPU wall time and
 events, the minimum too. Rows are appended to bench/results/engine_<device>.csv. A part's column is its share of the
 time: network, sampler, score, decode, and the rest, which is bookkeeping. Where forwards are captured as graphs, their
-replays count as network; where decoding runs beside the network, the rest leaves it out.
+replays count as network; where decoding runs beside the network, the rest leaves it out. On a GPU a contender of
+`generate` gets a row after its first run too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -49,7 +50,6 @@ COLUMNS = (
     "peak_mib", "run_mib", "reserved_mib", *PARTS, "rest", "host_syncs", "x_baseline", *measure.ENVIRONMENT,
 )  # fmt: skip
 PROMPT = "a red balloon over snowy hills at dawn"
-HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 
 
 class Clock:
@@ -149,56 +149,78 @@ def load(device: str, dtype: str) -> Engine:
     return Engine.from_pretrained("tiny", device, dtype, attention="sdpa")
 
 
-def resolve(engine: Engine, num_frames: int, **options: Any) -> Request:
-    """The request of the comparison: the preset without reflection, which the loop does not know."""
-    miga = dataclasses.replace(engine.preset.miga, self_reflection=False, guidance_anchor=False)
-    return engine.resolve(PROMPT, num_frames=num_frames, **{"miga": miga, **options})
+def resolve(engine: Engine, num_frames: int, window_batch: int = 1, **options: Any) -> Request:
+    """The request of the comparison: the preset without reflection, which the loop does not know.
+
+    The batch is given, so that it does not depend on the memory that is free when the engine starts.
+    """
+    miga = options.pop("miga", engine.preset.miga)
+    miga = dataclasses.replace(miga, self_reflection=False, guidance_anchor=False, window_batch=window_batch)
+    sizes = {"height": 32, "width": 48, "num_inference_steps": 8} if measure.IS_SMALL else {}
+    return engine.resolve(PROMPT, num_frames=num_frames, **{**sizes, "miga": miga, **options})
 
 
 def small_request(engine: Engine, **options: Any) -> Request:
     """A short run through every stage, for the check."""
-    miga = dataclasses.replace(
-        engine.preset.miga, self_reflection=False, guidance_anchor=False, stage2_steps=2, refine_steps=2
-    )
+    miga = dataclasses.replace(engine.preset.miga, stage2_steps=2, refine_steps=2)
     sizes = {"num_frames": 61, "height": 32, "width": 48, "num_inference_steps": 8}
     return resolve(engine, **{**sizes, "miga": miga, **options})
 
 
-def generate(device: str, dtypes: list[str], num_frames: int, num_runs: int, with_peaks: bool) -> None:
-    if not HAS_DIFFUSERS:
-        print("diffusers is not installed: the engine is timed without its rival and without the check against it")
+def generate(
+    device: str, dtypes: list[str], num_frames: int, num_runs: int, with_peaks: bool, window_batch: int
+) -> None:
     for dtype in dtypes:
         engine = load(device, dtype)
-        request = resolve(engine, num_frames)
+        request = resolve(engine, num_frames, window_batch)
+        best: dict[str, dict[str, float]] = {}
+
+        def run(name: str, runner: Callable[[], dict[str, float]], best: dict[str, dict[str, float]] = best) -> None:
+            result = runner()
+            if name not in best or result["seconds"] < best[name]["seconds"]:
+                best[name] = result
+
+        def row(name: str, dtype: str = dtype, best: dict[str, dict[str, float]] = best) -> dict[str, str]:
+            said = f"{num_frames} frames" + (f", {window_batch} windows together" if window_batch > 1 else "")
+            row = {"what": "generate", "model": "tiny", "request": said, "dtype": dtype}
+            row |= {"implementation": name, **{key: f"{value:.4g}" for key, value in best[name].items()}}
+            row["video_frames_per_s"] = f"{num_frames / best[name]['seconds']:.4g}"
+            if "diffusers" in best:
+                row["x_baseline"] = f"{best['diffusers']['seconds'] / best[name]['seconds']:.3f}"
+            return row
+
         runners = {"engine": lambda engine=engine, request=request: run_engine(engine, request)}
-        if HAS_DIFFUSERS:
+        is_first_saved = device == "cuda" or measure.IS_SMALL
+        if is_first_saved:
+            run("engine", runners["engine"])
+            _report([row("engine")], device)
+        if measure.has_diffusers():
             import baseline_diffusers
 
-            loop = baseline_diffusers.DiffusersLoop(engine)
-            difference = baseline_diffusers.check(engine, loop, small_request(engine))
-            print(f"{dtype}: latents of engine and diffusers loop compared, {difference:.1e}")
-            runners["diffusers"] = lambda loop=loop, request=request: run_loop(loop, request)
-        best: dict[str, dict[str, float]] = {}
+            try:
+                loop = baseline_diffusers.DiffusersLoop(engine)
+                difference = baseline_diffusers.check(engine, loop, small_request(engine, window_batch=window_batch))
+            except Exception as error:  # then it is no rival
+                measure.fault(error, device, op="generate", dtype=dtype, implementation="diffusers")
+            else:
+                print(f"{dtype}: latents of engine and diffusers loop compared, {difference:.1e}", flush=True)
+                runners["diffusers"] = lambda loop=loop, request=request: run_loop(loop, request)
+                if is_first_saved:
+                    run("diffusers", runners["diffusers"])
+                    _report([row("diffusers")], device)
         for _ in range(num_runs):
-            for name, run in runners.items():
-                result = run()
-                if name not in best or result["seconds"] < best[name]["seconds"]:
-                    best[name] = result
-        rows = []
-        for name, result in best.items():
-            row = {"what": "generate", "model": "tiny", "request": f"{num_frames} frames", "dtype": dtype}
-            row |= {"implementation": name, **{key: f"{value:.4g}" for key, value in result.items()}}
-            row["video_frames_per_s"] = f"{num_frames / result['seconds']:.4g}"
-            row |= _peak(name, device, dtype, num_frames) if with_peaks else {}
-            if "diffusers" in best:
-                row["x_baseline"] = f"{best['diffusers']['seconds'] / result['seconds']:.3f}"
-            rows.append(row)
+            for name, runner in runners.items():
+                run(name, runner)
+        rows = [row(name) for name in runners]
+        if with_peaks:
+            rows = [row | _peak(row["implementation"], device, dtype, num_frames, window_batch) for row in rows]
         _report(rows, device)
 
 
-def _peak(name: str, device: str, dtype: str, num_frames: int) -> dict[str, str]:
+def _peak(name: str, device: str, dtype: str, num_frames: int, window_batch: int) -> dict[str, str]:
     """Peak memory of one run in a fresh process."""
     arguments = [__file__, "peak", "--device", device, "--dtypes", dtype, "--frames", str(num_frames)]
+    arguments += ["--window-batch", str(window_batch)]
     return json.loads(_fresh_process(*arguments, "--implementation", name))
 
 
@@ -209,10 +231,10 @@ def _fresh_process(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
-def peak(device: str, dtype: str, num_frames: int, implementation: str) -> dict[str, str]:
+def peak(device: str, dtype: str, num_frames: int, implementation: str, window_batch: int) -> dict[str, str]:
     """MiB of this process, or of torch's allocator on a GPU: at most, and above what the loaded models take."""
     engine = load(device, dtype)
-    request = resolve(engine, num_frames)
+    request = resolve(engine, num_frames, window_batch)
     engine.bundle.encode_prompts([PROMPT])  # reads the text encoder
     run: Callable[[], object]
     if implementation == "diffusers":
@@ -285,22 +307,47 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
     with torch.no_grad():
         while stage != "stage1":
             run.tick()  # the last of them is the first iteration, which does not count
+        if options.capture:
+            see_all_shapes(run)
+        num_captured = captured_shapes(run)
         clock = Clock(device)
         with _watch(clock, *engine_parts(transformer)):
             for _ in range(options.iterations):
                 run.tick()
             seconds = clock.elapsed()
+        num_captured = captured_shapes(run) - num_captured
         host_syncs = _host_syncs(run.tick) if device == "cuda" else None
     shares = clock.shares(seconds)
     queue = miga.zigzag_width * (options.steps - 1)
     row = {"what": "iteration", "model": f"{options.model}, {config.num_layers} blocks", "dtype": dtype}
     row |= {"request": f"{options.height}×{options.width}, {queue} frames queued"}
     row |= {"implementation": "engine captured" if options.capture else "engine"}
+    if num_captured:
+        row["implementation"] += f", {num_captured} shapes meanwhile"
     row |= {"seconds": f"{seconds / options.iterations:.4g}"}
     row |= {part: f"{share:.4g}" for part, share in shares.items()}
     row["host_syncs"] = "" if host_syncs is None else str(host_syncs)
     _report([row], device)
     print(f"wall of an iteration ÷ sum of its forwards: {1 / shares['network']:.4f}")
+
+
+def captured_shapes(run: VideoRun) -> int:
+    """How many graphs a run has captured, and shapes that it would capture when they come again."""
+    graphs = run.denoiser._graphs
+    return 0 if graphs is None else len(graphs._captured) + len(graphs._seen)
+
+
+def see_all_shapes(run: VideoRun) -> None:
+    """Tick through cycles of phases until one captures nothing new, three at most; once where nothing is captured."""
+    for _ in range(3):
+        before = captured_shapes(run)
+        run.tick()
+        if captured_shapes(run) == 0:
+            return
+        for _ in range(run.stride - 1):
+            run.tick()
+        if captured_shapes(run) == before:
+            return
 
 
 def _host_syncs(tick: Callable[[], object]) -> int:
@@ -319,16 +366,17 @@ def random_transformer(config: Any, device: str, dtype: torch.dtype) -> WanDiT:
     """A network of torch's initial weights, its dtypes as a loader leaves them."""
     with torch.device(device):
         transformer = WanDiT(config)
-    for name, parameter in transformer.named_parameters():
-        if not WanDiT.keeps_fp32(name):
-            parameter.data = parameter.data.to(dtype)
-    return transformer.eval().requires_grad_(False)
+    for prefix, module in transformer.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            stored = torch.float32 if WanDiT.keeps_fp32(f"{prefix}.{name}".lstrip(".")) else dtype
+            module.register_parameter(name, torch.nn.Parameter(parameter.detach().to(stored), requires_grad=False))
+    return transformer.eval()
 
 
 def _report(rows: list[dict[str, str]], device: str) -> None:
     for row in measure.record(f"engine_{device}", COLUMNS, rows, device):
         text = [f"{key} {value}" for key, value in row.items() if value != "" and key not in measure.ENVIRONMENT]
-        print("; ".join(text))
+        print("; ".join(text), flush=True)
 
 
 def main() -> None:
@@ -339,6 +387,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--frames", type=int, default=81, help="video frames of generate")
     parser.add_argument("--runs", type=int, default=3, help="runs of each contender of generate")
+    parser.add_argument("--window-batch", type=int, default=1, help="windows of generate that go together")
     parser.add_argument("--no-peaks", action="store_true", help="leave the memory out, which runs everything once more")
     parser.add_argument("--imports", type=int, default=7, help="fresh processes of each import")
     parser.add_argument("--implementation", choices=("engine", "diffusers"), default="engine", help=argparse.SUPPRESS)
@@ -357,11 +406,13 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     if options.what == ["peak"]:
-        print(json.dumps(peak(options.device, options.dtypes[0], options.frames, options.implementation)))
+        kind = (options.device, options.dtypes[0], options.frames, options.implementation, options.window_batch)
+        print(json.dumps(peak(*kind)))
         return
     for what in options.what or ("generate", "import"):
         if what == "generate":
-            generate(options.device, options.dtypes, options.frames, options.runs, not options.no_peaks)
+            runs, batch = options.runs, options.window_batch
+            generate(options.device, options.dtypes, options.frames, runs, not options.no_peaks, batch)
         elif what == "import":
             import_time(options.device, options.imports)
         else:
@@ -370,3 +421,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.exit(measure.exit_status())

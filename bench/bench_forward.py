@@ -1,14 +1,16 @@
 """Networks at the published widths, random weights: `python bench/bench_forward.py [1.3B] [14B] [videocrafter2]`.
 
 Ours, with attention by SDPA and by whatever `auto` chooses, against diffusers' network of the same weights (SDPA),
-eager and compiled, in turns: a window whose frames all have their own noise level, 64 tokens of text in 512 rows. Ours
-is given the text encoded once, as the engine does; diffusers' network cannot be. On a GPU: 21 latent frames of
-480×832 in two guidance branches, 1.3B whole and four blocks of 14B. On a CPU: one thread, 3 latent frames of 30×52,
-four blocks of 1.3B. diffusers' network embeds the noise level of each token, once a forward: the fewer the blocks, the
-more that weighs, so that a ratio over few blocks flatters ours.
+eager and with each block compiled (diffusers' `compile_repeated_blocks`, which compiles one block for all), in turns: a
+window whose frames all have their own noise level, 64 tokens of text in 512 rows. Ours is given the text encoded once,
+as the engine does; diffusers' network cannot be. On a GPU: 21 latent frames of 480×832 in two guidance branches, 1.3B
+whole and four blocks of 14B. On a CPU: one thread, 3 latent frames of 30×52, four blocks of 1.3B. diffusers' network
+embeds the noise level of each token, once a forward: the fewer the blocks, the more that weighs, so that a ratio over
+few blocks flatters ours.
 
-Rows are appended to bench/results/forward_<device>.csv; the share of the matmul ceiling counts the work of the
-published network's blocks. Both networks are held against each other first, at a small size.
+Rows are appended to bench/results/forward_<device>.csv, on a GPU one as soon as a contender has run, and say which
+attention `auto` took; the share of the matmul ceiling counts the work of the published network's blocks. Both networks
+are held against each other first, at a small size.
 
 videocrafter2 is its UNet alone, in bfloat16: one window of 320×512 (`--frames` latent frames), its time and its memory,
 in bench/results/unet_<device>.csv. No other library has this network.
@@ -17,8 +19,9 @@ in bench/results/unet_<device>.csv. No other library has this network.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import importlib.util
+import sys
 from collections.abc import Callable
 
 import measure
@@ -30,11 +33,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from miga_engine.models.videocrafter2.unet import VIDEOCRAFTER2_CONFIG, VideoUNet
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
+DEVICE = measure.DEVICE
 BATCH, FRAMES, HEIGHT, WIDTH = (2, 21, 60, 104) if DEVICE == "cuda" else (1, 3, 30, 52)
 BLOCKS = {"1.3B": 30, "14B": 4} if DEVICE == "cuda" else {"1.3B": 4, "14B": 1}
 NUM_TEXT = 64
+CONFIGS = dict(WAN_T2V_CONFIGS)
+if measure.IS_SMALL:
+    BATCH, FRAMES, HEIGHT, WIDTH = 2, 3, 8, 12
+    BLOCKS = dict.fromkeys(BLOCKS, 2)
+    small = {"dim": 256, "ffn_dim": 64, "num_heads": 2, "text_dim": 32}
+    CONFIGS = {name: dataclasses.replace(config, **small) for name, config in CONFIGS.items()}
 UNET_COLUMNS = (
     "model", "shape", "dtype", "min_ms", "samples", "flops", "tflop_per_s", "of_ceiling", "weights_mib", "forward_mib",
     "peak_mib", *measure.ENVIRONMENT,
@@ -71,11 +79,21 @@ def theirs(network: nn.Module, dtype: torch.dtype, latents: Tensor, timesteps: T
     return lambda: network(latents, tokens, context, return_dict=False)[0]
 
 
+def compiled(network: nn.Module) -> nn.Module:
+    """A copy of diffusers' network whose blocks are compiled, one for all where diffusers can."""
+    network = copy.deepcopy(network)
+    if hasattr(network, "compile_repeated_blocks"):
+        network.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    else:
+        for block in network.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    return network
+
+
 def check(name: str, config: WanDiTConfig, dtype: torch.dtype, network: WanDiT, rival: nn.Module | None) -> None:
     """Ours against theirs in float32; in half precision both against that, ours at most twice as far."""
     arguments = window(config, 1, 3, 8, 12)
     if rival is None:
-        print(f"{name}: diffusers is not installed, so that there is no rival and no check against it")
         return
     if dtype == torch.float32:
         exact, out = theirs(rival, dtype, *arguments)(), ours(network, *arguments)()
@@ -93,11 +111,11 @@ def check(name: str, config: WanDiTConfig, dtype: torch.dtype, network: WanDiT, 
 
 @torch.inference_mode()
 def compare(name: str, dtype: torch.dtype, num_blocks: int, repeats: int, with_compiled: bool) -> None:
-    config = dataclasses.replace(WAN_T2V_CONFIGS[name], num_layers=num_blocks)
+    config = dataclasses.replace(CONFIGS[name], num_layers=num_blocks)
     torch.manual_seed(0)
     network = random_transformer(config, DEVICE, dtype)
     rival = None
-    if HAS_DIFFUSERS:
+    if measure.has_diffusers():
         from baseline_diffusers import transformer
 
         rival = transformer(config, network.state_dict(), DEVICE, dtype)
@@ -112,20 +130,23 @@ def compare(name: str, dtype: torch.dtype, num_blocks: int, repeats: int, with_c
 
         return call
 
-    contenders = {"op": with_attention("sdpa"), "op auto": with_attention("auto")}
+    contenders = {"op auto": with_attention("auto"), "op": with_attention("sdpa")}
     if rival is not None:
         contenders["eager"] = theirs(rival, dtype, *arguments)
         if with_compiled:
-            contenders["compiled"] = theirs(torch.compile(rival, dynamic=False), dtype, *arguments)
-    samples = measure.interleave(contenders, DEVICE, repeats)
-    shape = f"{config.num_layers} blocks, {BATCH}×{FRAMES}×{HEIGHT}×{WIDTH}"
-    flops = num_flops(config, BATCH, FRAMES * HEIGHT * WIDTH // 4)
-    for row in measure.append(f"forward_{DEVICE}", f"forward {name}", shape, dtype, samples, DEVICE, num_flops=flops):
-        print(
-            f"{row['op']} {row['shape']} {row['dtype']:9} {row['implementation']:9} {row['min_ms']:>7} ms, "
-            f"{row['rate']} TFLOP/s, {row['of_ceiling']} of the ceiling, times faster than eager diffusers "
-            f"{row.get('x_eager', '-')}, compiled {row.get('x_compiled', '-')}"
-        )
+            contenders["compiled"] = theirs(compiled(rival), dtype, *arguments)
+    num_tokens = FRAMES * HEIGHT * WIDTH // 4
+    measure.compare(
+        f"forward_{DEVICE}",
+        f"forward {name}",
+        f"{config.num_layers} blocks, {BATCH}×{FRAMES}×{HEIGHT}×{WIDTH}",
+        dtype,
+        contenders,
+        DEVICE,
+        repeats=repeats,
+        notes={"compiled": "by block"},
+        num_flops=num_flops(config, BATCH, num_tokens),
+    )
 
 
 def unet(num_frames: int, repeats: int) -> None:
@@ -172,7 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile(diffusers) out")
     options = parser.parse_args()
-    known = [*WAN_T2V_CONFIGS, "videocrafter2"]
+    known = [*CONFIGS, "videocrafter2"]
     if unknown := set(options.models) - set(known):
         parser.error(f"there is no model {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     if DEVICE == "cpu":
@@ -184,8 +205,12 @@ def main() -> None:
             continue
         for dtype in options.dtypes or (["bfloat16"] if DEVICE == "cuda" else ["float32", "bfloat16"]):
             blocks = options.blocks or BLOCKS[name]
-            compare(name, getattr(torch, dtype), blocks, options.repeats, not options.no_compiled)
+            try:
+                compare(name, getattr(torch, dtype), blocks, options.repeats, not options.no_compiled)
+            except Exception as error:  # the other networks are still measured
+                measure.fault(error, DEVICE, op=f"forward {name}", dtype=dtype)
 
 
 if __name__ == "__main__":
     main()
+    sys.exit(measure.exit_status())

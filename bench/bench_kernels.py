@@ -1,15 +1,24 @@
-"""Every op against eager PyTorch, torch.compile and the machine's ceilings: `make bench`, or on a GPU `bench/gpu.sh`.
+"""Every op against eager PyTorch, torch.compile and the machine's ceilings: `python bench/bench_kernels.py [OP ...]`.
 
 Each case first holds its op against the float64 oracle, then takes turns with its rivals (measure.py) and appends rows
 to bench/results/kernels_<device>.csv. The shapes are those of Wan2.1 at 480×832: a whole forward of the 1.3B network
-(two branches of 21 latent frames) on a GPU, a window of 3 frames on one thread of a CPU.
+(two branches of 21 latent frames) on a GPU, a window of 3 frames on one thread of a CPU. A case that fails is reported
+and the next one goes on, if need be in a fresh process.
+
+On a GPU `frame_attention` also gets a row for every tuned configuration of its kernel that is not warp-specialised, and
+one more for the best. `specialized` is those that are, on their own, since a fault in one of them may hang the GPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import measure
 import pytest
@@ -23,17 +32,48 @@ from miga_engine.models.wan.dit_layers import Block, Frames, Modulation, RotaryT
 from miga_engine.ops import reference
 from miga_engine.schedule import make_schedule
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with contextlib.suppress(ImportError):  # of tests/, which gpu.sh has on the path
+    import interpreter
+
+    interpreter.mend()
+
+DEVICE = measure.DEVICE
 if DEVICE == "cpu":
     torch.set_num_threads(1)
 HALF = torch.bfloat16
-BATCH, FRAMES = (2, 21) if DEVICE == "cuda" else (1, 3)
-TOKENS = 1560  # of a latent frame, 30 × 52
-LATENT = (16, 60, 104)
-QUEUE = 308 if DEVICE == "cuda" else 28
-WIDTH, HEADS = 1536, 12
-NUM_TEXT = 64
 EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the cases; heads have 128 channels, whose rotation is shared out as Wan2.1 does."""
+
+    batch: int
+    frames: int
+    tokens: int  # of a latent frame
+    latent: tuple[int, int, int]
+    queue: int
+    heads: int
+    ffn_dim: int
+    num_text: int
+    text_len: int
+    block_tokens: int  # of a latent frame in whole blocks and the feed-forward, which take long
+    attention_tokens: int  # of a window in self-attention alone
+
+    @property
+    def width(self) -> int:
+        return 128 * self.heads
+
+
+_WAN = {"tokens": 1560, "latent": (16, 60, 104), "heads": 12, "num_text": 64}  # 30 × 52 tokens a frame
+_WAN |= {"ffn_dim": WAN_T2V_CONFIGS["1.3B"].ffn_dim, "text_len": WAN_T2V_CONFIGS["1.3B"].text_len}
+ON_GPU = Sizes(**_WAN, batch=2, frames=21, queue=308, block_tokens=1560, attention_tokens=21 * 1560)
+ON_CPU = Sizes(**_WAN, batch=1, frames=3, queue=28, block_tokens=390, attention_tokens=1560)
+SMALL = Sizes(
+    batch=2, frames=3, tokens=6, latent=(4, 4, 6), queue=12, heads=2, ffn_dim=64, num_text=5, text_len=16,
+    block_tokens=6, attention_tokens=72,
+)  # fmt: skip
+SIZES = SMALL if measure.IS_SMALL else ON_GPU if DEVICE == "cuda" else ON_CPU
 
 
 @dataclass
@@ -69,15 +109,16 @@ def _compiled(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _modulation_arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, y = _randn(BATCH, FRAMES, TOKENS, WIDTH), _randn(BATCH, FRAMES, TOKENS, WIDTH, dtype=dtype)
-    table = _randn(BATCH * FRAMES, 6, WIDTH)
-    rows = torch.arange(BATCH * FRAMES, device=DEVICE).view(BATCH, FRAMES)
+def _modulation_arguments(dtype: torch.dtype, sizes: Sizes) -> tuple[Tensor, ...]:
+    shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.width)
+    x, y = _randn(*shape), _randn(*shape, dtype=dtype)
+    table = _randn(sizes.batch * sizes.frames, 6, sizes.width)
+    rows = torch.arange(sizes.batch * sizes.frames, device=DEVICE).view(sizes.batch, sizes.frames)
     return x, y, table[:, 2], table[:, 1], table[:, 0], rows
 
 
-def norm_modulate(dtype: torch.dtype) -> Case:
-    x, _, _, weight, bias, rows = _modulation_arguments(dtype)
+def norm_modulate(dtype: torch.dtype, sizes: Sizes) -> Case:
+    x, _, _, weight, bias, rows = _modulation_arguments(dtype, sizes)
     arguments = (x, weight, bias, rows)
     compiled = _compiled(lambda: reference.norm_modulate(*arguments, EPS, dtype))
 
@@ -97,8 +138,8 @@ def norm_modulate(dtype: torch.dtype) -> Case:
     )
 
 
-def residual_norm_modulate(dtype: torch.dtype) -> Case:
-    x, y, gate, weight, bias, rows = _modulation_arguments(dtype)
+def residual_norm_modulate(dtype: torch.dtype, sizes: Sizes) -> Case:
+    x, y, gate, weight, bias, rows = _modulation_arguments(dtype, sizes)
     y *= 1e-3  # repeated updates of x stay small
     rest = (gate, weight, bias, rows)
     compiled = _compiled(lambda x: reference.residual_norm_modulate(x, y, *rest, EPS, dtype))
@@ -123,30 +164,35 @@ def residual_norm_modulate(dtype: torch.dtype) -> Case:
     )
 
 
+def _rotation(frames: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random angles: cosines and sines in time [F,2,22] and of a frame's tokens [S,2,42], and complex128 [F·S,1,64]."""
+    angles = 7 * _randn(frames, 22), 7 * _randn(tokens, 42)
+    temporal, spatial = (torch.stack([a.cos(), a.sin()], dim=1) for a in angles)
+    grid = (frames, tokens, -1)
+    every = torch.cat([angles[0][:, None].expand(*grid), angles[1].expand(*grid)], dim=-1).flatten(0, 1).double()
+    return temporal, spatial, torch.polar(torch.ones_like(every), every)[:, None]
+
+
 def complex_rope(q: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     """RMSNorm, then rotation as multiplication by complex numbers in float64: the published form."""
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(q.dtype) * weight
-    pairs = torch.view_as_complex(normed.to(torch.float64).unflatten(2, (HEADS, -1, 2)))
+    pairs = torch.view_as_complex(normed.to(torch.float64).unflatten(2, (q.shape[2] // 128, -1, 2)))
     return torch.view_as_real(pairs * table).flatten(2).to(q.dtype)
 
 
-def qk_norm_rope(dtype: torch.dtype) -> Case:
-    shape = (BATCH, FRAMES * TOKENS, WIDTH)
+def qk_norm_rope(dtype: torch.dtype, sizes: Sizes) -> Case:
+    shape = (sizes.batch, sizes.frames * sizes.tokens, sizes.width)
     q, k = (_randn(*shape, dtype=dtype) for _ in range(2))
-    weight = 1 + 0.1 * _randn(WIDTH)
-    angles = 7 * _randn(FRAMES, 22), 7 * _randn(TOKENS, 42)
-    temporal, spatial = (torch.stack([a.cos(), a.sin()], dim=1) for a in angles)
-    positions = torch.arange(FRAMES, device=DEVICE).expand(BATCH, FRAMES).contiguous()
-    grid = (FRAMES, TOKENS, -1)
-    every = torch.cat([angles[0][:, None].expand(*grid), angles[1].expand(*grid)], dim=-1).flatten(0, 1).double()
-    table = torch.polar(torch.ones_like(every), every)[:, None]  # complex128 [N,1,64]
-    rest = (weight, weight, temporal, spatial, positions, HEADS, EPS)
+    weight = 1 + 0.1 * _randn(sizes.width)
+    temporal, spatial, table = _rotation(sizes.frames, sizes.tokens)
+    positions = torch.arange(sizes.frames, device=DEVICE).expand(sizes.batch, sizes.frames).contiguous()
+    rest = (weight, weight, temporal, spatial, positions, sizes.heads, EPS)
     compiled = _compiled(lambda q, k: reference.qk_norm_rope(q, k, *rest))
 
     def run() -> None:
         named = {"temporal": temporal, "spatial": spatial, "positions": positions}
-        ops.qk_norm_rope(q, k, weight, weight, **named, num_heads=HEADS, eps=EPS)
+        ops.qk_norm_rope(q, k, weight, weight, **named, num_heads=sizes.heads, eps=EPS)
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
         start = _randn(*shape, dtype=dtype)
@@ -171,12 +217,13 @@ def qk_norm_rope(dtype: torch.dtype) -> Case:
     )
 
 
-def sampler_update(dtype: torch.dtype) -> Case:
+def sampler_update(dtype: torch.dtype, sizes: Sizes) -> Case:
     schedule = make_schedule("unipc", 50, 8.0)
-    velocities = [_randn(QUEUE, *LATENT, dtype=dtype) for _ in range(2)]
-    start = [_randn(QUEUE, *LATENT) for _ in range(4)]
-    steps = torch.arange(QUEUE, device=DEVICE).flip(0) * 49 // QUEUE
-    indices = {"slots": torch.arange(QUEUE, device=DEVICE), "step_index": steps, "history_length": steps.clamp(max=2)}
+    queue, latent = sizes.queue, sizes.latent
+    velocities = [_randn(queue, *latent, dtype=dtype) for _ in range(2)]
+    start = [_randn(queue, *latent) for _ in range(4)]
+    steps = torch.arange(queue, device=DEVICE).flip(0) * 49 // queue
+    indices = {"slots": torch.arange(queue, device=DEVICE), "step_index": steps, "history_length": steps.clamp(max=2)}
     rows = schedule.coefficients.rows.to(DEVICE)
 
     def call(function: Callable[..., None], state: list[Tensor], frames: slice = slice(None)) -> None:
@@ -185,7 +232,7 @@ def sampler_update(dtype: torch.dtype) -> Case:
         function(*state, *(v[frames] for v in velocities), **named)
 
     def loop() -> None:
-        for i in range(QUEUE):
+        for i in range(queue):
             call(reference.sampler_update, start, slice(i, i + 1))
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +249,7 @@ def sampler_update(dtype: torch.dtype) -> Case:
 
     return Case(
         "sampler_update",
-        f"{QUEUE}×{'×'.join(map(str, LATENT))}",
+        f"{queue}×{'×'.join(map(str, latent))}",
         dtype,
         lambda: call(ops.sampler_update, start),
         {"eager": lambda: call(reference.sampler_update, start), "loop": loop},
@@ -211,8 +258,8 @@ def sampler_update(dtype: torch.dtype) -> Case:
     )
 
 
-def consistency_score(dtype: torch.dtype) -> Case:
-    frames, candidates = _randn(14, *LATENT, dtype=dtype), _randn(3, 7, *LATENT, dtype=dtype)
+def consistency_score(dtype: torch.dtype, sizes: Sizes) -> Case:
+    frames, candidates = _randn(14, *sizes.latent, dtype=dtype), _randn(3, 7, *sizes.latent, dtype=dtype)
     compiled = _compiled(reference.consistency_score)
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
@@ -233,10 +280,10 @@ def consistency_score(dtype: torch.dtype) -> Case:
     )
 
 
-def linear_gelu(dtype: torch.dtype) -> Case:
-    config = WAN_T2V_CONFIGS["1.3B"]
-    x = _randn(BATCH, FRAMES * (TOKENS if DEVICE == "cuda" else TOKENS // 4), WIDTH, dtype=dtype)
-    weight, bias = _randn(config.ffn_dim, WIDTH, dtype=dtype) / WIDTH**0.5, _randn(config.ffn_dim, dtype=dtype)
+def linear_gelu(dtype: torch.dtype, sizes: Sizes) -> Case:
+    width, ffn_dim = sizes.width, sizes.ffn_dim
+    x = _randn(sizes.batch, sizes.frames * sizes.block_tokens, width, dtype=dtype)
+    weight, bias = _randn(ffn_dim, width, dtype=dtype) / width**0.5, _randn(ffn_dim, dtype=dtype)
 
     def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
@@ -249,30 +296,35 @@ def linear_gelu(dtype: torch.dtype) -> Case:
     compiled = _compiled(eager)
     return Case(
         "linear_gelu",
-        f"{_shape(x)} to {config.ffn_dim}",
+        f"{_shape(x)} to {ffn_dim}",
         dtype,
         lambda: ops.linear(x, weight, bias, gelu=True),
         {"eager": lambda: eager(x, weight, bias), "compiled": lambda: compiled(x, weight, bias)},
         results,
-        num_flops=2 * x.numel() * config.ffn_dim,
+        num_flops=2 * x.numel() * ffn_dim,
     )
 
 
-def frame_attention(dtype: torch.dtype) -> Case:
-    shape = (BATCH, FRAMES * TOKENS if DEVICE == "cuda" else TOKENS, HEADS, WIDTH // HEADS)
-    return _attention_case("frame_attention", shape, shape[1], dtype)
+def frame_attention(dtype: torch.dtype, sizes: Sizes) -> Case:
+    q, k, v = _self_attention(dtype, sizes)
+    return _attention_case("frame_attention", q, k, v, None)
 
 
-def cross_attention(dtype: torch.dtype) -> Case:
-    return _attention_case("cross_attention", (BATCH, FRAMES * TOKENS, HEADS, WIDTH // HEADS), NUM_TEXT + 1, dtype)
-
-
-def _attention_case(name: str, shape: tuple[int, ...], num_keys: int, dtype: torch.dtype) -> Case:
+def cross_attention(dtype: torch.dtype, sizes: Sizes) -> Case:
+    shape, num_keys = (sizes.batch, sizes.frames * sizes.tokens, sizes.heads, 128), sizes.num_text + 1
     q = _randn(*shape, dtype=dtype)
-    k, v = (_randn(shape[0], num_keys, *shape[2:], dtype=dtype) for _ in range(2))
-    is_cross = num_keys < shape[1]
-    bias = _randn(shape[0], 1, 1, num_keys) if is_cross else None
-    refusals = ops.attention_backends(DEVICE, dtype, shape[3])
+    k, v = (_randn(sizes.batch, num_keys, *shape[2:], dtype=dtype) for _ in range(2))
+    return _attention_case("cross_attention", q, k, v, _randn(sizes.batch, 1, 1, num_keys))
+
+
+def _self_attention(dtype: torch.dtype, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_randn(sizes.batch, sizes.attention_tokens, sizes.heads, 128, dtype=dtype) for _ in range(3))
+    return q, k, v
+
+
+def _attention_case(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Case:
+    is_cross = bias is not None
+    refusals = ops.attention_backends(DEVICE, q.dtype, q.shape[3])
     usable = [b for b, reason in refusals.items() if reason is None and b != "reference"]
     if is_cross:
         usable = [b for b in usable if b not in ops.SELF_ATTENTION_ONLY]
@@ -286,75 +338,81 @@ def _attention_case(name: str, shape: tuple[int, ...], num_keys: int, dtype: tor
         eager = reference.frame_attention(q[:, part], k, v, bias, None, None)
         return run("auto")[:, part], eager, exact
 
+    # A few keys are read once: then q and the result bound it.
+    num_bytes = 2 * (q.numel() + k.numel()) * q.element_size() if is_cross else 0
     return Case(
         name,
-        f"{'×'.join(map(str, shape))}, {num_keys} keys",
-        dtype,
+        f"{_shape(q)}, {k.shape[1]} keys",
+        q.dtype,
         lambda: run("auto"),
         {"eager" if backend == "sdpa" else backend: (lambda backend=backend: run(backend)) for backend in usable},
         results,
-        num_flops=4 * q.numel() * num_keys,
+        num_bytes=num_bytes,
+        num_flops=0 if is_cross else 4 * q.numel() * k.shape[1],
     )
 
 
 class PublishedBlock:
     """A block of the 1.3B network with a prompt of 64 tokens: ours, and the published form in plain PyTorch."""
 
-    def __init__(self, dtype: torch.dtype, tokens: int) -> None:
-        config = WAN_T2V_CONFIGS["1.3B"]
-        self.dtype, self.tokens = dtype, tokens
+    def __init__(self, dtype: torch.dtype, sizes: Sizes, tokens: int) -> None:
+        batch, frames, width, heads = sizes.batch, sizes.frames, sizes.width, sizes.heads
+        self.dtype, self.sizes, self.tokens = dtype, sizes, tokens
         with torch.device(DEVICE):
-            self.block = Block(WIDTH, config.ffn_dim, HEADS, EPS, qk_norm=True, cross_attn_norm=True)
+            self.block = Block(width, sizes.ffn_dim, heads, EPS, qk_norm=True, cross_attn_norm=True)
         self.block.requires_grad_(False)
         for name, parameter in self.block.named_parameters():
             if "norm" not in name and name != "modulation":
                 parameter.data = parameter.data.to(dtype)
-        self.x = _randn(BATCH, FRAMES, tokens, WIDTH)
-        self.time = 0.1 * _randn(BATCH * FRAMES, 6, WIDTH)
+        self.x = _randn(batch, frames, tokens, width)
+        self.time = 0.1 * _randn(batch * frames, 6, width)
         # The other rows of the text are padding, all of one key and one value.
-        keys, values = (_randn(BATCH, NUM_TEXT + 1, HEADS, WIDTH // HEADS, dtype=dtype) for _ in range(2))
-        padding = config.text_len - NUM_TEXT
+        keys, values = (_randn(batch, sizes.num_text + 1, heads, 128, dtype=dtype) for _ in range(2))
+        padding = sizes.text_len - sizes.num_text
         self.padded = [torch.cat([t[:, :-1], t[:, -1:].expand(-1, padding, -1, -1)], dim=1) for t in (keys, values)]
-        bias = torch.zeros(BATCH, 1, 1, NUM_TEXT + 1, device=DEVICE)
+        bias = torch.zeros(batch, 1, 1, sizes.num_text + 1, device=DEVICE)
         bias[..., -1] = math.log(padding)
         self.text = TextKeys(keys, values, bias)
-        angles = 7 * _randn(FRAMES, 22), 7 * _randn(tokens, 42)
-        self.rotary = RotaryTable(*(torch.stack([a.cos(), a.sin()], dim=1) for a in angles))
-        rows = torch.arange(BATCH * FRAMES, device=DEVICE).view(BATCH, FRAMES)
-        self.frames = Frames(rows, torch.arange(FRAMES, device=DEVICE).expand(BATCH, FRAMES).contiguous(), None)
+        temporal, spatial, self.table = _rotation(frames, tokens)
+        self.rotary = RotaryTable(temporal, spatial)
+        rows = torch.arange(batch * frames, device=DEVICE).view(batch, frames)
+        self.frames = Frames(rows, torch.arange(frames, device=DEVICE).expand(batch, frames).contiguous())
         self.with_one = self.time + torch.tensor([0.0, 1, 0, 0, 1, 0], device=DEVICE)[:, None]
-        grid = (FRAMES, tokens, -1)
-        every = torch.cat([angles[0][:, None].expand(*grid), angles[1].expand(*grid)], dim=-1).flatten(0, 1).double()
-        self.table = torch.polar(torch.ones_like(every), every)[:, None]
-        matmuls = 2 * 6 * WIDTH**2 + 4 * WIDTH * config.ffn_dim
-        num_tokens = FRAMES * tokens
-        self.num_flops = BATCH * num_tokens * (matmuls + 4 * WIDTH * (num_tokens + config.text_len))
+        matmuls = 2 * 6 * width**2 + 4 * width * sizes.ffn_dim
+        num_tokens = frames * tokens
+        self.num_flops = batch * num_tokens * (matmuls + 4 * width * (num_tokens + sizes.text_len))
 
     def ours(self) -> Tensor:
-        x = self.x.clone()
-        modulation = self.block.table(self.with_one)
-        following = Modulation(modulation[:, 1], modulation[:, 0])
-        h = ops.norm_modulate(x, *following, self.frames.rows, eps=EPS, dtype=self.dtype)
-        rest = (self.frames, self.text, self.rotary, ("auto", "auto"), self.dtype)
-        self.block(x, h, modulation, following, *rest)
+        """As `WanDiT.forward` runs a block, whose successor has the same modulation."""
+        block, frames = self.block, self.frames
+        x, table = self.x.clone(), block.table(self.with_one)
+        norm = Modulation(table[:, 1], table[:, 0])
+        h = ops.norm_modulate(x, *norm, frames.rows, eps=EPS, dtype=self.dtype)
+        y = block.self_attn(h, frames, self.rotary, "auto")
+        h = block.after_self_attention(x, y, table, frames)
+        block.finish(x, h, table, norm, frames, self.text, None, "auto", self.dtype)
         return x
 
     def published(self, wide: torch.dtype = torch.float32) -> Tensor:
         """Modulation written out by token, complex rotation in float64, all 512 rows of text; `wide` for residuals."""
         block, dtype = self.block, torch.float64 if wide == torch.float64 else self.dtype
+        sizes, width = self.sizes, self.sizes.width
 
         def linear(layer: nn.Linear, x: Tensor) -> Tensor:
             return F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
 
         def attend(layer: nn.Linear, *tensors: Tensor) -> Tensor:
-            heads = [(t.unflatten(2, (HEADS, -1)) if t.ndim == 3 else t).transpose(1, 2).to(dtype) for t in tensors]
+            heads = [
+                (t.unflatten(2, (sizes.heads, -1)) if t.ndim == 3 else t).transpose(1, 2).to(dtype) for t in tensors
+            ]
             return linear(layer, F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
 
         def norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-            return F.layer_norm(x, (WIDTH,), *(t if t is None else t.to(wide) for t in (weight, bias)), eps=EPS)
+            return F.layer_norm(x, (width,), *(t if t is None else t.to(wide) for t in (weight, bias)), eps=EPS)
 
         x = self.x.to(wide).flatten(1, 2)
-        by_token = self.time.to(wide).view(BATCH, FRAMES, 6, WIDTH).repeat_interleave(self.tokens, dim=1)  # [B,N,6,D]
+        by_frame = self.time.to(wide).view(sizes.batch, sizes.frames, 6, width)
+        by_token = by_frame.repeat_interleave(self.tokens, dim=1)  # [B,N,6,D]
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.to(wide)[:, None] + by_token).unbind(2)
         own, cross = block.self_attn, block.cross_attn
         h = (norm(x) * (1 + scale1) + shift1).to(dtype)
@@ -362,54 +420,143 @@ class PublishedBlock:
         k = complex_rope(linear(own.k, h), own.norm_k.weight, self.table)
         x = x + attend(own.o, q, k, linear(own.v, h)).to(wide) * gate1
         h = norm(x, block.norm3.weight, block.norm3.bias).to(dtype)
-        q = F.rms_norm(linear(cross.q, h).to(wide), (WIDTH,), cross.norm_q.weight.to(wide), EPS)
+        q = F.rms_norm(linear(cross.q, h).to(wide), (width,), cross.norm_q.weight.to(wide), EPS)
         x = x + attend(cross.o, q, *self.padded)
         h = (norm(x) * (1 + scale2) + shift2).to(dtype)
         h = F.gelu(linear(block.ffn[0], h), approximate="tanh")
         return (x + linear(block.ffn[2], h).to(wide) * gate2).view_as(self.x)
 
 
-def block(dtype: torch.dtype) -> Case:
+def block(dtype: torch.dtype, sizes: Sizes) -> Case:
     """The whole block; its rival does the same work on the same text."""
-    case = PublishedBlock(dtype, TOKENS if DEVICE == "cuda" else TOKENS // 4)
+    case = PublishedBlock(dtype, sizes, sizes.block_tokens)
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
-        small = PublishedBlock(dtype, 40)
+        small = PublishedBlock(dtype, sizes, min(40, sizes.block_tokens))
         return small.ours(), small.published(), small.published(torch.float64)
 
-    shape = _shape(case.x)
-    rivals = {"eager": case.published, "compiled": _compiled(case.published)}
-    return Case("block", shape, dtype, case.ours, rivals, results, num_flops=case.num_flops)
+    return Case(
+        "block",
+        _shape(case.x),
+        dtype,
+        case.ours,
+        {"eager": case.published, "compiled": _compiled(case.published)},
+        results,
+        num_flops=case.num_flops,
+    )
 
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape))
 
 
-CASES = [norm_modulate, residual_norm_modulate, qk_norm_rope, sampler_update, consistency_score]
-CASES += [linear_gelu, frame_attention, cross_attention, block]
+# What is least known first: rows are saved one by one, and time may run out.
+CASES = [block, frame_attention, norm_modulate, residual_norm_modulate, qk_norm_rope, cross_attention, sampler_update]
+CASES += [linear_gelu, consistency_score]
+DTYPES = [HALF, torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def bench_op(benchmark, make: Callable[[torch.dtype], Case], dtype: torch.dtype) -> None:
-    if DEVICE == "cuda" and dtype == torch.float32 and "attention" in make.__name__:
-        pytest.skip("attention on GPUs is for half precision")
+def measure_case(make: Callable[[torch.dtype, Sizes], Case], dtype: torch.dtype) -> Case:
+    """The case, held against the oracle and timed; AssertionError where it leaves its error budget."""
     torch.manual_seed(0)
     with torch.inference_mode():
-        case = make(dtype)
+        case = make(dtype, SIZES)
         case.check()
         work = {"num_bytes": case.num_bytes, "num_flops": case.num_flops}
-        _record(benchmark, case.op, case.shape, dtype, case.contenders, **work)
+        measure.compare(f"kernels_{DEVICE}", case.op, case.shape, dtype, case.contenders, DEVICE, **work)
+    return case
 
 
-def _record(benchmark, op, shape, dtype, contenders, **work: int) -> None:
-    samples = measure.interleave(contenders, DEVICE)
-    for row in measure.append(f"kernels_{DEVICE}", op, shape, dtype, samples, DEVICE, **work):
-        ratios = "".join(f"{name} {row[key]:>6} " for name in measure.RIVALS if (key := f"x_{name}") in row)
-        print(
-            f"{op:24}{row['dtype']:9} {row['implementation']:14} {row['p50_ms']:>9} ms "
-            f"{row['rate']:>7} {row['unit']:8} {row['of_ceiling']:>6} of ceiling; times faster than {ratios}"
-        )
-    benchmark.group = f"{op}, {shape}, {dtype}"
-    benchmark.pedantic(contenders["op"], rounds=3)
+def sweep_configurations(*, specialized: bool) -> None:
+    """A row for each tuned configuration of frame_attention on this GPU, and one more for the best."""
+    from miga_engine.kernels import frame_attention as kernel
+
+    if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        measure.fault(RuntimeError("the kernel needs a GPU"), DEVICE, op="frame_attention", implementation="triton")
+        return
+    torch.manual_seed(0)
+    q, k, v = _self_attention(HALF, SIZES)
+    part = slice(0, 64)
+    exact = reference.frame_attention(q[:, part].double(), k, v, None, None, None)
+    eager = reference.frame_attention(q[:, part], k, v, None, None, None)
+    budget = 2 * ((eager - exact).abs().max() + torch.finfo(HALF).eps * exact.abs().max())
+    contenders: dict[str, Callable[[], object]] = {}
+    for config in kernel.CONFIGS[kernel._arch(), 128]:
+        if config.is_warp_specialized != specialized:
+            continue
+
+        def run(config=config) -> Tensor:
+            return kernel.launch(q, k, v, None, None, None, config=config)
+
+        name = configuration_name(config)
+        try:
+            error = (run()[:, part] - exact).abs().max()
+            assert error <= budget, f"its error is {error:.2g}, the budget {budget:.2g}: not measured"
+            contenders[name] = run
+        except Exception as error:
+            measure.fault(error, DEVICE, op="frame_attention", implementation=name)
+    shape, flops = f"{_shape(q)}, {k.shape[1]} keys", 4 * q.numel() * k.shape[1]
+    samples = measure.compare(f"kernels_{DEVICE}", "frame_attention", shape, HALF, contenders, DEVICE, num_flops=flops)
+    if samples:
+        best = min(samples, key=lambda name: measure.best(samples[name], DEVICE))
+        notes = {best: f"best of {len(samples)} configurations"}
+        chosen = {best: samples[best]}
+        for row in measure.append(
+            f"kernels_{DEVICE}", "frame_attention", shape, HALF, chosen, DEVICE, num_flops=flops, notes=notes
+        ):
+            print(measure.line(row), flush=True)
+
+
+def configuration_name(config: NamedTuple) -> str:
+    """Of a `kernels.frame_attention.Config`: the tile, every other number by its name, then what is switched on."""
+    fields = config._asdict()
+    tile = f"{fields.pop('block_m')}×{fields.pop('block_n')}"
+    numbers = [f"{name} {value}" for name, value in fields.items() if not isinstance(value, bool)]
+    return ", ".join([f"triton {tile}", *numbers, *(name for name, value in fields.items() if value is True)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def bench_op(benchmark, make: Callable[[torch.dtype, Sizes], Case], dtype: torch.dtype) -> None:
+    if DEVICE == "cuda" and dtype == torch.float32 and "attention" in make.__name__:
+        pytest.skip("attention on GPUs is for half precision")
+    case = measure_case(make, dtype)
+    benchmark.group = f"{case.op}, {case.shape}, {dtype}"
+    with torch.inference_mode():
+        benchmark.pedantic(case.run, rounds=3)
+
+
+def main() -> None:
+    names = {make.__name__: make for make in CASES}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(names)} (default: all), or specialized")
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU both")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave the first N cases out")
+    options = parser.parse_args()
+    chosen = options.ops or list(names)
+    if unknown := set(chosen) - {*names, "specialized"}:
+        parser.error(f"there is no op {', '.join(sorted(unknown))}: choose from {', '.join(names)}, specialized")
+    dtypes = options.dtypes or (["bfloat16"] if DEVICE == "cuda" else ["bfloat16", "float32"])
+    jobs = [(dtype, name) for dtype in dtypes for name in chosen]
+    for i, (dtype, name) in enumerate(jobs[options.skip :], options.skip):
+        if DEVICE == "cuda" and dtype == "float32" and "attention" in name:
+            continue  # it is for half precision
+        try:
+            if name == "specialized":
+                sweep_configurations(specialized=True)
+                continue
+            measure_case(names[name], getattr(torch, dtype))
+            if name == "frame_attention" and dtype == "bfloat16":
+                sweep_configurations(specialized=False)
+        except Exception as error:
+            with contextlib.suppress(type(error)):
+                measure.fault(error, DEVICE, op=name, dtype=dtype)
+            if measure.is_fatal(error):  # the GPU does not recover in this process: the cases that follow get another
+                os.execv(sys.executable, [sys.executable, *sys.argv, "--skip", str(i + 1)])
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(measure.exit_status())

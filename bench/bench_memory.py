@@ -19,7 +19,9 @@ import argparse
 import ctypes
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import measure
 import torch
@@ -28,6 +30,7 @@ from bench_engine import random_transformer
 from miga_engine import Engine
 from miga_engine.config import PRESETS
 from miga_engine.models.wan.vae import WanVAE
+from miga_engine.runtime.denoise import Denoiser, Window
 
 LENGTHS = (200, 500, 1000, 5000, 10_000)
 COLUMNS = (
@@ -111,11 +114,14 @@ def main() -> None:
     total = engine.bundle.num_latent_frames(num_frames)
     forwards = 0
 
-    def count(*_: object) -> None:
-        nonlocal forwards
-        forwards += 1
+    forward_all = Denoiser._forward_all
 
-    engine.bundle.transformer.register_forward_hook(count)
+    def counted(denoiser: Denoiser, windows: Sequence[Window]) -> None:
+        """Windows, and not calls of the network, which a captured graph does without."""
+        nonlocal forwards
+        forwards += len(windows)
+        forward_all(denoiser, windows)
+
     lengths = sorted({*(length for length in LENGTHS if length < total), total})
     measured: dict[int, dict[str, float | None]] = {}
     quarters: dict[int, float] = {}
@@ -126,17 +132,24 @@ def main() -> None:
         searches += event.kind == "search_started"
 
     sizes = {"height": options.height, "width": options.width, "num_inference_steps": options.steps}
-    for chunk in engine.stream(PROMPT, num_frames, on_event=on_event, **sizes):
-        first_at = first_at or forwards
-        out += len(chunk.frames)
-        latents = (out - 1) // ratio + 1
-        quarter = min(3, (latents - 1) * 4 // total)
-        now = torch.cuda.memory_allocated() / 2**20 if options.device == "cuda" else measure.resident_mib()
-        quarters[quarter] = max(quarters.get(quarter, 0.0), now)
-        for length in lengths:
-            if length not in measured and latents >= length:
-                measured[length] = _sizes(options.device)
-    _report(f"{Path(engine.name).name} {options.preset or ''}".strip(), options.device, measured)
+    # One window at a time, and not what the free memory of a GPU allows: the shortest passes, and one peak everywhere.
+    miga = dataclasses.replace(engine.preset.miga, window_batch=1)
+    model = f"{Path(engine.name).name} {options.preset or ''}".strip()
+    reference: float | None = None
+    with mock.patch.object(Denoiser, "_forward_all", counted):
+        for chunk in engine.stream(PROMPT, num_frames, on_event=on_event, miga=miga, **sizes):
+            first_at = first_at or forwards
+            out += len(chunk.frames)
+            latents = (out - 1) // ratio + 1
+            quarter = min(3, (latents - 1) * 4 // total)
+            now = torch.cuda.memory_allocated() / 2**20 if options.device == "cuda" else measure.resident_mib()
+            quarters[quarter] = max(quarters.get(quarter, 0.0), now)
+            for length in lengths:
+                if length not in measured and latents >= length:
+                    measured[length] = _sizes(options.device)
+                    if length == 1000 or length == total < 1000:
+                        reference = measured[length][_key(options.device)]
+                    _report(model, options.device, length, measured[length], reference)
     for quarter, peak in sorted(quarters.items()):
         print(f"latent frames to {(quarter + 1) * total // 4:>6}: at most {peak:7.1f} MiB")
     print(f"growth after the first quarter: {100 * (max(quarters.values()) / quarters[min(quarters)] - 1):.2f} %")
@@ -144,18 +157,22 @@ def main() -> None:
     print(f"{searches} searches of self-reflection")
 
 
-def _report(model: str, device: str, measured: dict[int, dict[str, float | None]]) -> None:
-    key = "allocated_mib" if device == "cuda" else "peak_mib"
-    reference = measured.get(1000, next(iter(measured.values())))[key]
+def _key(device: str) -> str:
+    return "allocated_mib" if device == "cuda" else "peak_mib"
+
+
+def _report(model: str, device: str, length: int, sizes: dict[str, float | None], reference: float | None) -> None:
+    """Print and append the row of a length as soon as it is reached; reference: the peak at 1,000, once it is known."""
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
-    rows = []
-    for length, sizes in measured.items():
-        row = {"model": model, "latent_frames": length, "allocator": " ".join(settings)}
-        row |= {name: "" if size is None else f"{size:.2f}" for name, size in sizes.items()}
-        rows.append(row | {"x_1000": f"{sizes[key] / reference:.4f}"})
-    for row in measure.record(f"memory_{device}", COLUMNS, rows, device):
-        in_use = f", {row['in_use_mib']} MiB in use" if row["in_use_mib"] else ""
-        print(f"{row['latent_frames']:>6} latent frames: peak {row[key]} MiB{in_use}, {row['x_1000']} of that at 1,000")
+    row: dict[str, object] = {"model": model, "latent_frames": length, "allocator": " ".join(settings)}
+    row |= {name: "" if size is None else f"{size:.2f}" for name, size in sizes.items()}
+    key = _key(device)
+    if reference is not None:
+        row["x_1000"] = f"{(sizes[key] or 0) / reference:.4f}"
+    measure.record(f"memory_{device}", COLUMNS, [row], device)
+    in_use = f", {row['in_use_mib']} MiB in use" if row["in_use_mib"] else ""
+    ratio = f", {row['x_1000']} of that at 1,000" if reference is not None else ""
+    print(f"{length:>6} latent frames: peak {row[key]} MiB{in_use}{ratio}", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def work(rank: int, count: int, folder: Path) -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     device = torch.device(f"cuda:{rank}" if is_cuda else "cpu")
+    if is_cuda:
+        torch.cuda.set_device(device)  # what NCCL and kernels without a device of their own take
     meeting = f"file://{folder}/meet"
     dist.init_process_group("nccl" if is_cuda else "gloo", init_method=meeting, rank=rank, world_size=count)
     ranks = Ranks()

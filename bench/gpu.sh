@@ -1,57 +1,144 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under ten minutes, from a source checkout, without a network: builds the
-# C++ kernels in place where it can, runs the kernels' tests on the device, benches kernels and engine, and draws. Uses the python3 it finds
-# (PYTHON=... for another), whose torch and Triton may be other versions than the lock file's.
-#   bench/gpu.sh [FOLDER]    results also go to FOLDER (rows are appended to bench/results/ in any case)
+# What needs a GPU, in two commands that a quarter of an hour holds, from a source checkout and without a network:
+#   bench/gpu.sh first      do kernels, graphs and streams run, and are they right? (bench/first_minutes.py)
+#   bench/gpu.sh second     kernels, the 1.3B network and a whole video against their rivals; memory; the VAE
+#   bench/gpu.sh COMMAND --plan     the stages and the seconds each may take at most, and runs nothing
+# Every stage is a process of its own with a limit, and saves its rows as it makes them: one that fails, hangs or is
+# killed costs the others nothing. The riskiest comes last. `python bench/measure.py FOLDER` then appends the rows of
+# that folder to bench/results. Of the environment:
+#   PYTHON        the interpreter, with its torch and Triton (python3)
+#   OUT           the folder of the results, at most 8 files (out/gpu-<command>-<time>)
+#   WHEELS        a folder of wheels to use beside what is installed (bench/wheels): ftfy, wcwidth; diffusers,
+#                 importlib_metadata, requests, certifi, charset_normalizer, idna, urllib3. Nothing fails without them
+#   MIGA_COMMIT   the commit, where there is no git
+#   SMALL=1       small sizes, and a CPU will do: to find slips before a GPU's minutes are spent on them
 set -uo pipefail
+set -m # each stage a group of its own, which an interrupt reaches
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3}
-results=bench/results
-mkdir -p "$results"
-export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-status=0
 
-step() { # name seconds command...   (cut to what is left of ten minutes)
-  local name=$1 limit=$2 left=$((595 - SECONDS))
-  shift 2
-  if [ "$left" -lt 10 ]; then
-    echo "== $name left out: the ten minutes are over"
-    status=1
-    return
-  fi
-  limit=$((limit < left ? limit : left))
-  echo "== $name"
-  timeout "$limit" "$@" || { echo "== $name failed ($?)"; status=1; }
+command=${1:-}
+python=${PYTHON:-python3}
+kill_after=5  # seconds from the interrupt to the kill
+
+# name, seconds, arguments of the interpreter
+first_stages=(
+  "environment 15 bench/first_minutes.py env"
+  "ops 35 bench/first_minutes.py ceilings ops"
+  "attention 35 bench/first_minutes.py attention"
+  "tiny 30 bench/first_minutes.py tiny"
+  "whole 85 bench/first_minutes.py whole"
+  "tests 35 bench/first_minutes.py tests"
+  "specialised 15 bench/first_minutes.py specialised"
+)
+second_stages=(
+  "kernels 130 bench/bench_kernels.py --dtypes bfloat16"
+  "forward 100 bench/bench_forward.py 1.3B --dtypes bfloat16 --repeats 5"
+  "generate 55 bench/bench_engine.py generate --dtypes bfloat16 --runs 2 --no-peaks"
+  "memory 30 bench/bench_memory.py --latents 1200"
+  "vae 20 bench/first_minutes.py vae"
+  "specialised 20 bench/bench_kernels.py specialized"
+)
+if [ "${SMALL:-}" = 1 ]; then
+  second_stages[2]+=" --frames 21"
+  second_stages[3]="memory 30 bench/bench_memory.py --latents 60"
+fi
+
+case $command in
+  first) stages=("${first_stages[@]}") ;;
+  second) stages=("${second_stages[@]}") ;;
+  *) echo "usage: bench/gpu.sh first|second [--plan]" >&2; exit 2 ;;
+esac
+
+if [ "${2:-}" = --plan ]; then
+  for stage in "wheels 10" "${stages[@]}"; do
+    read -r name limit _ <<<"$stage"
+    echo "$name $limit+$kill_after"
+  done
+  exit 0
+fi
+
+export OUT=${OUT:-out/gpu-$command-$(date +%Y%m%d-%H%M%S)}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+log=$OUT/$command.log rows=$OUT/$command.jsonl
+scratch=$(mktemp -d)
+installed=${TMPDIR:-/tmp}/miga-wheels-$(id -u)  # stays for the command that follows on the same machine
+export MIGA_RESULTS=$OUT PYTHONUNBUFFERED=1
+export MIGA_NEEDS_GPU=1
+export PYTHONPATH="$PWD:$PWD/bench:$PWD/tests:$installed${PYTHONPATH:+:$PYTHONPATH}"
+building= stage_id= status=0
+
+say() { # a row of this command, printed and saved
+  echo "$1" | tee -a "$rows"
 }
 
-"$python" - <<'PY' || exit 1
-import sys
-try:
-    import torch
-except ImportError:
-    sys.exit("torch is not installed for this python3: set PYTHON to one that has it")
-if not torch.cuda.is_available():
-    sys.exit("no GPU is visible to torch: bench/gpu.sh is for a machine with one")
-try:
-    import triton
-except ImportError:
-    sys.exit("triton is not installed: the kernels need it")
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, "python", sys.version.split()[0])
-PY
-step "C++ kernels" 90 "$python" setup.py --quiet build_ext --inplace
-step "tests of the kernels on the GPU" 150 "$python" -m pytest -q -p no:cacheprovider \
-  tests/test_kernels.py tests/test_kernels_attention.py tests/test_attention.py tests/test_op_contracts.py
-step "benchmarks of the kernels" 180 "$python" -m pytest -q -s -p no:cacheprovider bench/bench_kernels.py \
-  -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-disable
-step "network at published widths" 80 "$python" bench/bench_forward.py --repeats 7
-step "iterations at Wan2.1 1.3B" 80 "$python" bench/bench_engine.py iteration --dtypes bfloat16 --steps 8 --iterations 2
-step "the same, captured" 80 "$python" bench/bench_engine.py iteration --dtypes bfloat16 --steps 8 --iterations 2 --capture
-step "embedded model" 60 "$python" bench/bench_engine.py generate import --dtypes bfloat16
-step "reading weights" 30 "$python" bench/bench_load.py
-step "memory over length" 60 "$python" bench/bench_memory.py --latents 2000
-step "picture of the kernels" 20 "$python" bench/plot.py "$results/kernels_cuda.csv"
-step "picture of the engine" 20 "$python" bench/plot.py engine "$results/engine_cuda.png"
-if [ $# -gt 0 ]; then
-  mkdir -p "$1" && cp "$results"/*_cuda.* "$1"/
+finish() { # however the command ends: at most 8 files of at most 16 MiB, all rows among them
+  trap - EXIT INT TERM HUP
+  [ -z "$stage_id" ] || kill -KILL -- "-$stage_id" 2>/dev/null
+  if [ -n "$building" ]; then
+    kill -KILL -- "-$building" 2>/dev/null
+    wait "$building" 2>/dev/null
+    cat "$scratch/build.log" >>"$log" 2>/dev/null
+  fi
+  if [ "$(find "$OUT" -type f | wc -l)" -gt 8 ] || [ -n "$(find "$OUT" -type f -size +15M)" ]; then
+    tar -czf "$scratch/all.tar.gz" -C "$OUT" . && find "$OUT" -mindepth 1 -delete &&
+      mv "$scratch/all.tar.gz" "$OUT/$command.tar.gz"
+  fi
+  rm -rf "$scratch"
+  echo "== results in $OUT: $(cd "$OUT" && echo *)"
+  exit "$status"
+}
+trap 'finish' EXIT
+trap 'status=130; finish' INT TERM HUP
+
+stage() { # name seconds command...
+  local name=$1 limit=$2 start=$SECONDS before code
+  shift 2
+  before=$(wc -c <"$log")
+  # Into a file, not a pipe, which a process that outlives its stage would hold open. In the background, so that this
+  # shell answers a signal at once.
+  timeout -k "$kill_after" --signal=INT "$limit" "$@" >>"$log" 2>&1 &
+  stage_id=$!
+  wait "$stage_id"
+  code=$?
+  stage_id=
+  tail -c "+$((before + 1))" "$log" | cut -c -240 | tail -n 12
+  say "{\"stage\": \"$name\", \"status\": $code, \"seconds\": $((SECONDS - start)), \"limit\": $limit}"
+  return "$code"
+}
+
+build() { # the C++ kernels, beside everything else; moved into place whole
+  set +m # all of it in one group
+  timeout --foreground 200 "$python" setup.py --quiet build_ext --build-lib "$scratch/lib" \
+    --build-temp "$scratch/temp" >"$scratch/build.log" 2>&1
+  local code=$?
+  [ "$code" -ne 0 ] || [ -e miga_engine/_C.so ] || find "$scratch/lib" -name '_C*.so' -exec mv {} miga_engine/ \;
+  say "{\"stage\": \"C++ kernels\", \"status\": $code, \"seconds\": $SECONDS}"
+}
+
+install_wheels() { # into a folder of their own, so that nothing installed is touched
+  local wheels=${WHEELS:-bench/wheels}
+  compgen -G "$wheels/*.whl" >/dev/null || return 0
+  [ ! -d "$installed" ] || return 0
+  stage wheels 10 "$python" -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile \
+    --target "$scratch/wheels" "$wheels"/*.whl && mv "$scratch/wheels" "$installed"
+}
+
+: >>"$log"
+if [ "${SMALL:-}" = 1 ] && [ ! -e /dev/nvidiactl ]; then
+  export TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+else
+  export TRITON_INTERPRET=0 # whatever device files the tests look for
 fi
-exit $status
+install_wheels || status=1
+if [ "$command" = first ]; then
+  build &
+  building=$!
+fi
+for entry in "${stages[@]}"; do
+  read -r -a words <<<"$entry"
+  stage "${words[0]}" "${words[1]}" "$python" "${words[@]:2}"
+  code=$?
+  [ "$code" -eq 0 ] || status=1
+  [ "$code" -ne 3 ] || { status=3; break; } # no GPU: bench/measure.py has said so
+done

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from miga_engine import Engine, ops
 from miga_engine import memory as estimates
-from miga_engine.config import PRESETS
+from miga_engine.cli import main
+from miga_engine.config import ATTENTION_BACKENDS, PRESETS
 from miga_engine.device import is_out_of_memory, to_device
 from miga_engine.errors import ConfigError, DeviceError, SessionError
 from miga_engine.noise import Purpose, frame_noise
@@ -26,6 +27,7 @@ from miga_engine.ops import attention
 from miga_engine.runtime import denoise
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.stages import DONE
+from miga_engine.video.reading import read_metadata
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here: its own guard must stay"),
@@ -384,6 +386,16 @@ def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, t
     parts += [chunk.frames.cpu() for chunk in Engine.from_pretrained("tiny", "cuda", "bfloat16").resume(path)]
     assert "aten::_scaled_dot_product_cudnn_attention" in used
     assert torch.equal(torch.cat(parts), video.frames)
+
+
+def test_the_video_says_who_computed_attention(gpu, tmp_path) -> None:
+    video = tmp_path / "balloon.mp4"
+    small = ["--num-frames", "5", "--height", "32", "--width", "48", "--num-inference-steps", "8"]
+    small += ["--stage2-steps", "2", "--judge-step", "3"]
+    assert main(["generate", PROMPT, "--device", "cuda", "--output", str(video), "-q", *small]) == 0
+    choices = read_metadata(video)["attention_choices"]
+    assert choices
+    assert set(choices.values()) <= set(ATTENTION_BACKENDS)
 
 
 def test_choices_that_are_none_are_one_sentence(gpu, tmp_path) -> None:

@@ -537,8 +537,8 @@ engine = Engine.from_pretrained("tiny", "cpu")
 miga = dataclasses.replace(engine.preset.miga, self_reflection=False, stage2_steps=1, refine_steps=0)
 video = engine.generate("a red balloon", num_frames=5, miga=miga, **options)
 video.save("a.rgb")
-video.save("images/")
-for call, *arguments in ((video.save, "a.mp4"), (open_sink, "a.mkv", 8, 48, 32), (read_video, "images/000000.png")):
+open("b.mp4", "wb").close()
+for call, *arguments in ((video.save, "a.mp4"), (open_sink, "images/", 8, 48, 32), (read_video, "b.mp4")):
     try:
         call(*arguments)
     except MigaError as error:
@@ -552,13 +552,11 @@ def test_video_is_made_without_pyav_and_an_mp4_names_the_package(tmp_path: Path)
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     missing = "the package av (PyAV) is not installed; install it"
     assert run.stdout.splitlines() == [
-        f"cannot write a.mp4: {missing}, or write .rgb or numbered .png files",
-        f"cannot write a.mkv: {missing}, or write .rgb or numbered .png files",
-        f"cannot read images/000000.png: {missing}",
+        f"cannot write a.mp4: {missing}, or write .rgb",
+        f"cannot write images/: {missing}, or write .rgb",
+        f"cannot read b.mp4: {missing}",
     ]
-    raw = np.fromfile(tmp_path / "a.rgb", np.uint8).reshape(5, 32, 48, 3)
-    for i in range(5):
-        np.testing.assert_array_equal(read_video(tmp_path / "images" / f"{i:06d}.png")[0], raw[i])
+    assert (tmp_path / "a.rgb").stat().st_size == 5 * 32 * 48 * 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (64, 96)])

@@ -15,6 +15,7 @@ import numpy as np
 from miga_engine.errors import OutputError
 from miga_engine.video.paths import check_folder, reason
 from miga_engine.video.png import write_png
+from miga_engine.video.pyav import require_av
 
 if TYPE_CHECKING:
     import torch
@@ -251,6 +252,7 @@ class ImageSequenceSink(Sink):
     def __init__(self, name: str, width: int, height: int, *, overwrite: bool, num_frames: int = 0) -> None:
         """With num_frames: go on behind that many images."""
         super().__init__(width, height)
+        require_av(f"write {name}", OutputError, ", or write .rgb")  # before the first picture is made
         self.num_frames = self._num_flushed = num_frames
         self._is_resumed = num_frames > 0
         pattern = Path(name) / "%06d.png" if name.endswith("/") else Path(name)

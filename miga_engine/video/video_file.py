@@ -33,7 +33,7 @@ class VideoFileSink(FileSink):
         num_frames: int = 0,
     ) -> None:
         super().__init__(path, width, height, growing_path, num_frames)
-        self._av: Any = require_av(f"write {path}", OutputError, ", or write .rgb or numbered .png files")
+        self._av: Any = require_av(f"write {path}", OutputError, ", or write .rgb")
         self._failures = (OSError, self._av.FFmpegError)
         self._fps = Fraction(fps).limit_denominator(1001)
         self._metadata = metadata
