@@ -229,7 +229,8 @@ class Block:
     """A piece of memory, freed to the stream it was allocated on."""
 
     def __init__(self, stream: Stream, graph: Graph | None, size: int, born: str) -> None:
-        self.stream, self.graph, self.size, self.born = stream, graph, size, born
+        self.stream, self.size, self.born = stream, size, born
+        self.graph = None if graph is None else weakref.ref(graph)  # which holds the memory, and not the other way
         self.tensors: weakref.WeakSet[CudaTensor] = weakref.WeakSet()
         self.uses: dict[str, int] = {}
         self.recorded: set[str] = set()
@@ -291,6 +292,9 @@ class Machine:
         finally:
             self._thread.streams = before
 
+    def set_stream(self, stream: Stream) -> None:
+        self._thread.streams = {**getattr(self._thread, "streams", {}), stream.device.index: stream}
+
     def host_waits_for(self, clock: collections.Counter[str]) -> None:
         with self.lock:
             self.host_clock |= clock
@@ -327,14 +331,17 @@ class Machine:
             self._capture_stream = self._capture_stream or Stream()
             stream = self._capture_stream
         self.synchronize()
-        with self.on_stream(stream):
-            self._thread.graph = graph
-            try:
-                yield
-            except BaseException:
-                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
-            finally:
-                self._thread.graph = None
+        before = self.current_stream(stream.device)
+        self.set_stream(stream)
+        self._thread.graph = graph
+        try:
+            yield
+        except BaseException:  # torch then leaves the stream of the capture behind
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+        else:
+            self.set_stream(before)
+        finally:
+            self._thread.graph = None
 
     # Memory --------------------------------------------------------------------------------------------------------
 
@@ -524,7 +531,7 @@ class Machine:
         graph.operations.append((func, args, kwargs, result))
         for tensor in on_device:
             block = self.block_of(tensor.host.untyped_storage())
-            if block.graph is not graph:
+            if block.graph is None or block.graph() is not graph:
                 graph.outside[block] = graph.outside.get(block, False) or any(tensor is other for other in written)
         for tensor, before in zip(written, kept, strict=True):
             tensor.host.copy_(before)
@@ -626,6 +633,7 @@ def pretended_cuda() -> Iterator[Machine]:
             "Stream": Stream,
             "Event": Event,
             "stream": here.on_stream,
+            "set_stream": here.set_stream,
             "current_stream": here.current_stream,
             "default_stream": here.current_stream,
             "synchronize": here.synchronize,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import re
 import shutil
@@ -255,8 +256,10 @@ def test_memory_that_runs_out_in_the_first_capture_ends_capturing_alone(gpu) -> 
     expected = _frames(engine, "tiny")
     num_captures = len(gpu.graphs)
     gpu.before = fault = _Fault(gpu, OUT_OF_MEMORY[0], in_capture=True, windows=1)
+    stream = torch.cuda.current_stream()
     frames = engine.generate(PROMPT, **_options("tiny"), on_event=events.append).frames
     assert fault.is_over
+    assert torch.cuda.current_stream() is stream
     assert torch.equal(frames, expected)
     assert [event.data for event in events if event.kind == "capture"] == [{"is_on": False, "reason": "out of memory"}]
     assert len(gpu.graphs) == num_captures + 1
@@ -308,6 +311,26 @@ def test_memory_that_runs_out_in_the_decoder_is_given_back(gpu, tmp_path) -> Non
     stream.close()
     parts += [chunk.frames.cpu() for chunk in engine.resume(tmp_path / "run.safetensors")]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_runs_memory_goes_with_its_last_user(gpu, capture: bool) -> None:
+    """At once, not when Python next looks for cycles."""
+    engine = Engine.from_pretrained("tiny", "cuda", "float32", capture=capture)
+    _frames(engine, "tiny")
+    gc.collect()
+    before = gpu.live_bytes
+    gc.disable()
+    try:
+        _frames(engine, "tiny")
+        assert gpu.live_bytes == before
+        stream = engine.stream(PROMPT, **_options("tiny"))
+        next(stream)
+        assert gpu.live_bytes > before
+        del stream  # dropped half-way
+        assert gpu.live_bytes == before
+    finally:
+        gc.enable()
 
 
 def test_the_batch_is_chosen_without_a_folder_and_once_for_each_size(gpu, monkeypatch) -> None:

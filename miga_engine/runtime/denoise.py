@@ -140,7 +140,7 @@ class Denoiser:
         self._outputs = store.sample.new_empty(self._num_branches, rows, *store.frame_shape)
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
         self._graphs = (
-            _Graphs(self._run_tables, store.device, emit) if capture and store.device.type == "cuda" else None
+            _Graphs(store.device, emit) if capture and store.device.type == "cuda" else None
         )
 
     def run(self, windows: Sequence[Window], *, solver_stream: int = 0) -> None:
@@ -268,7 +268,7 @@ class Denoiser:
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
         tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, rows, keep, target)]))
         if is_small and self._graphs is not None:
-            self._graphs.run(tables, shape)
+            self._graphs.run(self._run_tables, tables, shape)
         else:
             self._run_tables(tables, shape)
 
@@ -360,8 +360,7 @@ class _Graphs:
     run as they are from then on, once reported through ``emit``.
     """
 
-    def __init__(self, run: Callable[[Tensor, _Shape], None], device: torch.device, emit: Callable[..., None]) -> None:
-        self._run = run
+    def __init__(self, device: torch.device, emit: Callable[..., None]) -> None:
         self._emit = emit
         self._is_on = True
         self._stream = torch.cuda.Stream(indexed(device))  # torch's own is of the device that was current first
@@ -369,15 +368,16 @@ class _Graphs:
         self._captured: dict[_Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
 
-    def run(self, tables: Tensor, shape: _Shape) -> None:
+    def run(self, forward: Callable[[Tensor, _Shape], None], tables: Tensor, shape: _Shape) -> None:
+        """The forward of these tables; it is not kept, for who owns this would then not be freed with its last user."""
         if self._is_on and shape in self._seen:
-            self._is_on = shape in self._captured or self._capture(tables, shape)
+            self._is_on = shape in self._captured or self._capture(forward, tables, shape)
         if shape in self._captured:
             graph, static = self._captured[shape]
             static.copy_(tables)
             graph.replay()
         else:
-            self._run(tables, shape)
+            forward(tables, shape)
             self._seen.add(shape)
 
     def clear(self) -> None:
@@ -385,16 +385,17 @@ class _Graphs:
         self._captured.clear()
         self._pool = None
 
-    def _capture(self, tables: Tensor, shape: _Shape) -> bool:
+    def _capture(self, forward: Callable[[Tensor, _Shape], None], tables: Tensor, shape: _Shape) -> bool:
         """Keep the graph of this shape, and the tables that it reads; False where there is no memory for it."""
         if not self._captured:  # a pool is gone with the last graph that used it, also with one that failed
             self._pool = torch.cuda.graph_pool_handle()
-        static, graph = tables.clone(), torch.cuda.CUDAGraph()
+        static, graph, stream = tables.clone(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Other threads decode and encode meanwhile, which a capture of all threads' calls would forbid.
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                self._run(static, shape)
+                forward(static, shape)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own behind
             if not is_out_of_memory(error):
                 raise
         else:
