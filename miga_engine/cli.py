@@ -213,27 +213,38 @@ def _generate(options: argparse.Namespace) -> int:
     request = engine.resolve(prompt, **_request_options(engine, settings))
     stop_on_drift = settings.get("stop_on_drift")
 
+    batches: list[int] = []
+
     def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
-        return engine.run(
+        stream = engine.run(
             request,
             on_event=on_event,
             is_cancelled=is_cancelled,
             overlap_decode=settings.get("overlap_decode"),
             stop_on_drift=stop_on_drift,
         )
+        batches.append(stream.window_batch)
+        return stream
 
-    return _write(engine, open_stream, outputs, estimate, quiet=bool(settings.get("quiet")))
+    def expected() -> tuple[int, int]:
+        on_device = engine.running_bytes(request, batches[0]) if engine.device.type == "cuda" else estimate.device_total
+        return estimate.host_total, on_device
+
+    return _write(engine, open_stream, outputs, expected, quiet=bool(settings.get("quiet")))
 
 
 def _write(
     engine: Engine,
     open_stream: Callable[[Callable[[Event], None] | None, Callable[[], bool] | None], Stream],
     outputs: Outputs | None,
-    estimate: MemoryEstimate | None,
+    expected: Callable[[], tuple[int, int]] | None,
     *,
     quiet: bool,
 ) -> int:
-    """Render on the rank that writes; the others compute beside it."""
+    """Render on the rank that writes; the others compute beside it.
+
+    expected: bytes of the process and of the GPU, as estimated for the batch that the run began with.
+    """
     import torch
 
     from miga_engine.render import render
@@ -250,7 +261,7 @@ def _write(
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
         code = render(open_stream, outputs, model=engine.name, quiet=quiet)
-        print(_peak_memory(engine.device, estimate), file=sys.stderr)
+        print(_peak_memory(engine.device, expected), file=sys.stderr)
     if engine.ranks is not None:
         engine.ranks.close()
     return code
@@ -412,23 +423,19 @@ def _estimate_memory(settings: dict[str, Any], prompt: str | dict[int, str]) -> 
     )
 
 
-def _peak_memory(device: torch.device, estimate: MemoryEstimate | None) -> str:
+def _peak_memory(device: torch.device, expected: Callable[[], tuple[int, int]] | None) -> str:
     """The measured peaks beside the estimated ones, in a line."""
     import torch
 
     from miga_engine.memory import amount, peak_resident_bytes
 
-    def estimated(size: str) -> str:
-        return "" if estimate is None else f" (estimated {amount(getattr(estimate, size))})"
-
-    line = f"memory: {amount(peak_resident_bytes())} at most{estimated('host_total')}"
+    peak = peak_resident_bytes()
+    on_host, on_device = ("", "") if expected is None else (f" (estimated {amount(size)})" for size in expected())
+    line = f"memory: {amount(peak)} at most{on_host}"
     if device.type != "cuda":
         return line
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    return (
-        f"{line}; on {device} {amount(allocated)} allocated, {amount(reserved)} reserved at most"
-        f"{estimated('device_total')}"
-    )
+    return f"{line}; on {device} {amount(allocated)} allocated, {amount(reserved)} reserved at most{on_device}"
 
 
 # convert ---------------------------------------------------------------------------------------------------------

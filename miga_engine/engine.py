@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import reprlib
@@ -510,21 +511,28 @@ class Engine:
             return request.miga.window_batch or 1
         from miga_engine import memory
 
-        def estimated(window_batch: int) -> int:
-            config = dataclasses.replace(request.miga, window_batch=window_batch)
-            sizes = dataclasses.replace(request, miga=config, seed=0, num_frames=None)
-            if (key := repr(sizes)) not in self._estimates:
-
-                def start(bundle: ModelBundle) -> VideoRun:
-                    return Engine(bundle, self.preset, name=self.name, device=bundle.device).start(sizes)
-
-                need = memory.running_bytes(self.bundle, start, height=request.height, width=request.width)
-                self._estimates[key] = need
-            return self._estimates[key]
-
-        held = torch.cuda.memory_reserved(self.device)
-        batch = memory.choose_window_batch(estimated, torch.cuda.mem_get_info(self.device)[0] + held, most=MOST_WINDOWS)
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        estimated = functools.partial(self.running_bytes, request)
+        batch = memory.choose_window_batch(estimated, free, most=MOST_WINDOWS)
         return batch if self.ranks is None else self.ranks.agree(batch)
+
+    def running_bytes(self, request: Request, window_batch: int) -> int:
+        """What a run needs on a GPU at most once its prompts are encoded, weights included: an estimate from shapes.
+
+        It is made once for each size of picture, prompt and batch.
+        """
+        from miga_engine import memory
+
+        config = dataclasses.replace(request.miga, window_batch=window_batch)
+        sizes = dataclasses.replace(request, miga=config, seed=0, num_frames=None)
+        if (key := repr(sizes)) not in self._estimates:
+
+            def start(bundle: ModelBundle) -> VideoRun:
+                return Engine(bundle, self.preset, name=self.name, device=bundle.device).start(sizes)
+
+            need = memory.running_bytes(self.bundle, start, height=request.height, width=request.width)
+            self._estimates[key] = need
+        return self._estimates[key]
 
 
 class _BatchNetwork:

@@ -141,6 +141,20 @@ class Event:
         return True
 
 
+class OnDevice:
+    """Stands for torch.cuda.device, a class that torch asks for by isinstance."""
+
+    def __init__(self, device: Any) -> None:
+        self.idx = machine().device(device).index
+
+    def __enter__(self) -> None:
+        self._before = machine().guard.current_device()
+        machine().guard.set_current_device(self.idx)
+
+    def __exit__(self, *_: Any) -> None:
+        machine().guard.set_current_device(self._before)
+
+
 class Graph:
     """Records what runs while it captures, without effect; replays it."""
 
@@ -274,20 +288,11 @@ class Machine:
         return chosen or self._defaults[index]
 
     @contextlib.contextmanager
-    def on_device(self, device: Any) -> Iterator[None]:
-        before = self.guard.current_device()
-        self.guard.set_current_device(self.device(device).index)
-        try:
-            yield
-        finally:
-            self.guard.set_current_device(before)
-
-    @contextlib.contextmanager
     def on_stream(self, stream: Stream) -> Iterator[None]:
         before = dict(getattr(self._thread, "streams", {}))
         self._thread.streams = {**before, stream.device.index: stream}
         try:
-            with self.on_device(stream.device):
+            with OnDevice(stream.device):
                 yield
         finally:
             self._thread.streams = before
@@ -364,6 +369,9 @@ class Machine:
                         f"memory is freed to {block.stream.name} while {name} may still use it",
                         f"allocated at {block.born}",
                     )
+
+    def reset_peak(self, device: Any = None) -> None:
+        self.peak_bytes = self.live_bytes
 
     def empty_cache(self) -> None:
         self.live_at_empty_cache.append(self.live_bytes)
@@ -629,7 +637,7 @@ def pretended_cuda() -> Iterator[Machine]:
             "device_count": lambda: 2,
             "current_device": guard.current_device,
             "set_device": lambda device: guard.set_current_device(here.device(device).index),
-            "device": here.on_device,
+            "device": OnDevice,
             "Stream": Stream,
             "Event": Event,
             "stream": here.on_stream,
@@ -647,6 +655,8 @@ def pretended_cuda() -> Iterator[Machine]:
             "memory_allocated": lambda device=None: here.live_bytes,
             "memory_reserved": lambda device=None: here.live_bytes,
             "max_memory_allocated": lambda device=None: here.peak_bytes,
+            "max_memory_reserved": lambda device=None: here.peak_bytes,
+            "reset_peak_memory_stats": here.reset_peak,
             "mem_get_info": lambda device=None: ((80 << 30) - here.live_bytes, 80 << 30),
         },
         torch.backends.cudnn: {"is_available": lambda: True},

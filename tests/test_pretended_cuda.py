@@ -411,11 +411,16 @@ def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, t
     assert torch.equal(torch.cat(parts), video.frames)
 
 
-def test_the_video_says_who_computed_attention(gpu, tmp_path) -> None:
+def test_the_command_says_what_it_took_and_who_computed_attention(gpu, tmp_path, capsys) -> None:
     video = tmp_path / "balloon.mp4"
     small = ["--num-frames", "5", "--height", "32", "--width", "48", "--num-inference-steps", "8"]
     small += ["--stage2-steps", "2", "--judge-step", "3"]
     assert main(["generate", PROMPT, "--device", "cuda", "--output", str(video), "-q", *small]) == 0
+    said = re.search(r"on cuda:0 \S+ \S+ allocated, .* \(estimated (.*)\)$", capsys.readouterr().err, re.MULTILINE)
+    engine = Engine.from_pretrained("tiny", "cuda", "bfloat16")
+    options = {"height": 32, "width": 48, "num_inference_steps": 8, "num_frames": 5}
+    miga = dataclasses.replace(engine.preset.miga, stage2_steps=2, judge_step=3)
+    assert said[1] == estimates.amount(engine.running_bytes(engine.resolve(PROMPT, miga=miga, **options), 8))
     choices = read_metadata(video)["attention_choices"]
     assert choices
     assert set(choices.values()) <= set(ATTENTION_BACKENDS)

@@ -139,9 +139,7 @@ class Denoiser:
         rows = store.capacity + store.scratch + 1
         self._outputs = store.sample.new_empty(self._num_branches, rows, *store.frame_shape)
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
-        self._graphs = (
-            _Graphs(store.device, emit) if capture and store.device.type == "cuda" else None
-        )
+        self._graphs = _Graphs(store.device, emit) if capture and store.device.type == "cuda" else None
 
     def run(self, windows: Sequence[Window], *, solver_stream: int = 0) -> None:
         """Advance every committed frame of ``windows`` by one step.

@@ -137,6 +137,11 @@ class Stream(Iterator[Chunk]):
         """Whether every frame asked for has been given out."""
         return self.num_frames_out == self.request.num_frames
 
+    @property
+    def window_batch(self) -> int:
+        """Windows that go through the network together now; 0 of a closed stream."""
+        return 0 if self._run is None else self._run.denoiser.window_batch
+
     def metadata(self) -> dict[str, Any]:
         """What the run has chosen by itself and a repetition must know: on GPUs, who computes attention."""
         return {"attention_choices": dict(self._attention)} if self._attention else {}
