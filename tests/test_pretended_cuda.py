@@ -313,6 +313,22 @@ def test_memory_that_runs_out_in_the_decoder_is_given_back(gpu, tmp_path) -> Non
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("family", ["wan", "videocrafter2"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_run_takes_no_more_than_was_estimated(gpu, folders, family: str, batch: int) -> None:
+    """Of tensors; here forward and decoding, which the estimate adds up, are seldom at their most together."""
+    engine = Engine.from_pretrained(folders[family], "cuda", "bfloat16", capture=False)
+    options = _options(family)
+    options["miga"] = dataclasses.replace(options["miga"], window_batch=batch)
+    with engine.stream(PROMPT, **options) as stream:
+        gpu.reset_peak()
+        for _ in stream:
+            pass
+    graphs = Engine.estimate(folders[family], device="cuda", dtype="bfloat16", **options).resident["captured forwards"]
+    estimate = engine.running_bytes(engine.resolve(PROMPT, **options), batch) - graphs
+    assert 0.8 * estimate < gpu.peak_bytes <= estimate
+
+
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_runs_memory_goes_with_its_last_user(gpu, capture: bool) -> None:
     """At once, not when Python next looks for cycles."""
