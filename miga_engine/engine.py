@@ -331,14 +331,14 @@ class Engine:
         session = load_session(path)
         self._check_same_model(path, session.model)
         request, state = self._resumed(path, session, num_frames)
-        stream = self._run(
+        stream = self.run(
             request,
-            _attention_choices(path, session),
             chunk_frames=chunk_frames,
             on_event=on_event,
             is_cancelled=is_cancelled,
             overlap_decode=overlap_decode,
             stop_on_drift=stop_on_drift,
+            attention=_attention_choices(path, session),
         )
         stream.load(path, state, has_extension=state is session.state and session.extension is not None)
         return stream
@@ -352,30 +352,13 @@ class Engine:
         is_cancelled: Callable[[], bool] | None = None,
         overlap_decode: bool | None = None,
         stop_on_drift: float | None = None,
+        attention: dict[str, str] | None = None,
     ) -> Stream:
-        """Stream a resolved request; see :meth:`stream`."""
-        return self._run(
-            request,
-            {},
-            chunk_frames=chunk_frames,
-            on_event=on_event,
-            is_cancelled=is_cancelled,
-            overlap_decode=overlap_decode,
-            stop_on_drift=stop_on_drift,
-        )
+        """Stream a resolved request; see :meth:`stream`.
 
-    def _run(
-        self,
-        request: Request,
-        attention: dict[str, str],
-        *,
-        chunk_frames: int | None,
-        on_event: Callable[[Event], None] | None,
-        is_cancelled: Callable[[], bool] | None,
-        overlap_decode: bool | None,
-        stop_on_drift: float | None,
-    ) -> Stream:
-        """`attention` is what `ops.attention_choices` takes: choices made already, to which the run adds its own."""
+        attention: see `ops.attention_choices`; those of a run that is to be repeated, to which this one adds its own.
+        """
+        attention = {} if attention is None else attention
         if chunk_frames is not None:
             _check_count("chunk_frames", chunk_frames, "video frames")
         if stop_on_drift is not None:
@@ -550,7 +533,8 @@ class _BatchNetwork:
 def _attention_choices(path: str | os.PathLike[str], session: Session) -> dict[str, str]:
     """What "auto" took on the GPU of the saved run."""
     choices = session.model.get("attention_choices", {})
-    if not isinstance(choices, dict) or not set(choices.values()) <= set(ATTENTION_BACKENDS):
+    known = [name for name in ATTENTION_BACKENDS if name != "auto"]
+    if not isinstance(choices, dict) or not all(choice in known for choice in choices.values()):
         raise SessionError(f"{path} names attention that there is not: resume from another copy")
     return dict(choices)
 

@@ -442,12 +442,13 @@ def test_the_command_says_what_it_took_and_who_computed_attention(gpu, tmp_path,
     assert set(choices.values()) <= set(ATTENTION_BACKENDS)
 
 
-def test_choices_that_are_none_are_one_sentence(gpu, tmp_path) -> None:
+@pytest.mark.parametrize("choice", ["magic", "auto", ["sdpa"], {}, None, 7])
+def test_choices_that_are_none_are_one_sentence(gpu, tmp_path, choice: Any) -> None:
     path = tmp_path / "run.safetensors"
     engine = Engine.from_pretrained("tiny", "cuda", "float32")
     with engine.stream(PROMPT, **_options("tiny")) as stream:
         next(stream)
-        stream._attention["float32, 1 keys"] = "magic"
+        stream._attention["float32, 1 keys"] = choice
         stream.save(path)
     with pytest.raises(SessionError, match="names attention that there is not"):
         engine.resume(path)
