@@ -428,6 +428,7 @@ def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, t
 
 
 def test_the_command_says_what_it_took_and_who_computed_attention(gpu, tmp_path, capsys) -> None:
+    pytest.importorskip("av", reason="an mp4 is written")
     video = tmp_path / "balloon.mp4"
     small = ["--num-frames", "5", "--height", "32", "--width", "48", "--num-inference-steps", "8"]
     small += ["--stage2-steps", "2", "--judge-step", "3"]
