@@ -41,6 +41,7 @@ from miga_engine.engine import Request
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.vae import StreamDecoder
 from miga_engine.noise import CounterNoise
+from miga_engine.runtime import denoise
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import make_schedule
 
@@ -304,7 +305,7 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
         emit=emit,
         capture=options.capture,
     )
-    with torch.no_grad():
+    with torch.no_grad(), captured_at_any_size(options.capture):
         while stage != "stage1":
             run.tick()  # the last of them is the first iteration, which does not count
         if options.capture:
@@ -329,6 +330,14 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
     row["host_syncs"] = "" if host_syncs is None else str(host_syncs)
     _report([row], device)
     print(f"wall of an iteration ÷ sum of its forwards: {1 / shares['network']:.4f}")
+
+
+@contextlib.contextmanager
+def captured_at_any_size(is_wanted: bool) -> Iterator[None]:
+    """Lift the bound above which the engine captures nothing, to see what it saves or costs."""
+    bound = sys.maxsize if is_wanted else denoise.CAPTURE_POSITIONS
+    with mock.patch.object(denoise, "CAPTURE_POSITIONS", bound):
+        yield
 
 
 def captured_shapes(run: VideoRun) -> int:
@@ -399,7 +408,7 @@ def main() -> None:
         "--steps", type=int, default=12, help="sampling steps of iteration; they set the queue's length"
     )
     parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--capture", action="store_true", help="iteration: replay forwards as CUDA graphs")
+    parser.add_argument("--capture", action="store_true", help="iteration: replay forwards as CUDA graphs, at any size")
     options = parser.parse_args()
     if unknown := set(options.what) - set(choices):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(choices[:3])}")
