@@ -173,6 +173,16 @@ def test_graphs_are_few_whatever_is_committed(gpu, batch: int) -> None:
     assert len(gpu.graphs) <= batch
 
 
+def test_one_capture_at_a_time(gpu) -> None:
+    """As torch asks of a process, in which two engines may run in two threads."""
+    seen = []
+    gpu.before = lambda name, args: seen.append(denoise._one_capture.locked()) if gpu.capturing else None
+    _frames(Engine.from_pretrained("tiny", "cuda", "float32"), "tiny")
+    assert seen
+    assert all(seen)
+    assert not denoise._one_capture.locked()
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 OUT_OF_MEMORY = [

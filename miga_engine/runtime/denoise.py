@@ -8,6 +8,7 @@ windows see earlier commits, as the paper's pseudocode and parts of the release 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -350,6 +351,10 @@ class _PlainNetwork:
         return torch.stack([frames[:, index] for frames, index in zip(output, keep, strict=True)])
 
 
+_one_capture = threading.Lock()
+"""torch allows one capture at a time in a process; two engines may run in two threads."""
+
+
 class _Graphs:
     """Forwards of small batches as CUDA graphs, one for each shape that comes again.
 
@@ -390,7 +395,10 @@ class _Graphs:
         static, graph, stream = tables.clone(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Other threads decode and encode meanwhile, which a capture of all threads' calls would forbid.
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _one_capture,
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 forward(static, shape)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own behind
