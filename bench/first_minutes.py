@@ -44,7 +44,6 @@ from miga_engine.models.layers import set_tf32
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 from miga_engine.models.wan.vae_layers import CausalConv3d
-from miga_engine.ops import attention as attention_op
 
 DEVICE = measure.DEVICE
 IS_SMALL = measure.IS_SMALL
@@ -210,16 +209,13 @@ def whole() -> None:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         first, frames = None, []
-        with captured_at_any_size(capture):
-            for chunk in engine.run(request):
+        with captured_at_any_size(capture), engine.run(request) as stream:
+            for chunk in stream:
                 frames.append(chunk.frames.cpu())
                 first = first or time.perf_counter() - start
         video = torch.cat(frames)
         row = {"seconds": time.perf_counter() - start, "first_frame_s": first, "shape": tuple(video.shape)}
-        row |= {
-            "mean_level": video.float().mean().item(),
-            "attention": {str(kind): name for kind, name in attention_op._fastest.items()},
-        }
+        row |= {"mean_level": video.float().mean().item(), "attention": stream.metadata().get("attention_choices", {})}
         if DEVICE == "cuda":
             row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
             row["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20

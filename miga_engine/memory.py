@@ -34,7 +34,7 @@ from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 from miga_engine.ops.attention import _SCORES_IN_CACHE
 from miga_engine.runtime.decode import Decoding
-from miga_engine.runtime.denoise import CAPTURE_POSITIONS, Window
+from miga_engine.runtime.denoise import Window
 from miga_engine.runtime.stages import VideoRun
 
 GIB = 2**30
@@ -329,8 +329,7 @@ def _device_needs(
         peaks |= {"forward": forward, "decoding": decoding}
     else:  # frames are decoded while the network computes
         peaks["forward, with decoding beside it"] = forward + decoding
-        batch = (run.denoiser.window_batch, run.window_frames)
-        if run.denoiser.num_positions(batch) <= CAPTURE_POSITIONS:
+        if run.denoiser.is_small(run.denoiser.window_batch, run.window_frames):
             resident["captured forwards"] = forward
     return _Needs(resident, peaks, weights, in_heap)
 

@@ -7,7 +7,6 @@ windows see earlier commits, as the paper's pseudocode and parts of the release 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -252,7 +251,7 @@ class Denoiser:
         slots = np.stack([window.slots for window in windows])  # [B,F]
         starts = np.array([[window.commit_start] for window in windows])
         lengths = np.array([[window.commit_stop] for window in windows]) - starts
-        is_small = store.device.type == "cuda" and self.num_positions(slots.shape) <= CAPTURE_POSITIONS
+        is_small = store.device.type == "cuda" and self.is_small(*slots.shape)
         if is_small:
             keep = np.arange(slots.shape[1])[None].repeat(num_windows, axis=0)  # [B,K]
         else:
@@ -271,9 +270,10 @@ class Denoiser:
         else:
             self._run_tables(tables, shape)
 
-    def num_positions(self, windows_and_frames: tuple[int, ...]) -> int:
-        """Latent positions of a forward of so many windows of so many frames."""
-        return self._num_branches * math.prod((*windows_and_frames, *self.store.frame_shape[1:]))
+    def is_small(self, num_windows: int, num_frames: int) -> bool:
+        """Whether a forward of so many windows of so many frames is one that a GPU captures."""
+        _, height, width = self.store.frame_shape
+        return self._num_branches * num_windows * num_frames * height * width <= CAPTURE_POSITIONS
 
     def _run_tables(self, tables: Tensor, shape: _Shape) -> None:
         """Gather, forward and scatter, all of whose data are the tables and the state on the device."""
