@@ -40,8 +40,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run: ``kind`` is stage, score, search_started, search_finished, window_batch, chunk,
-    drift or saved."""
+    """Something that happened in a run: ``kind`` is stage, score, search_started, search_finished, window_batch,
+    capture, chunk, drift or saved."""
 
     kind: str
     data: Mapping[str, Any]
