@@ -196,41 +196,43 @@ def _generate(options: argparse.Namespace) -> int:
     from miga_engine.render import Outputs
     from miga_engine.runtime.ranks import Ranks
 
-    ranks = Ranks.from_environment(settings.get("device"))
-    outputs = None
-    if ranks is None or ranks.rank == 0:
-        outputs = Outputs.check(
-            str(settings.get("output", "miga.mp4")),
-            sheet=settings.get("contact_sheet"),
-            events=settings.get("events"),
-            session=settings.get("session"),
-            checkpoint_every=_checkpoint_every(settings),
-            overwrite=bool(settings.get("overwrite")),
-        )
-    estimate = _estimate_memory(settings, prompt)
-    _refuse_the_impossible(estimate)
-    engine = _load_engine(settings, ranks)
-    request = engine.resolve(prompt, **_request_options(engine, settings))
-    stop_on_drift = settings.get("stop_on_drift")
+    with Ranks.from_environment(settings.get("device")) as ranks:
+        outputs = None
+        if ranks is None or ranks.rank == 0:
+            outputs = Outputs.check(
+                str(settings.get("output", "miga.mp4")),
+                sheet=settings.get("contact_sheet"),
+                events=settings.get("events"),
+                session=settings.get("session"),
+                checkpoint_every=_checkpoint_every(settings),
+                overwrite=bool(settings.get("overwrite")),
+            )
+        estimate = _estimate_memory(settings, prompt)
+        _refuse_the_impossible(estimate)
+        engine = _load_engine(settings, ranks)
+        request = engine.resolve(prompt, **_request_options(engine, settings))
+        stop_on_drift = settings.get("stop_on_drift")
 
-    batches: list[int] = []
+        batches: list[int] = []
 
-    def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
-        stream = engine.run(
-            request,
-            on_event=on_event,
-            is_cancelled=is_cancelled,
-            overlap_decode=settings.get("overlap_decode"),
-            stop_on_drift=stop_on_drift,
-        )
-        batches.append(stream.window_batch)
-        return stream
+        def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+            stream = engine.run(
+                request,
+                on_event=on_event,
+                is_cancelled=is_cancelled,
+                overlap_decode=settings.get("overlap_decode"),
+                stop_on_drift=stop_on_drift,
+            )
+            batches.append(stream.window_batch)
+            return stream
 
-    def expected() -> tuple[int, int]:
-        on_device = engine.running_bytes(request, batches[0]) if engine.device.type == "cuda" else estimate.device_total
-        return estimate.host_total, on_device
+        def expected() -> tuple[int, int]:
+            on_device = (
+                engine.running_bytes(request, batches[0]) if engine.device.type == "cuda" else estimate.device_total
+            )
+            return estimate.host_total, on_device
 
-    return _write(engine, open_stream, outputs, expected, quiet=bool(settings.get("quiet")))
+        return _write(engine, open_stream, outputs, expected, quiet=bool(settings.get("quiet")))
 
 
 def _write(
@@ -262,8 +264,6 @@ def _write(
             torch.cuda.reset_peak_memory_stats(engine.device)
         code = render(open_stream, outputs, model=engine.name, quiet=quiet)
         print(_peak_memory(engine.device, expected), file=sys.stderr)
-    if engine.ranks is not None:
-        engine.ranks.close()
     return code
 
 
@@ -292,37 +292,37 @@ def _resume(options: argparse.Namespace) -> int:
     video = settings.get("output") or recorded
     if video is None:
         raise ConfigError(f"the session {path} does not say where its video is: give --output")
-    ranks = Ranks.from_environment(settings.get("device"))
-    engine = Engine.from_pretrained(
-        settings.get("model") or str(record.get("name")),
-        settings.get("device"),
-        record.get("dtype"),
-        preset=record.get("preset") or None,
-        attention=record.get("attention", "auto"),
-        vae_dtype=record.get("vae_dtype", "float32"),
-        compile=bool(record.get("compile")),
-        ranks=ranks,
-    )
-    every = _checkpoint_every(settings)
-    outputs = Outputs(
-        str(video),
-        events=check_output(settings["events"], (".jsonl",), overwrite=True) if settings.get("events") else None,
-        session=path,
-        checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
-        keeps_session=every is not None or bool(state.numbers.get("keeps_extension")),
-    )
-
-    def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
-        return engine.resume(
-            path,
-            settings.get("num_frames"),
-            on_event=on_event,
-            is_cancelled=is_cancelled,
-            stop_on_drift=settings.get("stop_on_drift"),
+    with Ranks.from_environment(settings.get("device")) as ranks:
+        engine = Engine.from_pretrained(
+            settings.get("model") or str(record.get("name")),
+            settings.get("device"),
+            record.get("dtype"),
+            preset=record.get("preset") or None,
+            attention=record.get("attention", "auto"),
+            vae_dtype=record.get("vae_dtype", "float32"),
+            compile=bool(record.get("compile")),
+            ranks=ranks,
+        )
+        every = _checkpoint_every(settings)
+        outputs = Outputs(
+            str(video),
+            events=check_output(settings["events"], (".jsonl",), overwrite=True) if settings.get("events") else None,
+            session=path,
+            checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
+            keeps_session=every is not None or bool(state.numbers.get("keeps_extension")),
         )
 
-    is_writer = ranks is None or ranks.rank == 0
-    return _write(engine, open_stream, outputs if is_writer else None, None, quiet=bool(settings.get("quiet")))
+        def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+            return engine.resume(
+                path,
+                settings.get("num_frames"),
+                on_event=on_event,
+                is_cancelled=is_cancelled,
+                stop_on_drift=settings.get("stop_on_drift"),
+            )
+
+        is_writer = ranks is None or ranks.rank == 0
+        return _write(engine, open_stream, outputs if is_writer else None, None, quiet=bool(settings.get("quiet")))
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

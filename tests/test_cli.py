@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -222,3 +223,35 @@ def test_two_ranks_write_the_video_of_one(folder, tmp_path):
     one, two = (read_video(tmp_path / name) for name in ("one.mkv", "two.mkv"))
     assert len(one) == 13
     assert np.array_equal(one, two)
+
+
+MIGA_AND_ITS_THREADS = """
+import os, pathlib, sys
+from miga_engine.cli import main
+code = main(sys.argv[2:])
+names = [task.joinpath("comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()]
+pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(f"{code} {[name for name in names if 'gloo' in name]}")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("is_taken", "code"), [(False, 0), (True, 2)])
+def test_a_rank_leaves_its_group_whole(folder, tmp_path, is_taken, code):
+    """A thread of the group that outlives it may meet the interpreter's end, which aborts: a good run would exit 1."""
+    script, video = tmp_path / "miga.py", tmp_path / "video.mkv"
+    script.write_text(MIGA_AND_ITS_THREADS)
+    if is_taken:
+        video.write_bytes(b"mine")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
+    options = ["generate", "a red balloon", "--model", folder, "--num-frames", "9", "-q", *SMALL, "--output", video]
+    program = [sys.executable, script, tmp_path, *options]
+    ranks = [subprocess.Popen(program, env=environment | {"RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(timeout=150) for rank in ranks] == [code, code]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [f"{code} []"] * 2
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]

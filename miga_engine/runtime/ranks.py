@@ -6,10 +6,11 @@ stay equal to the bit, and equal to a single process's that batches its windows 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miga_engine.errors import DeviceError
+
+if dist.is_available():
+    # Ten functions there keep the group that is joined when they are first imported, as a default of theirs: it would
+    # never be destroyed, and its threads would run into the interpreter's end, which then aborts now and then.
+    import torch.distributed.nn
 
 Answer = TypeVar("Answer", bool, int)
 
@@ -30,15 +36,24 @@ class Ranks:
         self.count = dist.get_world_size(group)
 
     @classmethod
-    def from_environment(cls, device: torch.device | str | None) -> Ranks | None:
-        """The ranks that torchrun started; None in a process of its own. Joins them, on a GPU of its own each."""
+    @contextlib.contextmanager
+    def from_environment(cls, device: torch.device | str | None) -> Iterator[Ranks | None]:
+        """The ranks that torchrun started; None in a process of its own. Joined, on a GPU of its own each, and left."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return None
+            yield None
+            return
         is_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         if is_cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(minutes=10))
-        return cls()
+        try:
+            ranks = cls()
+            yield ranks
+            ranks.close()
+        except BaseException:
+            if not is_cuda and dist.is_initialized():  # NCCL might wait for the others, who do not know
+                dist.destroy_process_group()
+            raise
 
     def share(self, num_batches: int, rank: int | None = None) -> range:
         """The neighbouring batches that a rank (this one, if None) computes; shares differ by one at most."""
@@ -74,7 +89,7 @@ class Ranks:
             raise DeviceError(
                 f"rank {self.rank} of {self.count} lost touch with the others ({str(error).splitlines()[0]}): "
                 "start the run again on the ranks that are left"
-            ) from error
+            ) from error.with_traceback(None)  # whose frames would keep the group
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
