@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -245,6 +248,28 @@ def test_nothing_stays_behind() -> None:
         gc.collect()
         assert watched() is None
         assert last() is None
+
+
+def test_the_interpreter_ends_in_peace_while_it_decodes() -> None:
+    """A thread that comes back from an operator of torch to an interpreter that has ended aborts the process."""
+    script = """
+import torch
+from miga_engine.runtime.decode import Decoding
+matrix = torch.zeros(700, 700)
+def push(latents):
+    for _ in range(10):
+        torch.mm(matrix, matrix)
+    return latents.expand(1, 3, 1, 2, 2)
+decoding = Decoding(push, overlap=True)
+for count in (1, 1000):
+    list(decoding.exchange(torch.zeros(count, 1, 2, 2)))
+"""
+    program = [sys.executable, "-c", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = time.monotonic()
+    run = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert time.monotonic() - started < 60  # a thousand latent frames would take longer
 
 
 @pytest.mark.parametrize("overlap", [False, True])

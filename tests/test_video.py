@@ -445,6 +445,21 @@ def test_encoder_thread_writes_what_waits_before_it_ends(error: type[BaseExcepti
     assert not _encoder_threads()
 
 
+def test_encoder_thread_that_nobody_closed_writes_what_waits_when_the_interpreter_ends(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from test_video import FPS, METADATA, _frames
+from miga_engine.video.sinks import EncoderThread, open_sink
+sink = EncoderThread(open_sink({str(tmp_path / "a.mkv")!r}, FPS, 96, 64, METADATA), max_chunks=150)
+for frame in _frames(150):
+    sink.write(frame[None])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    np.testing.assert_array_equal(read_video(tmp_path / "a.mkv"), _frames(150))
+
+
 def test_encoder_thread_refuses_wrong_frames_with_the_sinks_sentence(tmp_path: Path) -> None:
     sink = EncoderThread(open_sink(tmp_path / "a.mp4", FPS, WIDTH, HEIGHT))
     sink.write(np.zeros((2, WIDTH, HEIGHT, 3), np.uint8))

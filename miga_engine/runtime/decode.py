@@ -7,6 +7,7 @@ which bounds both queues, and for the first frames of a video, which are not hel
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import queue
@@ -47,9 +48,11 @@ class Decoding:
         self._is_stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if overlap:
-            # A daemon, so that a stream that was dropped half-way never keeps the interpreter from ending.
+            # A daemon, so that a stream that was dropped half-way never keeps the interpreter from ending; but ended
+            # before that: a thread that comes back from an operator of torch to no interpreter aborts the process.
             self._thread = threading.Thread(target=self._run, name="miga-decode", daemon=True)
             self._thread.start()
+            atexit.register(self.close)
 
     def __enter__(self) -> Decoding:
         return self
@@ -66,6 +69,7 @@ class Decoding:
             self._jobs.put(False)
             self._thread.join()
             self._thread = None
+            atexit.unregister(self.close)
 
     def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
         """Hand over the next latents ``[n,C,h,w]`` or none; the frames uint8 ``[t,H,W,3]`` that leave meanwhile.

@@ -1,5 +1,6 @@
 """Encoding beside the network, in a bounded thread."""
 
+import atexit
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ class EncoderThread(Sink):
     At most `max_chunks` writes wait; the next one then blocks. Frames are read after `write` has returned, so they must
     stay as they are; on CUDA they are copied to pinned memory, queued behind the current stream's work. An error of the
     sink is raised by the next `write` or by `close`, with its own type and message. `num_frames` counts what the sink
-    has taken. `close` and `abort` first write all that waits.
+    has taken. `close` and `abort` first write all that waits. The interpreter's end aborts what is still open.
     """
 
     def __init__(self, sink: Sink, max_chunks: int = 4) -> None:
@@ -30,6 +31,7 @@ class EncoderThread(Sink):
         self._chunks: queue.Queue[tuple[Frames, Any] | None] = queue.Queue(max_chunks)
         self._thread = threading.Thread(target=self._run, name="miga-encode", daemon=True)
         self._thread.start()
+        atexit.register(self.abort)
 
     def write(self, frames: Frames) -> None:
         if self.is_closed:
@@ -66,6 +68,7 @@ class EncoderThread(Sink):
     def _finish(self) -> None:
         self._chunks.put(None)
         self._thread.join()
+        atexit.unregister(self.abort)
 
     def _run(self) -> None:
         while (chunk := self._chunks.get()) is not None:
