@@ -69,8 +69,9 @@ class Stream(Iterator[Chunk]):
     """The chunks of one run, made as they are asked for.
 
     Iterate over it, or call ``next``. ``close``, or leaving it as a context manager, ends its threads and releases its
-    memory; so does dropping it. Where the network or the decoder fails, the frames made before come first, then the
-    error; after that `save` still writes all that was made, unless the error came in the middle of an update.
+    memory; so do dropping it and the end of the program. Where the network or the decoder fails, the frames made before
+    come first, then the error; after that `save` still writes all that was made, unless the error came in the middle of
+    an update.
     """
 
     def __init__(
