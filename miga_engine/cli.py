@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import platform
 import signal
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, fifo_config, replace_options
 from miga_engine.config_file import MIGA_FIELDS, REQUEST_OPTIONS, read_config
-from miga_engine.errors import CheckpointError, ConfigError, MigaError
+from miga_engine.errors import CheckpointError, ConfigError, MigaError, printable
 from miga_engine.eval import command as eval_command
+from miga_engine.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +41,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``miga``; the exit code. Errors are one sentence on standard error."""
     arguments = [_hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    log, warnings = logging.getLogger("miga_engine"), _Warnings(logging.WARNING)
+    log.addHandler(warnings)
     try:
         if arguments[:2] == ["eval", "export"]:
             arguments[:2] = ["eval export"]
@@ -48,13 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = _build_parser().parse_args(arguments)
         return options.run(options)
     except MigaError as error:
-        print(f"miga: {error}", file=sys.stderr)
+        say(f"miga: {error}")
         return 2
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print("miga: interrupted", file=sys.stderr)
+        say("miga: interrupted")
         return 130
+    finally:
+        log.removeHandler(warnings)
+
+
+class _Warnings(logging.Handler):
+    """What the library logs as a warning, for the person who uses the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"miga: warning: {record.getMessage()}")
 
 
 def _hyphenate(argument: str) -> str:
@@ -153,8 +166,11 @@ def _build_parser() -> argparse.ArgumentParser:
     resume.set_defaults(run=_resume)
     resume.add_argument("session", metavar="SESSION", help="NAME.session.safetensors, as `miga generate` wrote it")
     resume.add_argument("--num-frames", type=int, metavar="N", help="length of the whole video (default: as asked for)")
-    resume.add_argument("-o", "--output", metavar="FILE", help="where the frames made so far lie, if they were moved")
-    resume.add_argument("--model", metavar="NAME|PATH", help="where the model lies, if it was moved")
+    resume.add_argument("-o", "--output", metavar="FILE", help="where the frames made so far lie (default: beside the "
+                        "session file)")  # fmt: skip
+    resume.add_argument("-y", "--overwrite", action="store_true", help="replace a video that is not this run's")
+    resume.add_argument("--model", metavar="NAME|PATH", help="where the model lies (default: the embedded one, or one "
+                        "beside or below the session file)")  # fmt: skip
     resume.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
     resume.add_argument("--checkpoint-every", type=int, metavar="N", help="as of generate")
     resume.add_argument("--stop-on-drift", type=float, metavar="X", help="as of generate")
@@ -263,7 +279,7 @@ def _write(
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
         code = render(open_stream, outputs, model=engine.name, quiet=quiet)
-        print(_peak_memory(engine.device, expected), file=sys.stderr)
+        say(_peak_memory(engine.device, expected))
     return code
 
 
@@ -281,26 +297,24 @@ def _resume(options: argparse.Namespace) -> int:
     from miga_engine.engine import Engine
     from miga_engine.render import CHECKPOINT_EVERY, Outputs
     from miga_engine.runtime.ranks import Ranks
-    from miga_engine.runtime.session import load_session
+    from miga_engine.runtime.session import load_session, model_of_session, video_of_session
     from miga_engine.video.paths import check_output
 
     settings = vars(options)
     path = Path(settings["session"])
     session = load_session(path)
     record, state = session.model, session.state
-    recorded = (state.numbers.get("output") or {}).get("path")
-    video = settings.get("output") or recorded
-    if video is None:
-        raise ConfigError(f"the session {path} does not say where its video is: give --output")
+    video = settings.get("output") or video_of_session(path, session)
+    model = settings.get("model") or model_of_session(path, session)
     with Ranks.from_environment(settings.get("device")) as ranks:
         engine = Engine.from_pretrained(
-            settings.get("model") or str(record.get("name")),
+            model,
             settings.get("device"),
-            record.get("dtype"),
-            preset=record.get("preset") or None,
-            attention=record.get("attention", "auto"),
-            vae_dtype=record.get("vae_dtype", "float32"),
-            compile=bool(record.get("compile")),
+            record["dtype"],
+            preset=record["preset"] or None,
+            attention=record["attention"],
+            vae_dtype=record["vae_dtype"],
+            compile=record["compile"],
             ranks=ranks,
         )
         every = _checkpoint_every(settings)
@@ -309,7 +323,8 @@ def _resume(options: argparse.Namespace) -> int:
             events=check_output(settings["events"], (".jsonl",), overwrite=True) if settings.get("events") else None,
             session=path,
             checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
-            keeps_session=every is not None or bool(state.numbers.get("keeps_extension")),
+            keeps_session=every is not None or state.numbers["keeps_extension"],
+            overwrite=bool(settings.get("overwrite")),
         )
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
@@ -452,7 +467,7 @@ def _convert(options: argparse.Namespace) -> int:
         raise CheckpointError(f"{source} is not a file: give a weights file such as model.ckpt")
     dtype = getattr(torch, options.dtype) if options.dtype else None
     num_tensors, num_bytes = convert(source, target, dtype)
-    print(f"{target}: {num_tensors} tensors, {num_bytes / 1e9:.2f} GB", file=sys.stderr)
+    say(f"{target}: {num_tensors} tensors, {num_bytes / 1e9:.2f} GB")
     return 0
 
 
@@ -486,13 +501,8 @@ def _info(options: argparse.Namespace) -> int:
         rows += [(key, value) for key, value in engine.describe().items()]
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
-        print(f"{_printable(key):<{width}}  {_printable(value)}")
+        print(f"{printable(key):<{width}}  {printable(value)}")
     return 0
-
-
-def _printable(value: object) -> str:
-    """Without what a terminal would obey: the text may come out of a stranger's file."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def _kernels() -> list[tuple[str, str]]:

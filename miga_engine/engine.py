@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import os
 import reprlib
 import sys
@@ -27,9 +26,10 @@ from miga_engine.noise import CounterNoise
 from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
 from miga_engine.runtime.denoise import Batch
 from miga_engine.runtime.ranks import Ranks
-from miga_engine.runtime.session import Session, State, fingerprint, guarded, load_session
-from miga_engine.runtime.stages import VideoRun
-from miga_engine.runtime.stream import Chunk, Event, Stream
+from miga_engine.runtime.run_state import check_run_state, check_stream_state
+from miga_engine.runtime.session import Session, State, fingerprint, load_session, taking_apart
+from miga_engine.runtime.stages import RunLayout, VideoRun
+from miga_engine.runtime.stream import Chunk, Event, Events, Stream
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.tiny import WEIGHTS_DIR
 
@@ -62,8 +62,6 @@ class Progress:
     num_frames: int | None
     chunk: Chunk
 
-
-_log = logging.getLogger("miga_engine")
 
 MOST_WINDOWS = 8
 """Windows that go together at most where the GPU's memory decides: more gain next to nothing at the sizes of Wan2.1."""
@@ -169,7 +167,7 @@ class Engine:
         request = shapes.resolve(prompt, num_frames=num_frames, miga=config, **options)
 
         def start(bundle: ModelBundle) -> VideoRun:
-            return cls(bundle, shapes.preset, name=shapes.name, device=shapes.device).start(request, _emitter(None))
+            return cls(bundle, shapes.preset, name=shapes.name, device=shapes.device).start(request)
 
         return memory.estimate(
             shapes.bundle,
@@ -329,8 +327,11 @@ class Engine:
         :meth:`stream`. SessionError names what has changed where this engine is not the one of the session.
         """
         session = load_session(path)
-        self._check_same_model(path, session.model)
-        request, state = self._resumed(path, session, num_frames)
+        warnings = [] if session.warning is None else [session.warning]
+        warnings += self._differences(path, session.model)
+        with taking_apart(path):
+            request, state = self._resumed(path, session, num_frames)
+            self._check_state(request, state)
         stream = self.run(
             request,
             chunk_frames=chunk_frames,
@@ -341,6 +342,8 @@ class Engine:
             attention=_attention_choices(path, session),
         )
         stream.load(path, state, has_extension=state is session.state and session.extension is not None)
+        for warning in warnings:
+            stream.warn(warning)
         return stream
 
     def run(
@@ -359,20 +362,22 @@ class Engine:
         attention: see `ops.attention_choices`; those of a run that is to be repeated, to which this one adds its own.
         """
         attention = {} if attention is None else attention
+        events = Events(on_event)
         if chunk_frames is not None:
             _check_count("chunk_frames", chunk_frames, "video frames")
         if stop_on_drift is not None:
             _number("stop_on_drift", stop_on_drift)
         return Stream(
-            self.start(request, _emitter(on_event), attention),
+            self.start(request, events, attention),
             self.bundle.vae.stream_decoder(),
             request,
             lambda: {**self.identity(), "attention_choices": dict(attention)},
             chunk_frames=chunk_frames,
-            on_event=on_event,
+            events=events,
             is_cancelled=is_cancelled or (lambda: False),
             overlap_decode=self.device.type == "cuda" if overlap_decode is None else overlap_decode,
             stop_on_drift=stop_on_drift,
+            num_video_frames=self.bundle.num_video_frames,
             attention=attention,
         )
 
@@ -394,7 +399,8 @@ class Engine:
             "miga_engine": __version__,
         }
 
-    def _check_same_model(self, path: str | os.PathLike[str], saved: Mapping[str, Any]) -> None:
+    def _differences(self, path: str | os.PathLike[str], saved: Mapping[str, Any]) -> list[str]:
+        """What makes last bits differ from the saved run's; SessionError where more than that would."""
         here = self.identity()
         for name in ("dtype", "vae_dtype", "attention", "compile", "transformer", "VAE"):
             if saved.get(name) != here[name]:
@@ -407,39 +413,48 @@ class Engine:
                     f"the session {path} was made with {what} ({self.name!r} has {here[name]!r} here): load the model "
                     "as it was, or start a new run"
                 )
-        for name in ("device", "CPU", "torch", "miga_engine"):
-            if name in saved and name in here and saved[name] != here[name]:
-                _log.warning(
-                    "the session %s was made with %s %s, and here it is %s: frames may differ in their last bits",
-                    path, name, saved[name], here[name],
-                )  # fmt: skip
+        return [
+            f"the session {path} was made with {name} {saved[name][:100]}, and here it is {here[name]}: frames may "
+            "differ in their last bits"
+            for name in ("device", "CPU", "torch", "miga_engine")
+            if name in saved and name in here and saved[name] != here[name]
+        ]
 
     def _resumed(self, path: str | os.PathLike[str], session: Session, num_frames: int | None) -> tuple[Request, State]:
         """The request and the state to go on from, for a video of num_frames."""
-        found: list[tuple[Request, State]] = []
+        saved = Request.from_record(session.request)
+        fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
+        asked = self.resolve(**fields)  # of the file, before what is asked for now
+        request = asked if num_frames is None else self.resolve(**{**fields, "num_frames": num_frames})
+        state = session.state
+        if state.has_parted and request.num_frames != asked.num_frames:
+            if session.extension is None:
+                raise SessionError(
+                    f"the session {path} can be finished, but not be made longer or shorter: its run had come near "
+                    "its end, and it was not saved to be extended"
+                )
+            state = session.extension
+        out = int(state.numbers["num_frames_out"])
+        if request.num_frames is not None and request.num_frames < out:
+            raise SessionError(f"the session {path} has {out} frames already: give --num-frames of at least {out}")
+        return request, state
 
-        def read() -> None:
-            saved = Request.from_record(session.request)
-            fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
-            if num_frames is not None:
-                fields["num_frames"] = num_frames
-            request = self.resolve(**fields)
-            state = session.state
-            # The end of a run shapes it from the tick on that hands over its last frames.
-            if state.has_parted and request.num_frames != saved.num_frames:
-                if session.extension is None:
-                    raise SessionError(
-                        f"the session {path} can be finished, but not be made longer or shorter: its run had come near "
-                        "its end, and it was not saved to be extended"
-                    )
-                state = session.extension
-            out = int(state.numbers["num_frames_out"])
-            if request.num_frames is not None and request.num_frames < out:
-                raise SessionError(f"the session {path} has {out} frames already: give --num-frames of at least {out}")
-            found.append((request, state))
-
-        guarded(path, read)
-        return found[0]
+    def _check_state(self, request: Request, state: State) -> None:
+        """SessionError unless a saved state is one of a run of this request."""
+        bundle, shape = self.bundle, self._frame_shape(request)
+        schedule = _schedule(request)
+        num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
+        layout = RunLayout(request.miga, schedule.num_steps, bundle.window_frames, num_latents)
+        run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
+        check_run_state(layout, shape, self._timeline(request).row, schedule.uses_noise, run, state.numbers["run"])
+        check_stream_state(
+            state.numbers,
+            state.tensors,
+            frame_shape=shape,
+            picture_shape=(request.height, request.width),
+            num_prompts=len(request.prompt),
+            num_video_frames=bundle.num_video_frames,
+        )
 
     def start(
         self,
@@ -465,11 +480,10 @@ class Engine:
         config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
         bundle = self.bundle
         schedule = _schedule(request)
-        timeline = PromptTimeline(request.prompt, request.miga.prompt_blend_frames, bundle.first_video_frame)
+        timeline = self._timeline(request)
         contexts = timeline.contexts(request.negative_prompt, bundle.encode_prompts)
         network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps), attention)
-        factor = bundle.spatial_factor
-        frame_shape = (bundle.latent_channels, request.height // factor, request.width // factor)
+        frame_shape = self._frame_shape(request)
         num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
 
         return VideoRun(
@@ -487,6 +501,14 @@ class Engine:
             capture=self.capture,
             ranks=self.ranks,
         )
+
+    def _frame_shape(self, request: Request) -> tuple[int, int, int]:
+        """(C, h, w) of a latent frame."""
+        factor = self.bundle.spatial_factor
+        return self.bundle.latent_channels, request.height // factor, request.width // factor
+
+    def _timeline(self, request: Request) -> PromptTimeline:
+        return PromptTimeline(request.prompt, request.miga.prompt_blend_frames, self.bundle.first_video_frame)
 
     def _window_batch(self, request: Request) -> int:
         """Windows that go together: as asked, or what the GPU's memory holds beside everything else; 1 on CPUs."""
@@ -547,14 +569,6 @@ def _schedule(request: Request) -> Schedule:
         eta=request.eta,
         use_scale_array=request.use_scale_array,
     )
-
-
-def _emitter(on_event: Callable[[Event], None] | None) -> Callable[..., None]:
-    def emit(kind: str, **data: Any) -> None:
-        if on_event is not None:
-            on_event(Event(kind, data))
-
-    return emit
 
 
 def _default(value: Any, default: Any) -> Any:

@@ -4,8 +4,16 @@ A message is one sentence that names the thing, the value received and the remed
 """
 
 
+def printable(value: object) -> str:
+    """The text in one line, without what a terminal would obey: it may come out of a stranger's file."""
+    return "".join(c if c.isprintable() else " " if c in "\t\n\r" else ascii(c)[1:-1] for c in str(value))
+
+
 class MigaError(Exception):
-    """Base class of all errors that miga_engine raises on purpose."""
+    """Base class of all errors that miga_engine raises on purpose; the message is one printable line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(MigaError, ValueError):

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
-from miga_engine.errors import MigaError, OutputError
-from miga_engine.runtime.session import SUFFIX, check_session_path, load_session, remove_session
+from miga_engine.errors import ConfigError, MigaError, OutputError
+from miga_engine.runtime.session import (
+    SUFFIX,
+    Session,
+    check_session_path,
+    load_session,
+    locked,
+    model_of_session,
+    remove_session,
+    video_of_session,
+)
 from miga_engine.runtime.stream import Event, Stream
+from miga_engine.terminal import Screen, say
 from miga_engine.video.contact_sheet import ContactSheet
-from miga_engine.video.paths import check_output
+from miga_engine.video.paths import check_output, reason
 from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
 
 CHECKPOINT_EVERY = 500
@@ -84,9 +95,14 @@ def session_beside(video: str) -> Path | None:
 def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool = False) -> int:
     """Write a stream's chunks as they come. The exit code: 0 complete, 2 failed, 128 + signal where interrupted.
 
-    At the first Ctrl-C or SIGTERM the pass at hand is finished, files are closed and the session is saved; a second
-    Ctrl-C stops at once.
+    At the first Ctrl-C, SIGTERM or SIGHUP the pass at hand is finished, files are closed and the session is saved; a
+    second Ctrl-C stops at once. The session file is locked meanwhile.
     """
+    with contextlib.nullcontext() if outputs.session is None else locked(outputs.session):
+        return _render(open_stream, outputs, model=model, quiet=quiet)
+
+
+def _render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool) -> int:
     from tqdm import tqdm
 
     started = time.perf_counter()
@@ -94,12 +110,12 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
     failure: MigaError | None = None
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interruptible())
-        bar = stack.enter_context(tqdm(unit="frame", disable=True if quiet else None))
-        events = None
+        bar = stack.enter_context(tqdm(unit="frame", disable=True if quiet else None, file=Screen()))
+        lines = _EventLines(outputs.events)
+        stack.callback(lines.close)
 
         def on_event(event: Event) -> None:
-            if events is not None:
-                print(event.to_json(), file=events)
+            lines.write(event.to_json())
             if event.kind == "stage" and first_frame_after is None:
                 bar.set_description_str(event.data["stage"].replace("_", " "))
 
@@ -110,14 +126,12 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
         bar.refresh()
         metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
-        if outputs.events is not None:
-            mode = "a" if stream.is_resumed else "w"
-            events = stack.enter_context(outputs.events.open(mode, buffering=1, encoding="utf-8"))
+        lines.open(after=stream.resumed_at_event)
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
         try:
             with sink:
                 if outputs.session is not None:
-                    if outputs.overwrite:
+                    if outputs.overwrite and not stream.is_resumed:
                         remove_session(outputs.session)
                     stream.save_every(
                         outputs.checkpoint_every, outputs.session, sink, keep_extension=outputs.keeps_session
@@ -146,20 +160,94 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
         remove_session(outputs.session)
     if first_frame_after is not None:
         part = f"{num_out} frames" if not start else f"{num_out} frames, {num_out - start} of them now"
-        print(
+        say(
             f"{outputs.video}: {part}, {request.width}×{request.height}, {request.fps} fps; {seconds:.1f} s "
-            f"({(num_out - start) / seconds:.1f} frames/s, first after {first_frame_after:.1f} s)",
-            file=sys.stderr,
+            f"({(num_out - start) / seconds:.1f} frames/s, first after {first_frame_after:.1f} s)"
         )
     if failure is not None:
-        print(f"miga: {failure}", file=sys.stderr)
+        say(f"miga: {failure}")
     elif interrupted:
         made = f"{outputs.video} holds the {num_out} frames made so far" if num_out else "there was no frame yet"
-        print(f"miga: interrupted; {made}", file=sys.stderr)
+        say(f"miga: interrupted; {made}")
     if not is_finished and outputs.session is not None and outputs.session.exists():
-        saved = load_session(outputs.session).state.numbers["num_frames_out"]
-        print(f"miga: to go on from frame {saved}: miga resume {outputs.session}", file=sys.stderr)
+        saved = load_session(outputs.session)
+        command = _resume_command(outputs, saved)
+        say(f"miga: to go on from frame {saved.state.numbers['num_frames_out']}: {command}")
     return 2 if failure is not None else 128 + interrupted[0] if interrupted else 0
+
+
+def _resume_command(outputs: Outputs, session: Session) -> str:
+    """What goes on from the session file, with what is not taken from it unasked."""
+    assert outputs.session is not None
+    words = ["miga", "resume", str(outputs.session)]
+    for option, value, find in (
+        ("--output", outputs.video, video_of_session),
+        ("--model", session.model["name"], model_of_session),
+    ):
+        try:
+            find(outputs.session, session)
+        except ConfigError:
+            words += [option, value]
+    return shlex.join(words)
+
+
+class _EventLines:
+    """The file of events, a JSON object a line; None writes none. What comes before it is opened waits."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+        self._waiting: list[str] = []
+
+    def write(self, line: str) -> None:
+        if self._path is None:
+            return
+        if self._file is None:
+            self._waiting.append(line)
+            return
+        with self._reported():
+            self._file.write(line + "\n")
+
+    def open(self, *, after: int | None) -> None:
+        """Begin the file; with `after`, go on with it behind the event of this number."""
+        if self._path is None:
+            return
+        with self._reported():
+            if after is not None and self._path.exists():
+                self._forget(self._path, after)
+            self._file = self._path.open("w" if after is None else "a", buffering=1, encoding="utf-8")
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
+            self.write(line)
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a line that has been reported
+                self._file.close()
+
+    @staticmethod
+    def _forget(path: Path, after: int) -> None:
+        """Take from the end of the file what a run that was killed wrote behind the session that is gone on from."""
+        end, num_bytes = None, 0
+        with path.open("r+b") as file:
+            for line in file:
+                try:
+                    event = json.loads(line)
+                    is_later = isinstance(event, dict) and "event" in event and event["number"] > after
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    is_later = not line.endswith(b"\n")  # the last one, cut short
+                end = None if not is_later else num_bytes if end is None else end
+                num_bytes += len(line)
+            if end is not None:
+                file.truncate(end)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """A write that fails as one OutputError."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
 
 
 def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> Sink:
@@ -175,14 +263,20 @@ def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Numbers of the signals that came, Ctrl-C and SIGTERM; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Numbers of the signals that came, Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     caught: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def remember(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield caught
     finally:

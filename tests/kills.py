@@ -116,7 +116,7 @@ def _trial(
     if chance.random() < 0.5 and not video.endswith("/"):
         path.write_bytes(b"an older video, to be replaced when the new one is whole")
     for number in range(5):
-        arguments = ["resume", str(saved), "-q"] if saved.exists() else start
+        arguments = ["resume", str(saved), "--model", str(model), "-q"] if saved.exists() else start
         plan = _plan(chance, ("time", "state", "output", "time", "time")[(trial + number) % 5]) if number < 4 else None
         status = _wait(_start(engine, arguments, plan, folder / "log"), plan)
         if status == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -347,6 +348,51 @@ def _collect(run: VideoRun) -> torch.Tensor:
         expected += len(clean.latents)
         parts.append(clean.latents)
     return torch.cat(parts)
+
+
+@pytest.mark.parametrize("refine_steps", [None, 3])
+@pytest.mark.parametrize("name", PRESETS)
+def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, refine_steps, monkeypatch):
+    """In integers, over lengths: the state that is kept to be extended is one that any longer run has too."""
+    monkeypatch.setattr(Denoiser, "run", _count_steps)
+    monkeypatch.setattr(Reflection, "after_pass", lambda self, head, tail, then: then())
+    preset, window = PRESETS[name], 16 if "videocrafter2" in name else 21
+    config = preset.miga if refine_steps is None else dataclasses.replace(preset.miga, refine_steps=refine_steps)
+    steps = preset.sampling.num_inference_steps
+
+    def start(num_frames: int | None) -> VideoRun:
+        run = _run(config, num_frames, steps=steps, window=window)
+        run.denoiser.trace = []
+        return run
+
+    def state(run: VideoRun) -> Any:
+        return run.stage, run.head, run.tail, run.emitted, list(run.unified.done), run.store.step_index.tolist()
+
+    endless = start(None)
+    states = [state(endless)]
+    while endless.head < 220:
+        endless.tick()
+        states.append(state(endless))
+    for num_frames in [*range(1, 30), *range(30, 201, 9)]:
+        run, number = start(num_frames), 0
+        while not run.has_parted:
+            assert state(run) == states[number], num_frames
+            is_next = run.parts_next
+            run.tick()
+            number += 1
+            assert is_next == run.has_parted
+            assert run.denoiser.trace == endless.denoiser.trace[: len(run.denoiser.trace)] or run.has_parted
+        while run.stage != "done":
+            run.tick()
+        assert run.emitted == num_frames
+
+
+def _count_steps(self, windows, *, solver_stream=0, then=lambda: None):
+    """A pass in integers alone."""
+    for window in windows:
+        self.trace.append(window.committed.tolist())
+        self.store.step_index[window.committed] += 1
+    then()
 
 
 def _config(**options) -> MigaConfig:

@@ -166,6 +166,31 @@ def test_a_finished_run_made_longer_is_a_longer_run(engine, tmp_path, miga) -> N
     assert _frames(engine.resume(path)).numel() == 0  # and as it was asked for, it is complete
 
 
+@pytest.mark.parametrize("num_frames", [*range(57, 74, 4), 60])
+def test_any_length_made_longer_is_a_longer_run(engine, tmp_path, num_frames) -> None:
+    """A unified pass near the end of a run cuts otherwise than that of a longer one: over half of all lengths differed
+    where the state was kept only as the last frames were handed over."""
+    path = tmp_path / "run.safetensors"
+    stream = engine.stream("a red balloon", num_frames, **OPTIONS)
+    stream.save_every(None, path, keep_extension=True)
+    short = _frames(stream)
+    for longer in (num_frames + 1, num_frames + 12, num_frames + 40):
+        resumed = engine.resume(path, num_frames=longer)
+        whole = torch.cat([short[: resumed.num_frames_out], _frames(resumed)])
+        assert torch.equal(whole, _frames(engine.stream("a red balloon", longer, **OPTIONS))), longer
+
+
+@pytest.mark.parametrize(("num_frames", "longer"), [(89, 129)])
+def test_the_embedded_model_made_longer(tmp_path, num_frames, longer) -> None:
+    engine = Engine.from_pretrained("tiny", "cpu")
+    stream = engine.stream("a red balloon over snowy hills at dawn", num_frames)
+    stream.save_every(None, tmp_path / "run.safetensors", keep_extension=True)
+    short = _frames(stream)
+    resumed = engine.resume(tmp_path / "run.safetensors", num_frames=longer)
+    whole = torch.cat([short[: resumed.num_frames_out], _frames(resumed)])
+    assert torch.equal(whole, _frames(engine.stream("a red balloon over snowy hills at dawn", longer)))
+
+
 def test_a_run_saved_near_its_end_says_that_it_cannot_be_made_longer(engine, tmp_path) -> None:
     path = tmp_path / "run.safetensors"
     stream = engine.stream("a red balloon", 21, **OPTIONS)
@@ -504,7 +529,7 @@ def test_a_disk_that_fills_up(folder, tmp_path, whole_file, num_written, error, 
     assert f"cannot write {video}" in told
     assert "to go on from frame" in told
     assert "Traceback" not in told
-    assert _miga("resume", tmp_path / "video.session.safetensors", "-q") == 0
+    assert _miga("resume", tmp_path / "video.session.safetensors", "--model", folder, "-q") == 0
     assert np.array_equal(read_video(video), whole_file)
     assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
 
@@ -527,7 +552,9 @@ def test_a_full_disk_keeps_every_frame_that_was_made(folder, tmp_path, whole_fil
     numbers = load_session(saved).state.numbers
     assert numbers["output"]["num_frames"] < numbers["num_frames_out"]
     assert "No space left on device" in capsys.readouterr().err
-    assert _miga("resume", saved, "-q") == 0
+    assert _miga("resume", saved, "--model", folder, "-q") == 2  # the video does not lie beside it
+    assert f"name the video with --output {video}" in capsys.readouterr().err
+    assert _miga("resume", saved, "--model", folder, "-q", "--output", video) == 0
     assert video.stat().st_size == NUM_FRAMES * 32 * 48 * 3
 
 
@@ -568,14 +595,14 @@ def test_resume_and_extend_from_the_shell(folder, tmp_path, whole_file, capsys) 
     told = capsys.readouterr().out
     assert "frames               33 of 33 made" in told
     assert "can be extended      yes" in told
-    assert _miga("resume", saved, "-q") == 0  # complete already
-    assert _miga("resume", saved, "-q", "--num-frames", NUM_FRAMES) == 0
+    assert _miga("resume", saved, "--model", folder, "-q") == 0  # complete already
+    assert _miga("resume", saved, "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
     assert np.array_equal(read_video(video), whole_file)
     moved = tmp_path / "moved.mp4"
     video.rename(moved)
-    assert _miga("resume", saved, "-q", "--num-frames", 65) == 2
+    assert _miga("resume", saved, "--model", folder, "-q", "--num-frames", 65) == 2
     assert "it is gone; name the file with the frames made so far" in capsys.readouterr().err
-    assert _miga("resume", saved, "-q", "--num-frames", 65, "-o", moved) == 0
+    assert _miga("resume", saved, "--model", folder, "-q", "--num-frames", 65, "-o", moved) == 0
     assert len(read_video(moved)) == 65
 
 
@@ -591,7 +618,7 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with(folder, tmp_path, whole_file
     assert process.returncode in (128 + number, 0)  # 0: it was complete before it heard
     if process.returncode:
         assert "to go on from frame" in told
-        assert _miga("resume", tmp_path / "video.session.safetensors", "-q", "--events", events) == 0
+        assert _miga("resume", tmp_path / "video.session.safetensors", "--model", folder, "-q", "--events", events) == 0
     assert np.array_equal(read_video(video), whole_file)
     numbers = [json.loads(line) for line in events.read_text().splitlines()]
     assert sum(event["num_frames"] for event in numbers if event["event"] == "chunk") == NUM_FRAMES
@@ -604,7 +631,7 @@ def test_a_session_is_resumed_from_another_folder(folder, tmp_path, whole_file, 
     model = os.path.relpath(folder)
     assert _miga(*_generate(Path(model), "video.mp4", "--num-frames", 33, "--session", "run.safetensors")) == 0
     monkeypatch.chdir(tmp_path / "there")
-    assert _miga("resume", "../here/run.safetensors", "-q", "--num-frames", NUM_FRAMES) == 0
+    assert _miga("resume", "../here/run.safetensors", "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
     assert np.array_equal(read_video(tmp_path / "here" / "video.mp4"), whole_file)
 
 

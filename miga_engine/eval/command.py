@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.errors import ConfigError, MigaError
+from miga_engine.terminal import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,5 +200,5 @@ def _export(options: argparse.Namespace, load: Callable[[argparse.Namespace], tu
     engine, request = load(options)
     with tqdm(total=len(clips), unit="video", disable=None) as bar:
         made = export.export(engine, out, clips, files, on_clip=lambda clip: bar.update(), **request)
-    print(f"{out}: {len(clips)} videos, {made} of them made now; sh {out}/run.sh measures them", file=sys.stderr)
+    say(f"{out}: {len(clips)} videos, {made} of them made now; sh {out}/run.sh measures them")
     return 0

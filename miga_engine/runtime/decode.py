@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.device import indexed
+from miga_engine.runtime.interrupts import uninterrupted
 
 Push = Callable[[Tensor], Tensor]
 """A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]. A push that fails
@@ -34,16 +35,32 @@ class Decoding:
 
     With ``overlap`` a second thread decodes: the frames are the same bit for bit. What was put and not yet decoded is
     never lost: where ``push`` fails, the frames of all latents before come out first, then the error with its own type,
-    and ``undecoded`` is the rest.
+    and ``undecoded`` is the rest. An interrupt (KeyboardInterrupt, or what else a signal handler raises) is no failure:
+    the next call goes on.
+
+    ``state`` and ``load_state`` are those of the decoder behind ``push``: a latent frame whose picture is not kept
+    leaves it as it was before.
     """
 
-    def __init__(self, push: Push, *, overlap: bool) -> None:
+    def __init__(
+        self,
+        push: Push,
+        *,
+        overlap: bool,
+        state: Callable[[], dict[str, Tensor]] = dict,
+        load_state: Callable[[dict[str, Tensor]], None] = lambda state: None,
+    ) -> None:
         self.num_pending = 0
-        self._push = push
+        """Groups that were put and not decoded."""
+        self.ready: deque[Tensor] = deque()
+        """Frames uint8 ``[t,H,W,3]`` that came out and were not taken, group by group."""
+        self._push, self._state, self._load_state = push, state, load_state
         self._most_pending = 0
         self._failure: BaseException | None = None
         self._undecoded: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._outputs: queue.SimpleQueue[tuple[list[Tensor], BaseException | None]] = queue.SimpleQueue()
+        self._parts: list[Tensor] = []  # frames of the oldest group, latent by latent
+        self._decoded: deque[Tensor] = deque()
+        self._has_news = threading.Condition()
         self._jobs: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._is_stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -64,97 +81,130 @@ class Decoding:
 
     def close(self) -> None:
         """End the thread, after the latent frame at hand."""
-        self._is_stopped.set()
+        with self._has_news:
+            self._is_stopped.set()
+            self._has_news.notify_all()
         if self._thread is not None:
             self._jobs.put(False)
             self._thread.join()
             self._thread = None
             atexit.unregister(self.close)
 
-    def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
-        """Hand over the next latents ``[n,C,h,w]`` or none; the frames uint8 ``[t,H,W,3]`` that leave meanwhile.
+    def put(self, latents: Tensor) -> None:
+        """Hand over the next latents ``[n,C,h,w]``.
 
-        On CUDA the latents need only be queued on the current stream. They must not be written into afterwards.
+        On CUDA they need only be queued on the current stream. They must not be written into afterwards.
         """
-        if latents is not None:
-            ready = None
-            if latents.is_cuda:
-                ready = torch.cuda.Event()
-                ready.record(torch.cuda.current_stream(latents.device))
+        queued = None
+        if latents.is_cuda:
+            queued = torch.cuda.Event()
+            queued.record(torch.cuda.current_stream(latents.device))
+        with uninterrupted(), self._has_news:
             self.num_pending += 1
-            self._undecoded.append((latents, ready))
+            self._undecoded.append((latents, queued))
             self._jobs.put(True)
-        while self.num_pending > self._most_pending or not self._outputs.empty():
-            yield from self._take()
-            self._most_pending = MOST_PENDING if self._thread is not None else 0
+
+    def settle(self, most_pending: int | None = None) -> None:
+        """Wait until no more groups are under way than may be; what came out is in `ready`, also where this raises."""
+        if most_pending is None:
+            most_pending = self._most_pending
+        try:
+            if self._thread is None:
+                while self._is_to_wait(most_pending):
+                    self._decode_next()
+            else:
+                with self._has_news:
+                    while self._is_to_wait(most_pending):
+                        self._has_news.wait()
+        finally:
+            with uninterrupted():
+                while self._decoded:
+                    frames = self._decoded[0]
+                    if frames.is_cuda:  # allocated on the decoder's stream, used on the caller's
+                        frames.record_stream(torch.cuda.current_stream(frames.device))
+                    self.ready.append(self._decoded.popleft())
+                    self._most_pending = MOST_PENDING if self._thread is not None else 0
+        if self._failure is not None:
+            raise self._failure
+
+    def _is_to_wait(self, most_pending: int) -> bool:
+        return self.num_pending > most_pending and self._failure is None and not self._is_stopped.is_set()
+
+    def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
+        """`put` the next latents, or none, and take the frames uint8 ``[t,H,W,3]`` that leave meanwhile."""
+        if latents is not None:
+            self.put(latents)
+        yield from self._taken(None)
 
     def drain(self) -> Iterator[Tensor]:
         """The frames of all groups that were handed over, waited for."""
-        while self.num_pending:
-            yield from self._take()
+        yield from self._taken(0)
+
+    def _taken(self, most_pending: int | None) -> Iterator[Tensor]:
+        try:
+            self.settle(most_pending)
+        finally:
+            while self.ready:
+                yield self.ready.popleft()
 
     @property
     def undecoded(self) -> list[Tensor]:
-        """Latents that were handed over and not decoded, once `drain` has ended or failed."""
-        return [latents for latents, _ in self._undecoded]
-
-    def _take(self) -> list[Tensor]:
-        """Frames of the oldest group, finished on the device too; the error where there is nothing but it."""
-        if self._failure is not None:
-            raise self._failure
-        if self._thread is None:
-            self._decode_next()
-        frames, self._failure = self._outputs.get()
-        if self._failure is None:
-            self.num_pending -= 1
-        if not frames and self._failure is not None:
-            raise self._failure
-        for part in frames:
-            if part.is_cuda:  # allocated on the decoder's stream, used on the caller's
-                part.record_stream(torch.cuda.current_stream(part.device))
-        return frames
+        """Latents that were handed over and not decoded, once `settle` or `drain` has ended or failed."""
+        groups = [latents for latents, _ in self._undecoded]
+        return [groups[0][len(self._parts) :], *groups[1:]] if self._parts else groups
 
     def _run(self) -> None:
         # OpenMP counts threads by thread; asking makes torch set this one's count to the process's.
         torch.get_num_threads()
-        while self._jobs.get() and self._decode_next():
-            pass
+        while self._jobs.get() and not self._is_stopped.is_set() and self._failure is None:
+            self._decode_next()
 
-    def _decode_next(self) -> bool:
-        """Decode the oldest group, as far as it goes; False where that was not to its end."""
-        latents, ready = self._undecoded[0]
-        parts: list[Tensor] = []
+    def _decode_next(self) -> None:
+        """Decode what is left of the oldest group, as far as it goes; a failure is kept."""
+        latents, queued = self._undecoded[0]
         failure: BaseException | None = None
-        num_latents, num_decoded = len(latents), 0
+        parts = self._parts
         try:
             # Handed on only when finished: a caller that waited in its stream would hold up the network, and the number
             # of pending groups would not bound the work. The latents live until then: their memory is not reused early.
-            with decoding_stream(latents.device, after=ready):
+            with decoding_stream(latents.device, after=queued):
                 try:
-                    self._decode(latents, parts)
+                    self._decode(latents[len(self._parts) :])
                 finally:
-                    num_decoded = len(parts)
-                    if num_decoded > 1:
+                    parts = self._parts
+                    if len(parts) > 1:
                         parts = [torch.cat(parts)]  # where memory is short for it, they stay apart
         except BaseException as error:
+            if self._thread is None and not isinstance(error, Exception):
+                raise  # an interrupt of the caller's
             failure = error
-        if num_decoded == num_latents:
-            self._undecoded.popleft()
-            if failure is not None and parts:  # nothing but the joining failed, and no frame is missing
-                failure = None
-        else:
-            self._undecoded[0] = (latents[num_decoded:], ready)
-        del latents
-        self._outputs.put((parts, failure))
-        return failure is None
+        is_whole = len(self._parts) == len(latents)
+        with uninterrupted(), self._has_news:
+            self._decoded.extend(parts)
+            if is_whole:
+                self._undecoded.popleft()
+                self.num_pending -= 1
+            else:
+                self._undecoded[0] = (latents[len(self._parts) :], queued)
+                self._failure = failure
+            self._parts = []
+            self._has_news.notify_all()
 
-    def _decode(self, latents: Tensor, parts: list[Tensor]) -> None:
+    def _decode(self, latents: Tensor) -> None:
         """One latent frame at a time, until stopped."""
         with torch.no_grad():
             for latent in latents:
                 if self._is_stopped.is_set():
                     break
-                parts.append(to_uint8(self._push(latent[None, :, None])[0]))
+                before, num_parts = self._state(), len(self._parts)
+                try:
+                    frames = to_uint8(self._push(latent[None, :, None])[0])
+                    with uninterrupted():
+                        self._parts.append(frames)
+                except BaseException:
+                    if len(self._parts) == num_parts:
+                        self._load_state(before)
+                    raise
 
 
 def to_uint8(frames: Tensor) -> Tensor:

@@ -128,8 +128,6 @@ class Denoiser:
         self.emit = emit
         self.ranks = ranks
         self.num_forwards = 0
-        self.is_intact = True
-        """Whether the state is as it was between two passes; False from an update that failed on."""
         self._parts_done = 0
         self._checks: list[_Check] = []
         self._num_branches = 1 if self.guidance_scale == 1.0 else 2
@@ -141,22 +139,29 @@ class Denoiser:
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
         self._graphs = _Graphs(store.device, emit) if capture and store.device.type == "cuda" else None
 
-    def run(self, windows: Sequence[Window], *, solver_stream: int = 0) -> None:
+    def run(
+        self, windows: Sequence[Window], *, solver_stream: int = 0, then: Callable[[], None] = lambda: None
+    ) -> None:
         """Advance every committed frame of ``windows`` by one step.
 
         ``solver_stream`` separates the noise of a stochastic solver between stages that visit the same level twice.
+        ``then`` notes that the pass is done, as one with its last update: broken off anywhere, the pass is either still
+        to do or done, and so is each window of a sequential one.
         """
         parts = [[window] for window in windows] if self.order == "sequential" else [windows] if windows else []
+        if not parts:
+            then()
         with current_device(self.store.device):
             for number in range(self._parts_done, len(parts)):
                 slots = np.concatenate([window.committed for window in parts[number]])
                 self._forward_all(parts[number])
-                self.is_intact = False
                 self._note_finite(parts[number], slots, first_window=number)
-                self._update(slots, solver_stream)
-                self._parts_done = number + 1
-                self.is_intact = True
-        self._parts_done = 0
+                update = self._prepared_update(slots, solver_stream)
+                with self.store.changing():
+                    update()
+                    self._parts_done = (number + 1) % len(parts)
+                    if number + 1 == len(parts):
+                        then()
 
     def forget_parts(self) -> None:
         """Begin the next pass at its first window, whatever an earlier one left."""
@@ -177,10 +182,11 @@ class Denoiser:
 
     def check_finite(self) -> None:
         """NumericsError if the network gave NaN or infinity since the last call: one wait for the device."""
-        checks, self._checks = self._checks, []
+        checks = list(self._checks)
         if not checks or bool((is_finite := torch.cat([check.sums for check in checks], dim=1).isfinite()).all()):
+            self._checks.clear()
             return
-        self.is_intact = False
+        self.store.is_intact = False
         row = int((~is_finite).any(0).nonzero()[0])
         frame = np.concatenate([check.frames for check in checks])[row]
         step = np.concatenate([check.steps for check in checks])[row]
@@ -298,7 +304,8 @@ class Denoiser:
         output = output.transpose(1, 2).reshape(self._num_branches, per_kept, *self.store.frame_shape)
         self._outputs.index_copy_(1, target, output.to(self._outputs.dtype))
 
-    def _update(self, slots: np.ndarray, solver_stream: int) -> None:
+    def _prepared_update(self, slots: np.ndarray, solver_stream: int) -> Callable[[], None]:
+        """The update of these frames, for which nothing is left to be made."""
         store, count = self.store, len(slots)
         steps = store.step_index[slots]
         noise: Tensor | FrameNoise | None = None
@@ -307,22 +314,27 @@ class Denoiser:
             draw = self.noise.undrawn if isinstance(self.noise, CounterNoise) else self.noise
             noise = draw(Purpose.SOLVER, store.frame_number[slots], stream=(solver_stream << 16) + steps)
         index = store.index(np.concatenate([slots, steps, store.history_length[slots]])).view(3, count)
-        ops.sampler_update(
-            store.sample,
-            store.last_sample,
-            store.x0,
-            store.x0_previous,
-            self._outputs[0, :count],
-            self._outputs[1, :count] if self._num_branches == 2 else None,
-            slots=index[0],
-            coefficients=self._coefficients,
-            step_index=index[1],
-            history_length=index[2],
-            guidance_scale=self.guidance_scale,
-            noise=noise,
-        )
-        store.step_index[slots] += 1
-        store.history_length[slots] = np.minimum(store.history_length[slots] + 1, 2)
+        history_length = np.minimum(store.history_length[slots] + 1, 2)
+
+        def update() -> None:
+            ops.sampler_update(
+                store.sample,
+                store.last_sample,
+                store.x0,
+                store.x0_previous,
+                self._outputs[0, :count],
+                self._outputs[1, :count] if self._num_branches == 2 else None,
+                slots=index[0],
+                coefficients=self._coefficients,
+                step_index=index[1],
+                history_length=index[2],
+                guidance_scale=self.guidance_scale,
+                noise=noise,
+            )
+            store.step_index[slots] = steps + 1
+            store.history_length[slots] = history_length
+
+        return update
 
 
 def _split(windows: Sequence[Window], limit: int) -> list[range]:

@@ -7,12 +7,14 @@ because the plan needs them there; the tensors never leave the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from miga_engine.device import to_device
+from miga_engine.runtime.interrupts import uninterrupted
 
 
 class FrameStore:
@@ -43,6 +45,17 @@ class FrameStore:
         self.history_length = np.zeros(rows, dtype=np.int64)
         self.prompt_row = np.zeros(rows, dtype=np.int64)
         self.frame_number = np.zeros(rows, dtype=np.int64)
+        self.is_intact = True
+        """Whether no change was broken off: False from one that failed half-way on."""
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """A change of the run's state that happens as a whole; what can fail is to be computed before it."""
+        is_outermost = self.is_intact
+        with uninterrupted():
+            self.is_intact = False
+            yield
+            self.is_intact = is_outermost
 
     def slots(self, frame_numbers: Sequence[int] | np.ndarray | range) -> np.ndarray:
         """Ring slots of the frames with these numbers (numbers may be negative: FIFO's copies of frame 0)."""

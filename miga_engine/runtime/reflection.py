@@ -48,25 +48,29 @@ class Reflection:
         """Scratch slots a search needs: every candidate ends with judge_step groups."""
         return config.candidates * config.judge_step * config.zigzag_width if config.self_reflection else 0
 
-    def after_pass(self, head: int, tail: int) -> None:
-        """Judge the queue of frames ``head … tail − 1`` after a pass, before anything is popped or pushed."""
+    def after_pass(self, head: int, tail: int, then: Callable[[], None] = lambda: None) -> None:
+        """Judge the queue of frames ``head … tail − 1`` after a pass, before anything is popped or pushed.
+
+        ``then`` notes that it is done, as one with what it changes.
+        """
         config, store = self.config, self.denoiser.store
         self.denoiser.forget_parts()
         width = config.zigzag_width
         head_step = int(store.step_index[store.slots([head])[0]])
         group = head_step - config.judge_step
-        if group < config.reference_groups:
-            return
         judged = range(head + group * width, head + (group + 1) * width)
-        if judged.stop > tail:
+        if group < config.reference_groups or judged.stop > tail:
+            then()
             return
         reference = store.slots(range(judged.start - config.reference_groups * width, judged.start))
         score = float(self._score(reference, store.slots(judged)[None])[0])
         self.emit("score", frame=judged.start, score=score, previous=self.previous_score)
         if self.previous_score is None or self.previous_score - score <= config.score_drop:
-            self.previous_score = score
+            with store.changing():
+                self.previous_score = score
+                then()
             return
-        self._search(reference, judged.start, score)
+        self._search(reference, judged.start, score, then)
 
     def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
         """Scores ``[k]`` of the candidate groups ``slots [k, m]`` against the reference ``slots [n]``."""
@@ -76,7 +80,7 @@ class Reflection:
             values[store.index(reference)], values[store.index(candidates)], channels=self.config.channels
         )
 
-    def _search(self, reference: np.ndarray, first: int, score: float) -> None:
+    def _search(self, reference: np.ndarray, first: int, score: float, then: Callable[[], None]) -> None:
         """Try ``candidates`` continuations of the reference; C₀ becomes the score of the one that stays.
 
         A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on.
@@ -103,10 +107,12 @@ class Reflection:
         best = int(scores.argmax())
         best_score = float(scores[best])
         adopted = best_score > score
-        if adopted:
-            store.copy(slots[best], store.slots(numbers))
-        self.previous_score = best_score if adopted else score
-        self.num_searches += 1
+        with store.changing():
+            if adopted:
+                store.copy(slots[best], store.slots(numbers))
+            self.previous_score = best_score if adopted else score
+            self.num_searches += 1
+            then()
         self.emit(
             "search_finished",
             frame=first,

@@ -2,19 +2,25 @@
 
 The tensors' names begin with ``state/`` or ``extension/``; the metadata hold the format's version, the record (JSON)
 and a SHA-256 of record and tensors. A file that is replaced stays beside it as ``name.previous.safetensors``; it is
-read where the newer one is damaged.
+read where the newer one is damaged. Nothing else is ever replaced.
+
+A session file may be a stranger's. Reading it checks the types of all that it holds, and `run_state` the values, before
+anything is built from it; where the run may write is not for the file to say (docs/files.md).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
-import logging
 import os
 import reprlib
+import secrets
+import shlex
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +30,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miga_engine.errors import MigaError, OutputError, SessionError
-from miga_engine.runtime.stages import DONE, FLUSH
+from miga_engine.device import is_out_of_memory
+from miga_engine.errors import ConfigError, MigaError, OutputError, SessionError
+from miga_engine.prompts import MAX_PROMPTS
+from miga_engine.runtime.drift import NUM_LEVELS
 
-VERSION = 1
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+VERSION = 2
 SUFFIX = ".safetensors"
 
 _FORMAT = "miga_engine session"
-_log = logging.getLogger("miga_engine")
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class State:
     @property
     def has_parted(self) -> bool:
         """Whether the end of the run had begun to shape it."""
-        return self.numbers["run"]["stage"] in (FLUSH, DONE)
+        return bool(self.numbers["run"]["has_parted"])
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,14 @@ class Session:
     """What a session file holds.
 
     ``request`` and ``model`` say what was asked for and what computed it; ``extension`` is the last moment from which
-    the run could still be made longer, where ``state`` is past it.
+    the run could still be made longer, where ``state`` is past it. ``warning`` says what was amiss with the file.
     """
 
     request: dict[str, Any]
     model: dict[str, Any]
     state: State
     extension: State | None = None
+    warning: str | None = None
 
 
 def previous_path(path: Path) -> Path:
@@ -67,13 +80,23 @@ def previous_path(path: Path) -> Path:
 
 
 def check_session_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if a session file can be named so; OutputError otherwise."""
+    """The path, if a session file can be written there that replaces nothing but others; OutputError if not."""
     target = Path(path)
     if target.suffix != SUFFIX or target.is_dir():
         raise OutputError(f"cannot write {target}: name a session file something{SUFFIX}")
     if not target.parent.is_dir():
         raise OutputError(f"cannot write {target}: the folder {target.parent} does not exist")
+    for known in (target, previous_path(target)):
+        if os.path.lexists(known) and not _may_be_replaced(known):
+            raise OutputError(f"cannot write {target}: {known} is there and is no session file; choose another name")
     return target
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """A session file, one of which the newer one was found damaged, or an empty file, as `mkstemp` makes them."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    return path.stat().st_size == 0 or is_session(path) or is_session(previous_path(path))
 
 
 def save_session(path: str | os.PathLike[str], session: Session) -> None:
@@ -94,13 +117,15 @@ def save_session(path: str | os.PathLike[str], session: Session) -> None:
         }
     )
     metadata = {"format": _FORMAT, "version": str(VERSION), "record": record, "sha256": _checksum(record, tensors)}
-    folder = _scratch_folder(target)
-    beside = folder / target.name
     try:
+        # A folder, for safetensors has a nameless file of its own beside the one it writes, which would stay where a
+        # process is killed; made anew, under a name that nobody can have put a link at.
+        folder = Path(tempfile.mkdtemp(prefix=_scratch_prefix(target), suffix=_SCRATCH_SUFFIX, dir=target.parent))
+        beside = folder / target.name
         try:
-            folder.mkdir(exist_ok=True)
             save_file(tensors, beside, metadata)
             _flush_to_disk(beside)
+            beside.chmod(_mode_of_new_files(folder))
             if target.exists():
                 _keep_previous(target)
             beside.replace(target)
@@ -115,7 +140,7 @@ def save_session(path: str | os.PathLike[str], session: Session) -> None:
 def load_session(path: str | os.PathLike[str]) -> Session:
     """Read and check a session file; SessionError with one sentence where it cannot be used.
 
-    A damaged file is passed over for the one before it, with a warning in the log.
+    A damaged file is passed over for the one before it, which `Session.warning` says.
     """
     target = Path(path)
     try:
@@ -124,15 +149,69 @@ def load_session(path: str | os.PathLike[str]) -> Session:
         if not os.path.exists(target) or not os.path.exists(previous_path(target)):
             raise
         session = _read(previous_path(target))
-        _log.warning("%s; going on from %s", error, previous_path(target))
-        return session
+        return dataclasses.replace(session, warning=f"{error}; going on from {previous_path(target)}")
 
 
 def remove_session(path: str | os.PathLike[str]) -> None:
-    """Delete the file, what it replaced, and what a killed process left of a newer one."""
-    Path(path).unlink(missing_ok=True)
-    previous_path(Path(path)).unlink(missing_ok=True)
-    shutil.rmtree(_scratch_folder(Path(path)), ignore_errors=True)
+    """Delete the file and what it replaced; nothing but session files."""
+    target = Path(path)
+    for known in (target, previous_path(target)):
+        if os.path.lexists(known) and _may_be_replaced(known):
+            known.unlink(missing_ok=True)
+    _remove_leftovers(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete what a killed process left of a session file that it was writing."""
+    start = _scratch_prefix(target)
+    for entry in os.scandir(target.parent):
+        if entry.name.startswith(start) and entry.name.endswith(_SCRATCH_SUFFIX):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                Path(entry.path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """The session file for this process alone; SessionError where another one is at it.
+
+    The lock lies beside it, goes with the process however that ends, and is deleted. Where the file system has no
+    locks, nothing is locked. What a killed process left of a file that it was writing is deleted.
+    """
+    if fcntl is None:
+        yield
+        return
+    name = Path(path).with_name(f".{Path(path).name}.lock")
+    while True:
+        try:
+            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError:  # a folder that is read-only, which is for the session file itself to say
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise SessionError(
+                f"another process is making the video of {path}: wait until it has ended, or stop it"
+            ) from None
+        except OSError:
+            os.close(lock)
+            yield
+            return
+        try:
+            if os.path.samestat(os.fstat(lock), os.stat(name, follow_symlinks=False)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # it was deleted by the one that had it before
+    try:
+        _remove_leftovers(Path(path))
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def is_session(path: str | os.PathLike[str]) -> bool:
@@ -163,6 +242,48 @@ def describe_session(session: Session) -> list[tuple[str, str]]:
         ("searches", str(run["num_searches"])),
         ("can be extended", "yes" if session.extension or not session.state.has_parted else "no"),
     ]  # fmt: skip
+
+
+def model_of_session(path: str | os.PathLike[str], session: Session) -> str:
+    """The model to go on with where the caller names none: the embedded one, or one beside or below the session file.
+
+    What else the file says may be a stranger's: ConfigError, with what to give.
+    """
+    recorded, folder = session.model["name"], os.path.realpath(Path(path).absolute().parent)
+    if recorded == "tiny":
+        return recorded
+    if os.path.commonpath([folder, os.path.realpath(recorded)]) == folder:
+        return recorded
+    if os.path.exists(beside := os.path.join(folder, os.path.basename(recorded))):
+        return beside
+    raise ConfigError(
+        f"the session {path} was made with the model at {recorded}, which does not lie beside it: name the model with "
+        f"--model {shlex.quote(recorded)}"
+    )
+
+
+def video_of_session(path: str | os.PathLike[str], session: Session) -> str:
+    """The video to go on with where the caller names none: the one of its name beside the session file.
+
+    Where else the file says that it is may be a stranger's: ConfigError, with what to give.
+    """
+    recorded = (session.state.numbers["output"] or {}).get("path")
+    if recorded is None:
+        raise ConfigError(f"the session {path} does not say where its video is: give --output")
+    folder = Path(os.path.realpath(Path(path).absolute().parent))
+    num_parts = 2 if recorded.lower().endswith(".png") else 1  # a sequence lies in a folder of its own
+    parts = Path(recorded).parts[-num_parts:]
+    beside = folder.joinpath(*parts)
+    is_there = (beside.parent if num_parts == 2 else beside).exists()
+    if ".." in parts or (os.path.realpath(Path(recorded).parents[num_parts - 1]) != str(folder) and not is_there):
+        raise ConfigError(
+            f"the session {path} has its video at {recorded}, which does not lie beside it: name the video with "
+            f"--output {shlex.quote(recorded)}"
+        )
+    for known in (beside, beside.parent) if num_parts == 2 else (beside,):
+        if known.is_symlink():
+            raise ConfigError(f"{known} is a link: name the video of the session {path} with --output")
+    return str(beside)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -198,13 +319,13 @@ def _read(path: Path) -> Session:
         if metadata["sha256"] != _checksum(record_text, tensors):
             raise SessionError(f"{path} is damaged, its checksum does not fit: resume from another copy")
         record = json.loads(record_text)
+        _check_types(record)
         states = {
             part: None if record[part] is None else State(dict(record[part]), _part_of(tensors, part))
             for part in ("state", "extension")
         }
         state = states["state"]
-        if state is None:
-            raise KeyError("state")
+        assert state is not None
         return Session(dict(record["request"]), dict(record["model"]), state, states["extension"])
     except FileNotFoundError as error:
         raise SessionError(
@@ -212,18 +333,76 @@ def _read(path: Path) -> Session:
         ) from error
     except SessionError:
         raise
-    except (OSError, SafetensorError, RuntimeError, MemoryError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, MemoryError, LookupError, TypeError, ValueError) as error:
         raise SessionError(f"{path} is not a session file that can be read: resume from another copy") from error
 
 
-def guarded(path: str | os.PathLike[str], load: Callable[[], None]) -> None:
-    """Run `load`, which takes a session's content apart; whatever is wrong in there is one SessionError."""
+@contextlib.contextmanager
+def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever turns out to be wrong with a session's content is one SessionError that names the file."""
     try:
-        load()
-    except MigaError:
+        yield
+    except ConfigError as error:
+        raise SessionError(f"{path} asks for what cannot be: {error}") from error
+    except (MigaError, MemoryError):
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise SessionError(f"{path} does not hold a run that can be gone on with: resume from another copy") from error
+
+
+_MOST_CHARACTERS = 4096
+_MOST_NUMBER = 2**53
+_MODEL_TEXTS = ("name", "preset", "dtype", "vae_dtype", "attention", "transformer", "VAE", "device", "torch",
+                "miga_engine")  # fmt: skip
+_RUN_NUMBERS = ("head", "tail", "first", "num_passes", "emitted", "num_searches", "num_forwards", "parts_done",
+                "window_batch", "share_windows")  # fmt: skip
+
+
+def _check_types(record: dict[str, Any]) -> None:
+    """ValueError or KeyError unless everything that is read of a record is there and of its type."""
+    request, model = record["request"], record["model"]
+    _require(isinstance(request, dict) and isinstance(model, dict))
+    for name in ("prompt", "miga"):
+        _require(isinstance(request[name], dict))
+    _require(all(isinstance(text, str) and len(frame) < 20 for frame, text in request["prompt"].items()))
+    for name in _MODEL_TEXTS:
+        _require(isinstance(model[name], str) and len(model[name]) <= _MOST_CHARACTERS)
+    _require(isinstance(model.get("CPU", ""), str) and isinstance(model["compile"], bool))
+    choices = model["attention_choices"]
+    _require(isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values()))
+    _check_state_types(record["state"])
+    if record["extension"] is not None:
+        _check_state_types(record["extension"])
+
+
+def _check_state_types(numbers: Any) -> None:
+    run = numbers["run"]
+    for name in _RUN_NUMBERS:
+        _require(_is_whole(run[name], -_MOST_NUMBER))
+    _require(isinstance(run["stage"], str) and isinstance(run["next"], str) and isinstance(run["has_parted"], bool))
+    for name in ("num_frames_out", "num_chunks", "num_events"):
+        _require(_is_whole(numbers[name], 0))
+    _require(isinstance(numbers["keeps_extension"], bool) and isinstance(numbers["drift"], dict))
+    for entry, levels in numbers["drift"].items():
+        _require(0 <= int(entry) <= MAX_PROMPTS and len(levels) == 3 and all(len(row) == NUM_LEVELS for row in levels))
+        _require(all(type(share) is float and 0 <= share <= 1.001 for row in levels for share in row))
+    output = numbers["output"]
+    if output is not None:
+        _require(_is_whole(output["num_frames"], 0))
+        for name, value in output.items():
+            is_text = isinstance(value, str) and len(value) <= _MOST_CHARACTERS and "\0" not in value
+            _require(value is None or is_text or (name == "num_frames"))
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_NUMBER
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError("a record of a session")
 
 
 def _part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -241,17 +420,24 @@ def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _scratch_folder(target: Path) -> Path:
-    """Where the file is written before it takes its place: a folder, for safetensors has a nameless file of its own
-    beside the one it writes, which would stay where a process is killed."""
-    return target.with_name(f".{target.name}.part")
+_SCRATCH_SUFFIX = ".part"
+
+
+def _scratch_prefix(target: Path) -> str:
+    """How the folders begin in which the file is written before it takes its place."""
+    return f".{target.name}."
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """As of a file that `open` creates; asking for the umask itself would change it for a moment."""
+    with (folder / "mode").open("x") as file:
+        return os.fstat(file.fileno()).st_mode & 0o777
 
 
 def _keep_previous(target: Path) -> None:
     """Give the file its second name while it keeps the first; on file systems without links, move it."""
     previous = previous_path(target)
-    beside = previous.with_name(f".{previous.name}.part")
-    beside.unlink(missing_ok=True)
+    beside = target.with_name(f"{_scratch_prefix(target)}{secrets.token_hex(4)}{_SCRATCH_SUFFIX}")
     try:
         os.link(target, beside)
     except OSError:

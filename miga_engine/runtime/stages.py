@@ -8,6 +8,8 @@ it returns the latent frames that became clean. Memory does not depend on the le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +26,8 @@ from miga_engine.runtime.window_plan import guidance_indices, next_cut, plan_win
 from miga_engine.schedule import Schedule, add_noise
 
 SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
-_PUSH, _QUEUE, _JUDGE, _UNIFIED = "push", "queue", "judge", "unified"
-"""What a tick does next. A forward that fails leaves it, and all of the state, as it was before its pass."""
+PUSH, QUEUE, JUDGE, POP, UNIFIED = "push", "queue", "judge", "pop", "unified"
+"""What a tick does next; it moves on as one with the change of the state that it names."""
 
 _STREAMS = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
 """Solver-noise streams: stages that visit the same (frame, step) twice must not draw the same noise."""
@@ -80,6 +82,78 @@ class UnifiedPasses:
         return blocks
 
 
+@dataclass(frozen=True)
+class RunLayout:
+    """Where the frames of a run lie, in integers that follow from its options alone.
+
+    ``num_steps`` of the schedule, ``window_frames`` that the network takes at once, ``num_frames`` latent frames to
+    deliver, None = endless.
+    """
+
+    config: MigaConfig
+    num_steps: int
+    window_frames: int
+    num_frames: int | None
+
+    @property
+    def end(self) -> int | None:
+        """Frames of the unified passes: a request shorter than the clip the network was trained on is denoised as a
+        full clip and cut afterwards."""
+        return None if self.num_frames is None else max(self.num_frames, self.window_frames)
+
+    @property
+    def handoff_step(self) -> int:
+        """Step at which a frame leaves the queue for the unified passes."""
+        return self.num_steps - self.config.stage2_steps
+
+    @property
+    def num_levels(self) -> int:
+        """Unified passes a frame goes through, those of refine included."""
+        return self.config.stage2_steps + self.config.refine_steps
+
+    @cached_property
+    def stride(self) -> int:
+        """Frames between two windows of a pass."""
+        window = self.window_frames
+        return self.config.stride or min(max(1, window // 2), window - self.config.guidance_frames)
+
+    @property
+    def padding(self) -> int:
+        """Frames before the queue that a trailing commit reads."""
+        return self.window_frames - self.stride if self.config.commit == "trailing" else 0
+
+    @property
+    def first_head(self) -> int:
+        """Number of the frame at the head of the first queue; below 0 where it holds copies of frame 0."""
+        if self.config.warmup != "copies":
+            return 0
+        return min(0, self.window_frames - self.handoff_step * self.config.zigzag_width)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the ring: the queue, the wavefront behind it, and the padding."""
+        width, window = self.config.zigzag_width, self.window_frames
+        wavefront = self.num_levels * (window + self.stride) + window + width
+        return width * (self.handoff_step + 1) + wavefront + self.padding
+
+    @property
+    def num_anchors(self) -> int:
+        """Scratch slots, behind those of the searches, that a state includes."""
+        return int(self.config.guidance_anchor)
+
+    def has_parted(self, head: int) -> bool:
+        """Whether the end has begun to shape a run whose queue has come so far. Until then it is a longer run.
+
+        A unified window that ends at the head may commit up to ``stride`` frames, and no cut lies beyond the last
+        window; frames beyond the last are not delivered.
+        """
+        return (
+            self.end is not None
+            and self.num_frames is not None
+            and head > min(self.end - self.stride, self.num_frames - 1)
+        )
+
+
 class VideoRun:
     """One endless or finite run over a network, as a sequence of ticks.
 
@@ -114,6 +188,7 @@ class VideoRun:
         ranks: Ranks | None = None,
     ) -> None:
         config.check(schedule.num_steps, window_frames)
+        self.layout = layout = RunLayout(config, schedule.num_steps, window_frames, num_frames)
         self.schedule = schedule
         self.config = config
         self.window_frames = window_frames
@@ -121,21 +196,12 @@ class VideoRun:
         self.prompt_row = prompt_row
         self.emit = emit
         self.num_frames = num_frames
-        self.handoff_step = schedule.num_steps - config.stage2_steps
-        self.stride = config.stride or min(max(1, window_frames // 2), window_frames - config.guidance_frames)
-        # A request shorter than the clip the network was trained on is denoised as a full clip and cut afterwards.
-        unified_frames = None if num_frames is None else max(num_frames, window_frames)
+        self.handoff_step, self.stride, self.padding = layout.handoff_step, layout.stride, layout.padding
         self.unified = UnifiedPasses(
-            config.stage2_steps, config.refine_steps, window_frames, self.stride, config.moving_phase, unified_frames
+            config.stage2_steps, config.refine_steps, window_frames, self.stride, config.moving_phase, layout.end
         )
-        self.padding = window_frames - self.stride if config.commit == "trailing" else 0
-        width = config.zigzag_width
-        queue = width * (self.handoff_step + 1)
-        wavefront = self.unified.num_levels * (window_frames + self.stride) + window_frames + width
-        search_frames, num_anchors = Reflection.scratch_frames(config), int(config.guidance_anchor)
-        self.store = FrameStore(
-            queue + wavefront + self.padding, frame_shape, device, scratch=search_frames + num_anchors
-        )
+        search_frames, num_anchors = Reflection.scratch_frames(config), layout.num_anchors
+        self.store = FrameStore(layout.capacity, frame_shape, device, scratch=search_frames + num_anchors)
         self._anchor = self.store.scratch_slots(search_frames, num_anchors)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
@@ -146,12 +212,14 @@ class VideoRun:
         if config.self_reflection:
             self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, self._anchor)
         self.stage = SEED_CLIP
-        self._next = _PUSH
+        self._next = PUSH
         self._announced = ""
         self.head = 0
         self.tail = 0
         self.num_passes = 0
         self.emitted = 0
+        self.newest: CleanLatents | None = None
+        """What the last tick that gave any gave: nothing is lost where its caller was interrupted."""
 
     def __iter__(self) -> Iterator[CleanLatents]:
         while self.stage != DONE:
@@ -163,8 +231,16 @@ class VideoRun:
         """One unit of work; the latent frames that became clean by it, or None.
 
         Raises NumericsError where the network gave NaN or infinity; those frames never become clean. After any other
-        error of the network the same tick can be tried again, here or where `state` was loaded.
+        error, an interrupt or one of ``emit`` included, the tick can be gone on with, here or where `state` was loaded;
+        SessionError where it cannot, for a change of the state itself was broken off.
         """
+        if not self.store.is_intact:
+            raise SessionError(
+                "the run stopped in the middle of an update and cannot go on: resume it from its last session file"
+            )
+        if self._num_finished > self.emitted:  # by a tick that was interrupted just before its end
+            self.denoiser.check_finite()
+            return self._take_clean()
         if self.stage != self._announced:
             self._announced = self.stage
             self.emit("stage", stage=self.stage, head=self.head, tail=self.tail)
@@ -177,18 +253,18 @@ class VideoRun:
         elif self.stage == FLUSH and not self._unified_pass():
             self.stage = DONE
         self.denoiser.check_finite()
-        return self._emit_clean()
+        return self._take_clean()
 
     @property
     def parts_next(self) -> bool:
-        """Whether the next tick is the first that a longer run, or an endless one, would do otherwise."""
-        end = self.unified.num_frames
-        return end is not None and self.stage == STAGE1 and self.head + self.config.zigzag_width >= end
+        """Whether the next tick is the first that a longer run, or an endless one, may do otherwise."""
+        next_head = self.head + self.config.zigzag_width
+        return self.stage == STAGE1 and not self.has_parted and self.layout.has_parted(next_head)
 
     @property
     def has_parted(self) -> bool:
         """Whether the end of the run has begun to shape it: it can be finished from here, and not made longer."""
-        return self.stage in (FLUSH, DONE)
+        return self.stage in (FLUSH, DONE) or self.layout.has_parted(self.head)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, numbers) that the following ticks depend on, beside what the run was made from.
@@ -201,6 +277,7 @@ class VideoRun:
         numbers = {
             "stage": self.stage,
             "next": self._next,
+            "has_parted": self.has_parted,
             "head": self.head,
             "tail": self.tail,
             "first": first,
@@ -214,14 +291,12 @@ class VideoRun:
         return self.store.rows(self._kept_slots(range(first, self.tail))), numbers
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer."""
+        """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer.
+
+        What comes out of a file is first to go through `run_state.check_run_state`.
+        """
         frames = range(numbers["first"], numbers["tail"])
-        if len(frames) > self.store.capacity or len(numbers["unified"]) != self.unified.num_levels:
-            raise SessionError("the saved run does not fit its own configuration: the session file is damaged")
         self.store.put_rows(self._kept_slots(frames), tensors)
-        end = self.unified.num_frames
-        if end is not None and numbers["stage"] == STAGE1 and numbers["head"] >= end:
-            raise SessionError("the saved run has gone past the end that is asked for now: give a larger --num-frames")
         self.stage, self._next = numbers["stage"], numbers["next"]
         self.head, self.tail = numbers["head"], numbers["tail"]
         self.num_passes, self.emitted = numbers["num_passes"], numbers["emitted"]
@@ -240,53 +315,50 @@ class VideoRun:
     def _tick_seed_clip(self) -> None:
         """An ordinary clip of ``window_frames`` frames; its clean frames then start the queue."""
         frames = range(self.window_frames)
-        if self._next == _PUSH:
-            self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)))
-            self._next = _QUEUE
+        if self._next == PUSH:
+            self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)), then=QUEUE)
         slots = self.store.slots(frames)
-        self.denoiser.run([Window(slots, 0, len(slots))], solver_stream=_STREAMS[SEED_CLIP])
+        if self.store.step_index[slots[0]] < self.schedule.num_steps:
+            self.denoiser.run([Window(slots, 0, len(slots))], solver_stream=_STREAMS[SEED_CLIP])
         if self.store.step_index[slots[0]] == self.schedule.num_steps:
             self._start_queue(self.store.sample[self.store.index(slots)])
 
     def _start_queue(self, clip: torch.Tensor) -> None:
         """Re-noise the seed clip to the noisiest levels, one level a group of zigzag_width frames."""
-        width = self.config.zigzag_width
-        if self.config.guidance_anchor:
-            self._set_anchor(0, clip[:1])
+        width, head = self.config.zigzag_width, self.layout.first_head
         if self.config.warmup == "copies":
             num_groups = self.handoff_step
             steps = np.arange(num_groups - 1, -1, -1).repeat(width)
-            self.head = min(0, self.window_frames - num_groups * width)
-            self.stage, self._next = STAGE1, _QUEUE
+            stage, then = STAGE1, QUEUE
         else:
             num_groups = min(self.window_frames // width, self.handoff_step - 1)
             steps = np.arange(num_groups, 0, -1).repeat(width)
-            self.head = 0
-            self.stage, self._next = WARMUP, _PUSH
-        numbers = np.arange(self.head, self.head + num_groups * width)
+            stage, then = WARMUP, PUSH
+        numbers = np.arange(head, head + num_groups * width)
         sources = torch.from_numpy(numbers.clip(0, self.window_frames - 1)).to(clip.device)
         noise = self.noise(Purpose.WARMUP, numbers)
         noised = add_noise(self.schedule, clip[sources], noise, torch.from_numpy(steps))
-        self._push(range(self.head, self.head + num_groups * width), noised, step_index=steps)
-        if self.padding:
-            padding = range(self.head - self.padding, self.head)
-            before = torch.from_numpy(np.asarray(padding).clip(0, None)).to(clip.device)
+        padding = range(head - self.padding, head)
+        before = clip[torch.from_numpy(np.asarray(padding, dtype=np.int64).clip(0, None)).to(clip.device)]
+        with self.store.changing():
+            if self.config.guidance_anchor:
+                self._set_anchor(0, clip[:1])
             slots = self.store.slots(padding)
-            self.store.put(slots, clip[before], step_index=self.schedule.num_steps, numbers=padding)
+            self.store.put(slots, before, step_index=self.schedule.num_steps, numbers=padding)
             self.store.prompt_row[slots] = self.prompt_row(0)
+            self._push(range(head, head + num_groups * width), noised, step_index=steps, then=then)
+            self.head, self.stage = head, stage
 
     def _tick_warmup(self) -> None:
         """Push one group of noise; unless the queue now holds every level once, advance all of it by one step."""
-        if self._next == _PUSH:
-            self._push_noise()
-            self._next = _QUEUE
-            if self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1:
-                self.stage = STAGE1
+        if self._next == PUSH:
+            is_full = self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1
+            self._push_noise(STAGE1 if is_full else WARMUP)
+            if is_full:
                 return
         num_frames = self.tail - self.head
         phase = (num_frames - self._local_frames) % self.stride if num_frames >= self._local_frames else 0
-        self._queue_pass(phase, WARMUP)
-        self._next = _PUSH
+        self._queue_pass(phase, WARMUP, then=PUSH)
 
     # Stage 1 ---------------------------------------------------------------------------------------------------
 
@@ -296,43 +368,52 @@ class VideoRun:
 
     def _tick_stage1(self) -> None:
         """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
-        if self._next != _UNIFIED:
-            self._queue_pass(self.num_passes % self.stride if self.config.moving_phase else 0, STAGE1)
+        if self._next in (QUEUE, JUDGE):
+            self._queue_pass(self.num_passes % self.stride if self.config.moving_phase else 0, STAGE1, then=POP)
+        if self._next == POP:
             self._pop_group()
-            if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
-                self.stage = FLUSH
-                return
+        if self.stage == FLUSH:
+            return
         while self._unified_pass():
             pass
-        self._push_noise()
-        self._next = _QUEUE
+        self._push_noise(STAGE1)
 
     def _pop_group(self) -> None:
         """Hand the cleanest group of the queue over to the unified passes."""
-        self.num_passes += 1
-        self._next = _UNIFIED
         popped = self.store.slots(range(self.head, self.head + self.config.zigzag_width))
-        if self.config.guidance_anchor:
-            is_other = self.store.prompt_row[popped] != self.store.prompt_row[self._anchor]
-            if is_other.any():  # another prompt has come through: its first frame, as predicted clean
-                first = popped[is_other][:1]
-                self._set_anchor(int(self.store.frame_number[first[0]]), self.store.x0[self.store.index(first)])
-        self.store.history_length[popped] = 0
-        self.head += self.config.zigzag_width
-        if self.unified.num_levels and self.unified.stage2_steps == 0:
-            self._renoise(popped)
+        noise = self._refine_noise(popped) if self.unified.num_levels and self.unified.stage2_steps == 0 else None
+        with self.store.changing():
+            if self.config.guidance_anchor:
+                is_other = self.store.prompt_row[popped] != self.store.prompt_row[self._anchor]
+                if is_other.any():  # another prompt has come through: its first frame, as predicted clean
+                    first = popped[is_other][:1]
+                    self._set_anchor(int(self.store.frame_number[first[0]]), self.store.x0[self.store.index(first)])
+            self.store.history_length[popped] = 0
+            if noise is not None:
+                self._renoise(popped, noise)
+            self.num_passes += 1
+            self.head += self.config.zigzag_width
+            self._next = UNIFIED
+            if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
+                self.stage = FLUSH
 
     def _set_anchor(self, number: int, clean: torch.Tensor) -> None:
         """Keep a clean frame ``[1, C, H, W]`` as the farthest guidance frame of windows of its prompt."""
         self.store.put(self._anchor, clean, step_index=self.schedule.num_steps, numbers=[number])
         self.store.prompt_row[self._anchor] = self.prompt_row(number)
 
-    def _queue_pass(self, phase: int, stage: str) -> None:
-        if self._next == _QUEUE:
-            self.denoiser.run(self._queue_windows(phase), solver_stream=_STREAMS[stage])
-            self._next = _JUDGE
-        if self.reflection is not None:
-            self.reflection.after_pass(self.head, self.tail)
+    def _queue_pass(self, phase: int, stage: str, *, then: str) -> None:
+        if self._next == QUEUE:
+            self.denoiser.run(
+                self._queue_windows(phase), solver_stream=_STREAMS[stage], then=lambda: self._go_to(JUDGE)
+            )
+        if self.reflection is None:
+            self._go_to(then)
+        else:
+            self.reflection.after_pass(self.head, self.tail, then=lambda: self._go_to(then))
+
+    def _go_to(self, then: str) -> None:
+        self._next = then
 
     def _queue_windows(self, phase: int) -> list[Window]:
         config = self.config
@@ -357,15 +438,20 @@ class VideoRun:
             windows.append(Window(slots, commit_start + offset, commit_stop + offset))
         return windows
 
-    def _push_noise(self) -> None:
+    def _push_noise(self, stage: str) -> None:
         numbers = range(self.tail, self.tail + self.config.zigzag_width)
-        self._push(numbers, self.noise(Purpose.PUSH, np.asarray(numbers)))
+        noise = self.noise(Purpose.PUSH, np.asarray(numbers))
+        with self.store.changing():
+            self._push(numbers, noise, then=QUEUE)
+            self.stage = stage
 
-    def _push(self, numbers: range, sample: torch.Tensor, step_index: int | np.ndarray = 0) -> None:
+    def _push(self, numbers: range, sample: torch.Tensor, step_index: int | np.ndarray = 0, *, then: str) -> None:
         slots = self.store.slots(numbers)
-        self.store.put(slots, sample, step_index=step_index, numbers=numbers)
-        self.store.prompt_row[slots] = [self.prompt_row(max(number, 0)) for number in numbers]
-        self.tail = numbers.stop
+        rows = [self.prompt_row(max(number, 0)) for number in numbers]
+        with self.store.changing():
+            self.store.put(slots, sample, step_index=step_index, numbers=numbers)
+            self.store.prompt_row[slots] = rows
+            self.tail, self._next = numbers.stop, then
 
     # Stage 2 and refine ----------------------------------------------------------------------------------------
 
@@ -383,31 +469,48 @@ class VideoRun:
         return bool(blocks)
 
     def _unified_part(self, blocks: list[tuple[int, int, int, int]], windows: list[Window], stage: str) -> None:
-        self.denoiser.run(windows, solver_stream=_STREAMS[stage])
-        for (level, _, _, commit_stop), window in zip(blocks, windows, strict=True):
-            self.unified.done[level] = commit_stop
-            if level == self.config.stage2_steps - 1 and self.config.refine_steps:
-                self._renoise(window.committed)
+        last = self.config.stage2_steps - 1 if self.config.refine_steps else None
+        refined = [window.committed for (level, *_), window in zip(blocks, windows, strict=True) if level == last]
+        noises = [self._refine_noise(slots) for slots in refined]
 
-    def _renoise(self, slots: np.ndarray) -> None:
-        """Refine: noise a clean latent to step T − refine_steps; the noise belongs to its frame number."""
+        def finish() -> None:
+            for level, _, _, commit_stop in blocks:
+                self.unified.done[level] = commit_stop
+            for slots, noise in zip(refined, noises, strict=True):
+                self._renoise(slots, noise)
+
+        self.denoiser.run(windows, solver_stream=_STREAMS[stage], then=finish)
+
+    def _refine_noise(self, slots: np.ndarray) -> torch.Tensor:
+        """The noise of `_renoise`: it belongs to the frames' numbers."""
+        return self.noise(Purpose.REFINE, self.store.frame_number[slots])
+
+    def _renoise(self, slots: np.ndarray, noise: torch.Tensor) -> None:
+        """Refine: noise clean latents to step T − refine_steps."""
         store = self.store
         step = self.schedule.num_steps - self.config.refine_steps
         index = store.index(slots)
-        noise = self.noise(Purpose.REFINE, store.frame_number[slots])
         store.sample[index] = add_noise(self.schedule, store.sample[index], noise, step)
         store.step_index[slots] = step
         store.history_length[slots] = 0
 
-    def _emit_clean(self) -> CleanLatents | None:
-        """Frames that finished the last level since the previous tick, cut to the length asked for."""
+    @property
+    def _num_finished(self) -> int:
+        """Frames that finished the last level, cut to the length asked for."""
         finished = self.unified.done[-1] if self.unified.num_levels else self.head
-        if self.num_frames is not None:
-            finished = min(finished, self.num_frames)
-        if self.stage in (SEED_CLIP, WARMUP) or finished <= self.emitted:
+        if self.stage in (SEED_CLIP, WARMUP):
+            return 0
+        return finished if self.num_frames is None else min(finished, self.num_frames)
+
+    def _take_clean(self) -> CleanLatents | None:
+        """Frames that finished the last level since the previous tick."""
+        first, finished = self.emitted, self._num_finished
+        if finished <= first:
             return None
-        first, self.emitted = self.emitted, finished
-        if self.emitted == self.num_frames:
-            self.stage = DONE
         index = self.store.index(self.store.slots(range(first, finished)))
-        return CleanLatents(first, self.store.sample[index])
+        clean = CleanLatents(first, self.store.sample[index])
+        with self.store.changing():
+            self.newest, self.emitted = clean, finished
+            if finished == self.num_frames:
+                self.stage = DONE
+        return clean

@@ -183,11 +183,11 @@ class StreamDecoder:
                 f"The stream was opened with (batch, height, width) = {self._sizes} and now gets {sizes}; "
                 "open a new stream_decoder() for another clip."
             )
-        self._sizes = sizes
         cache = dict(self._cache)  # a push that fails leaves the stream as it was
         frames = [self._vae.decode_core(latent, cache) for latent in latents.split(1, dim=2)]
-        self._cache = cache
-        return torch.cat(frames, dim=2).clamp(-1.0, 1.0)
+        pictures = torch.cat(frames, dim=2).clamp(-1.0, 1.0)
+        self._cache, self._sizes = cache, sizes
+        return pictures
 
     def state(self) -> dict[str, Tensor]:
         """All that the next push depends on: a tensor [B, frames, h, w, C] by name of each layer that looks back."""
