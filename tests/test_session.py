@@ -166,18 +166,18 @@ def test_a_finished_run_made_longer_is_a_longer_run(engine, tmp_path, miga) -> N
     assert _frames(engine.resume(path)).numel() == 0  # and as it was asked for, it is complete
 
 
-@pytest.mark.parametrize("num_frames", [*range(57, 74, 4), 60])
+@pytest.mark.parametrize("num_frames", [57, 60, 65])
 def test_any_length_made_longer_is_a_longer_run(engine, tmp_path, num_frames) -> None:
     """A unified pass near the end of a run cuts otherwise than that of a longer one: over half of all lengths differed
     where the state was kept only as the last frames were handed over."""
-    path = tmp_path / "run.safetensors"
-    stream = engine.stream("a red balloon", num_frames, **OPTIONS)
+    path, options = tmp_path / "run.safetensors", {**OPTIONS, "miga": dataclasses.replace(golden_model.MIGA, stride=4)}
+    stream = engine.stream("a red balloon", num_frames, **options)
     stream.save_every(None, path, keep_extension=True)
     short = _frames(stream)
-    for longer in (num_frames + 1, num_frames + 12, num_frames + 40):
+    for longer in (num_frames + 1, num_frames + 40):
         resumed = engine.resume(path, num_frames=longer)
         whole = torch.cat([short[: resumed.num_frames_out], _frames(resumed)])
-        assert torch.equal(whole, _frames(engine.stream("a red balloon", longer, **OPTIONS))), longer
+        assert torch.equal(whole, _frames(engine.stream("a red balloon", longer, **options))), longer
 
 
 @pytest.mark.parametrize(("num_frames", "longer"), [(89, 129)])
