@@ -25,6 +25,7 @@ from miga_engine.models.loading import file_bytes, load_bundle
 from miga_engine.noise import CounterNoise
 from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
 from miga_engine.runtime.denoise import Batch
+from miga_engine.runtime.frame_queue import FrameStore
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
 from miga_engine.runtime.session import Session, State, fingerprint, load_session, taking_apart
@@ -442,11 +443,9 @@ class Engine:
     def _check_state(self, request: Request, state: State) -> None:
         """SessionError unless a saved state is one of a run of this request."""
         bundle, shape = self.bundle, self._frame_shape(request)
-        schedule = _schedule(request)
-        num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
-        layout = RunLayout(request.miga, schedule.num_steps, bundle.window_frames, num_latents)
         run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
-        check_run_state(layout, shape, self._timeline(request).row, schedule.uses_noise, run, state.numbers["run"])
+        layout, uses_noise = self._layout(request), _schedule(request).uses_noise
+        check_run_state(layout, shape, self._timeline(request).row, uses_noise, run, state.numbers["run"])
         check_stream_state(
             state.numbers,
             state.tensors,
@@ -484,8 +483,8 @@ class Engine:
         contexts = timeline.contexts(request.negative_prompt, bundle.encode_prompts)
         network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps), attention)
         frame_shape = self._frame_shape(request)
-        num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
-
+        layout = self._layout(request)
+        _refuse_the_impossible(layout, frame_shape, self.device)
         return VideoRun(
             network,
             schedule,
@@ -493,7 +492,7 @@ class Engine:
             window_frames=bundle.window_frames,
             frame_shape=frame_shape,
             noise=CounterNoise(request.seed, frame_shape, self.device),
-            num_frames=num_latents,
+            num_frames=layout.num_frames,
             guidance_scale=request.guidance_scale,
             device=self.device,
             prompt_row=timeline.row,
@@ -501,6 +500,11 @@ class Engine:
             capture=self.capture,
             ranks=self.ranks,
         )
+
+    def _layout(self, request: Request) -> RunLayout:
+        bundle = self.bundle
+        num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
+        return RunLayout(request.miga, request.num_inference_steps, bundle.window_frames, num_latents)
 
     def _frame_shape(self, request: Request) -> tuple[int, int, int]:
         """(C, h, w) of a latent frame."""
@@ -559,6 +563,24 @@ def _attention_choices(path: str | os.PathLike[str], session: Session) -> dict[s
     if not isinstance(choices, dict) or not all(choice in known for choice in choices.values()):
         raise SessionError(f"{path} names attention that there is not: resume from another copy")
     return dict(choices)
+
+
+def _refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int], device: torch.device) -> None:
+    """DeviceError, before any of it is allocated, where the queue alone is more than there is memory."""
+    if device.type == "meta":
+        return
+    from miga_engine.memory import amount
+
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = layout.num_slots * FrameStore.bytes_per_slot(frame_shape)
+    if needed > total:
+        raise DeviceError(
+            f"the queue of this run alone would need {amount(needed)} of memory and {device} has {amount(total)}: make "
+            "the picture smaller, or take fewer steps or candidates (see: miga estimate)"
+        )
 
 
 def _schedule(request: Request) -> Schedule:

@@ -361,6 +361,82 @@ def break_session(data: bytes, rng: Random) -> bytes:
     return save(tensors, {name: value.encode("utf-8", "replace").decode() for name, value in metadata.items()})
 
 
+NEAR_TEXTS = (
+    "seed_clip", "warmup", "stage1", "flush", "done", "push", "queue", "judge", "pop", "unified", "trailing", "copies",
+    "sequential", "x0", "ddim", "euler", "dpmpp_2m", "float16", "bfloat16", "tiny", "wan2.1", "cpu", "video.mkv",
+    "frames/%06d.png", "../victims/a.rgb", "../victims/a.mp4", "../victims/%06d.png", "a kite", "\x1b]0;x\x07", "",
+)  # fmt: skip
+
+
+def near_value(value: Any, rng: Random, victims: str) -> Any:
+    """Another value that the place of this one may seem to take."""
+    if rng.random() < 0.15:
+        return any_value(rng)
+    if isinstance(value, bool) or value is None:
+        return rng.choice((not value, 1, None, 0.5, "true", [], {}))
+    if isinstance(value, int):
+        near = (value + 1, value - 1, value + 2, value + 5, 2 * value + 1, -value, 0, -1, 1)
+        far = (10**6, 10**9, 2**31, 2**53, 2**63 - 1, 10**40, float(value), str(value), True, None, [value])
+        return rng.choice(near + near + far)
+    if isinstance(value, float):
+        return rng.choice(
+            (math.nan, math.inf, -value, value * 1e30, value + 0.1, int(value) if value < 1e9 else 0, None)
+        )
+    if isinstance(value, str):
+        return rng.choice((*NEAR_TEXTS, f"{victims}/a.rgb", f"{victims}/a.mp4", f"{victims}/%06d.png", value + "x"))
+    return rng.choice(([], {}, None, 0, "x"))
+
+
+def break_values(data: bytes, rng: Random) -> bytes:
+    """Values of a well-formed session, whose checksum fits."""
+    import torch
+    from safetensors.torch import load, save
+
+    from miga_engine.runtime.session import _checksum
+
+    metadata, tensors = split_safetensors(data)[0]["__metadata__"], load(data)
+    record = json.loads(metadata["record"])
+    victims = str(CACHE["victims"]) if "victims" in CACHE else "/victims"
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        kind = rng.randrange(20)
+        if kind < 12:
+            node, key = record, rng.choice(("request", "model", "state", "state", "state", "extension"))
+            while isinstance(node[key], dict | list) and node[key] and rng.random() < 0.95:
+                node = node[key]
+                key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            node[key] = near_value(node[key], rng, victims)
+        elif kind < 13:  # as far on as any run, if all goes on alike
+            run, step = (record["state"] or {}).get("run"), rng.choice((2, 4, 100, 10**6, 10**9)) * rng.choice((1, -1))
+            for name in ("head", "tail", "first", "emitted", "num_passes"):
+                if isinstance(run, dict) and isinstance(run.get(name), int):
+                    run[name] += step // (2 if name == "num_passes" else 1)
+            if isinstance(run, dict) and isinstance(run.get("unified"), list):
+                run["unified"] = [level + step for level in run["unified"] if isinstance(level, int)]
+            if rng.random() < 0.7 and "state/run/frame_number" in tensors:
+                tensors["state/run/frame_number"] += step
+        elif kind < 14:
+            record["state"], record["extension"] = record["extension"], rng.choice((record["state"], None))
+        else:
+            name = rng.choice(sorted(tensors))
+            tensor = tensors[name].clone()
+            if tensor.numel() and rng.random() < 0.75:
+                at = rng.randrange(tensor.numel())
+                whole = rng.choice((-1, 0, 1, 2, 3, 9, 10, 11, 255, 10**6, 2**31, 2**62, -(2**63)))
+                value = whole if tensor.dtype == torch.int64 else rng.choice((math.nan, math.inf, -1e30, 1e38, 0.0))
+                flat = tensor.reshape(-1)
+                flat[at if rng.random() < 0.6 else slice(None)] = (
+                    abs(whole) % 256 if tensor.dtype == torch.uint8 else value
+                )
+                tensors[name] = tensor
+            else:
+                odd = (tensor[:0], tensor[:-1], torch.cat([tensor, tensor[-1:]]), tensor.double(), tensor[None])
+                tensors[name] = rng.choice(odd)
+    metadata["record"] = json.dumps(record)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    metadata["sha256"] = _checksum(metadata["record"], tensors)
+    return save(tensors, metadata)
+
+
 def break_video(data: bytes, rng: Random) -> bytes:
     if rng.random() < 0.1:
         return rng.choice((
@@ -485,6 +561,59 @@ def load_session(folder: Folder) -> None:
     golden().resume(folder / "run.safetensors").close()
 
 
+MOST_CHUNKS = 60  # of a stream that is resumed; one that is longer is cancelled
+
+
+def resume_session(folder: Folder) -> None:
+    """By the command, to the end, as if a stranger's file had been asked about and gone on with; then by the API."""
+    from miga_engine import cli
+    from miga_engine.engine import Engine
+    from miga_engine.runtime.stream import Stream
+
+    before = {path: path.read_bytes() for path in sorted(CACHE["victims"].iterdir())}
+    original, following = Engine.from_pretrained, Stream.__next__
+
+    def next_or_cancel(self: Stream) -> Any:
+        self.fuzz_chunks = getattr(self, "fuzz_chunks", 0) + 1
+        if self.fuzz_chunks == MOST_CHUNKS:
+            self.cancel()
+        return following(self)
+
+    Engine.from_pretrained, Stream.__next__ = lambda *_, **__: golden(), next_or_cancel
+    WRITTEN.clear()
+    file = folder / "run.safetensors"
+    try:
+        for arguments in (["info", str(file)], ["resume", str(file), "-q"]):
+            status = cli.main(arguments)
+            if status not in (0, 2):
+                raise AssertionError(f"{arguments[0]} ended with {status}")
+        for path, content in before.items():
+            if path.read_bytes() != content:
+                raise AssertionError(f"{path} was written to")
+        if len(list(CACHE["victims"].iterdir())) != len(before):
+            raise AssertionError("something was written beside the victims")
+        for name in WRITTEN:
+            if not os.path.realpath(name).startswith((os.path.realpath(folder), "/dev/", "/proc/")):
+                raise AssertionError(f"{name} was opened for writing")
+        if not file.exists():  # it was complete, and the session went with it
+            return
+        with golden().resume(file) as stream:
+            for _ in zip(range(MOST_CHUNKS), stream, strict=False):
+                pass
+    finally:
+        Engine.from_pretrained, Stream.__next__ = original, following
+
+
+WRITTEN: list[str] = []
+
+
+def watch_writes(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: what is opened for writing."""
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    if event == "open" and isinstance(arguments[0], str) and arguments[2] is not None and arguments[2] & flags:
+        WRITTEN.append(arguments[0])
+
+
 def read_video(folder: Folder) -> None:
     from miga_engine.video.reading import read_metadata, read_video
 
@@ -499,6 +628,10 @@ def load_request(folder: Folder) -> None:
     start(tiny(), pickle.loads((folder / "request").read_bytes()))
 
 
+SESSIONS = {"seed clip": 4, "warm-up": 12, "early": 18, "middle": 26, "done": 10**6}
+"""Ticks after which the sessions were saved whose values are broken."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     layout: str  # folder of the pristine files
@@ -506,6 +639,7 @@ class Target:
     breaker: Callable[[bytes, Random], bytes]
     load: Callable[[Folder], None]
     weight: int = 1
+    is_written: bool = False  # the loader writes into the folder: its files are copies, and no links
 
 
 DIT, VAE = "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.safetensors"
@@ -536,6 +670,10 @@ TARGETS = {
     "YAML": Target("options", "run.yaml", break_yaml, load_options, 6),
     "request": Target("options", "request", break_request, load_request, 6),
     "session file": Target("session", "run.safetensors", break_session, load_session, 4),
+    **{
+        f"session values, {name}": Target(f"session_{name}", "run.safetensors", break_values, resume_session, 2, True)
+        for name in SESSIONS
+    },
     "video, mp4": Target("mp4", "a.mp4", break_video, read_video, 3),
     "video, mkv": Target("mkv", "a.mkv", break_video, read_video, 2),
 }
@@ -612,6 +750,27 @@ def build_pristine(root: Path) -> None:
     with engine.stream("a kite", num_frames=30, seed=1, miga=golden_model.MIGA, **golden_model.OPTIONS) as stream:
         next(stream)
         stream.save(root / "session" / "run.safetensors")
+    for (name, num_ticks), video in zip(SESSIONS.items(), ("a.rgb", "a.mp4", "a.mkv", "a/", "a.rgb"), strict=True):
+        folder = root / f"session_{name}"
+        folder.mkdir()
+        engine.name = "tiny"  # whose sessions need not be told where the model lies
+        miga = dataclasses.replace(golden_model.MIGA, guidance_anchor=name != "early", score_drop=-1.0, candidates=2)
+        ticks = iter(range(1, 10**6))
+        stream = engine.stream(
+            {0: "a kite", 12: "a balloon"}, num_frames=45, seed=1, miga=miga, **golden_model.OPTIONS,
+            is_cancelled=lambda ticks=ticks, num_ticks=num_ticks: next(ticks) > num_ticks,
+        )  # fmt: skip
+        output = os.path.join(folder, video)
+        with stream, open_sink(output, 16, 48, 32, metadata=stream.request.metadata("tiny")) as sink:
+            stream.save_every(None, folder / "run.safetensors", sink, keep_extension=True)
+            for chunk in stream:
+                sink.write(chunk.frames)
+            stream.save(folder / "run.safetensors", sink)
+        (folder / "run.previous.safetensors").unlink(missing_ok=True)
+    victims = root / "victims"
+    victims.mkdir()
+    for name in ("a.rgb", "a.mp4", "a.mkv", "000000.png", "000001.png", "notes.txt"):
+        (victims / name).write_bytes(b"hours of work " * 1000)
     frames = np.random.default_rng(0).integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
     for suffix in ("mp4", "mkv"):
         with open_sink(root / suffix / f"a.{suffix}", 12, 48, 32, metadata={"prompt": "a kite", "seed": 3}) as sink:
@@ -637,15 +796,22 @@ def refused_memory(error: BaseException | None) -> bool:
 
 def work(connection: Connection, pristine: Path) -> None:
     """Load what is asked for; answer (verdict, message, peak bytes)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust's panics and FFmpeg write there
+    for number in (1, 2):  # Rust's panics and FFmpeg write there, and the command
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     import torch
 
     from miga_engine.errors import MigaError
 
     torch.set_num_threads(1)
-    CACHE["pristine"] = pristine
+    CACHE["pristine"], CACHE["victims"] = pristine, pristine / "victims"
+    sys.addaudithook(watch_writes)
+    golden().name = "tiny"
     for target in TARGETS.values():  # what libraries hold for good is there before anything is measured
-        if target.file not in ("request", "bpe_simple_vocab_16e6.txt.gz"):
+        if target.is_written:
+            shutil.copytree(pristine / target.layout, "warm")
+            target.load(Path("warm"))
+            shutil.rmtree("warm")
+        elif target.file not in ("request", "bpe_simple_vocab_16e6.txt.gz"):
             target.load(pristine / target.layout)
     for path in pristine.rglob("out.safetensors"):
         path.unlink()
@@ -727,24 +893,29 @@ def make_case(target: Target, pristine: Path, folder: Path, rng: Random) -> None
             place.mkdir(parents=True)
         elif place.name != Path(target.file).name:
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, place, follow_symlinks=False)
+            if target.is_written:
+                shutil.copy(path, place)
+            else:
+                os.link(path, place, follow_symlinks=False)
     place = folder / target.file
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(target.breaker((pristine / target.layout / target.file).read_bytes(), rng))
 
 
-def run(count: int, seed: int, only: int | None = None, keep: Path | None = None) -> int:
-    """Number of failed cases; the table of verdicts by target is printed."""
+def run(count: int, seed: int, only: int | None = None, keep: Path | None = None, start: str = "") -> int:
+    """Number of failed cases, of targets whose names begin with `start`; the table of verdicts is printed."""
     failures = 0
-    table: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in TARGETS}
-    peaks: dict[str, int] = dict.fromkeys(TARGETS, 0)
-    names, weights = list(TARGETS), [target.weight for target in TARGETS.values()]
+    targets = {name: target for name, target in TARGETS.items() if name.startswith(start)}
+    table: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in targets}
+    peaks: dict[str, int] = dict.fromkeys(targets, 0)
+    names, weights = list(targets), [target.weight for target in targets.values()]
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
         os.chdir(scratch)
         pristine = Path(scratch) / "pristine"
         pristine.mkdir()
         build_pristine(pristine)
+        CACHE["victims"] = pristine / "victims"
         worker = Worker(pristine)
         for i in range(count) if only is None else (only,):
             rng = Random(f"{seed} {i}")
@@ -781,5 +952,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat this case and show its sentence")
     parser.add_argument("--keep", type=Path, help="copy the files of failed cases here")
+    parser.add_argument("--target", default="", help="only targets whose names begin so, such as 'session values'")
     options = parser.parse_args()
-    sys.exit(1 if run(options.count, options.seed, options.only, options.keep) else 0)
+    sys.exit(1 if run(options.count, options.seed, options.only, options.keep, options.target) else 0)

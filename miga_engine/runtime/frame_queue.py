@@ -8,6 +8,7 @@ because the plan needs them there; the tensors never leave the device.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -56,6 +57,11 @@ class FrameStore:
             self.is_intact = False
             yield
             self.is_intact = is_outermost
+
+    @classmethod
+    def bytes_per_slot(cls, frame_shape: tuple[int, int, int]) -> int:
+        """Of the tensors, in memory."""
+        return len(cls.TENSORS) * math.prod(frame_shape) * torch.float32.itemsize
 
     def slots(self, frame_numbers: Sequence[int] | np.ndarray | range) -> np.ndarray:
         """Ring slots of the frames with these numbers (numbers may be negative: FIFO's copies of frame 0)."""

@@ -126,7 +126,7 @@ def save_session(path: str | os.PathLike[str], session: Session) -> None:
             save_file(tensors, beside, metadata)
             _flush_to_disk(beside)
             beside.chmod(_mode_of_new_files(folder))
-            if target.exists():
+            if is_session(target):  # a damaged one is not to take the place of one that is not
                 _keep_previous(target)
             beside.replace(target)
             _flush_to_disk(target.parent)
@@ -344,6 +344,10 @@ def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise SessionError(f"{path} asks for what cannot be: {error}") from error
+    except SessionError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise SessionError(f"{path} cannot be gone on with: {error}") from error
     except (MigaError, MemoryError):
         raise
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:

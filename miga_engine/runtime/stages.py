@@ -137,6 +137,11 @@ class RunLayout:
         return width * (self.handoff_step + 1) + wavefront + self.padding
 
     @property
+    def num_slots(self) -> int:
+        """Of the ring and the scratch behind it."""
+        return self.capacity + Reflection.scratch_frames(self.config) + self.num_anchors
+
+    @property
     def num_anchors(self) -> int:
         """Scratch slots, behind those of the searches, that a state includes."""
         return int(self.config.guidance_anchor)
