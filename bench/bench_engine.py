@@ -41,6 +41,7 @@ from miga_engine.engine import Request
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.vae import StreamDecoder
 from miga_engine.noise import CounterNoise
+from miga_engine.prompts import PromptTimeline
 from miga_engine.runtime import denoise
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import make_schedule
@@ -283,9 +284,12 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
     schedule = make_schedule(preset.sampling.solver, options.steps, preset.sampling.shift)
     miga = dataclasses.replace(preset.miga, stage2_steps=2, self_reflection=False, guidance_anchor=False)
     shape = (config.in_dim, options.height // 8, options.width // 8)
-    contexts = torch.randn(2, 64, config.text_dim, device=device)
-    windows = bundle.window_network(contexts, schedule.timesteps)
-    network = SimpleNamespace(forward_batch=lambda b: windows(b.latents, b.steps, b.prompt_rows, b.keep))
+    timeline = PromptTimeline({0: PROMPT}, 0, bundle.first_video_frame)
+    texts = timeline.encode("", lambda _: torch.randn(1, 64, config.text_dim, device=device))
+    windows = bundle.window_network(texts, schedule.timesteps)
+    network = SimpleNamespace(
+        forward_batch=lambda b: windows(b.latents, b.steps, b.prompt_rows, b.keep), place_prompts=windows.place
+    )
     stage = ""
 
     def emit(kind: str, **fields: Any) -> None:

@@ -407,7 +407,9 @@ def _estimate(options: argparse.Namespace) -> int:
     with contextlib.suppress(MigaError):  # another part
         require_av("write a video")
 
-    print(_estimate_memory(_settings(options), "any"))
+    settings = _settings(options)
+    has_prompt = not settings.keys().isdisjoint(("prompt", "sample_prompt", "prompt_at"))
+    print(_estimate_memory(settings, _prompt_timeline(settings) if has_prompt else "any"))
     return 0
 
 

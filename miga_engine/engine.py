@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from miga_engine import ops
@@ -480,11 +481,12 @@ class Engine:
         bundle = self.bundle
         schedule = _schedule(request)
         timeline = self._timeline(request)
-        contexts = timeline.contexts(request.negative_prompt, bundle.encode_prompts)
-        network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps), attention)
         frame_shape = self._frame_shape(request)
         layout = self._layout(request)
         _refuse_the_impossible(layout, frame_shape, self.device)
+        texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
+        num_slots = 1 + layout.num_anchors + timeline.most_rows(layout.capacity)  # the negative prompt's, and these
+        network = _BatchNetwork(bundle.window_network(texts, schedule.timesteps, min(num_slots, len(texts))), attention)
         return VideoRun(
             network,
             schedule,
@@ -550,6 +552,9 @@ class _BatchNetwork:
     def __init__(self, run: WindowNetwork, attention: dict[str, str]) -> None:
         self._run = run
         self._attention = attention
+
+    def place_prompts(self, rows: np.ndarray) -> np.ndarray:
+        return self._run.place(rows)
 
     def forward_batch(self, batch: Batch) -> torch.Tensor:
         with ops.attention_choices(self._attention):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import reprlib
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from miga_engine.errors import ConfigError
@@ -50,10 +51,11 @@ def check_text(name: str, text: object) -> None:
 
 
 class PromptTimeline:
-    """Maps latent frames to rows of a table of text embeddings: row 0 is the negative prompt, row 1 the first prompt.
+    """Maps latent frames to rows of text embeddings: row 0 is the negative prompt, row 1 the first prompt.
 
     A prompt holds from its first video frame on; over ``blend_frames`` video frames after a change the embedding runs
-    linearly from the old text to the new one, in one row per latent frame concerned.
+    linearly from the old text to the new one, in one row per latent frame concerned. What is held does not grow with
+    the blends.
 
     Args:
         prompts: ``{first video frame: text}``, containing frame 0.
@@ -66,29 +68,85 @@ class PromptTimeline:
         self.texts = [prompts[start] for start in self.starts]
         self.blend_frames = blend_frames
         self.first_video_frame = first_video_frame
-        self._blends: list[tuple[int, int]] = []
+        self._changes = [_Change(0, 0, 1 + len(self.starts))]
         for entry, start in enumerate(self.starts[1:], 1):
             stop = min([start + blend_frames, *self.starts[entry + 1 : entry + 2]])
             first = bisect_left(range(start), start, key=first_video_frame)
-            for frame in map(first_video_frame, count(first)):
-                if frame >= stop:
-                    break
-                self._blends.append((entry, frame - start + 1))
-        self._blend_rows = {key: 1 + len(self.starts) + i for i, key in enumerate(self._blends)}
+            num_blends = bisect_left(range(first, first + stop - start), stop, key=first_video_frame)
+            before = self._changes[-1]
+            self._changes.append(_Change(first, num_blends, before.first_row + before.num_blends))
 
     def row(self, latent_frame: int) -> int:
         """Row of the embedding that this latent frame is denoised with."""
-        frame = self.first_video_frame(latent_frame)
-        entry = bisect_right(self.starts, frame) - 1
-        return self._blend_rows.get((entry, frame - self.starts[entry] + 1), 1 + entry)
+        entry = bisect_right(self.starts, self.first_video_frame(latent_frame)) - 1
+        change = self._changes[entry]
+        position = latent_frame - change.first_latent
+        return change.first_row + position if position < change.num_blends else 1 + entry
 
-    def contexts(self, negative_prompt: str, encode: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
-        """The table ``[rows, T, D]``, zero rows behind each text. Each text is encoded alone, so that the embedding of
-        one does not depend on its neighbours."""
-        texts = [encode([text])[0] for text in (negative_prompt, *self.texts)]
-        length = max(len(text) for text in texts)
-        table = [pad(text, (0, 0, 0, length - len(text))) for text in texts]
-        for entry, position in self._blends:
-            weight = position / (self.blend_frames + 1)
-            table.append(torch.lerp(table[entry], table[entry + 1], weight))
-        return torch.stack(table)
+    def most_rows(self, num_latents: int) -> int:
+        """The most rows that so many latent frames in a row can name."""
+        most, end, rows = 0, 0, 0
+        for change in self._changes:  # those that begin within num_latents of this one, and the prompt before it
+            while end < len(self._changes) and self._changes[end].first_latent < change.first_latent + num_latents:
+                rows += 1 + self._changes[end].num_blends
+                end += 1
+            most = max(most, rows + 1)
+            rows -= 1 + change.num_blends
+        return min(most, num_latents, len(self.starts) + sum(change.num_blends for change in self._changes))
+
+    def encode(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> TextRows:
+        """The rows themselves. Each text is encoded alone, so that the embedding of one does not depend on others."""
+        return TextRows(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
+
+    def contexts(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> Tensor:
+        """All rows as a table ``[rows, T, D]``, zero rows behind each text."""
+        rows = self.encode(negative_prompt, encode)
+        return torch.stack([pad(row, (0, 0, 0, rows.num_tokens - len(row))) for row in rows])
+
+    def blend(self, row: int) -> tuple[int, float] | None:
+        """Of a row between two prompts: (row of the earlier one, share of the later); None of another."""
+        entry = bisect_right(self._changes, row, key=lambda change: change.first_row) - 1
+        change = self._changes[entry]
+        if row < self._changes[0].first_row:
+            return None
+        frame = self.first_video_frame(change.first_latent + row - change.first_row)
+        return entry, (frame - self.starts[entry] + 1) / (self.blend_frames + 1)
+
+    def __len__(self) -> int:
+        """Rows there are."""
+        return self._changes[-1].first_row + self._changes[-1].num_blends
+
+
+class _Change(NamedTuple):
+    """Where a prompt begins: its first latent frame, how many of these are blended, the row of the first of them."""
+
+    first_latent: int
+    num_blends: int
+    first_row: int
+
+
+class TextRows:
+    """Text embeddings ``[T, D]`` by row of a timeline, blended when they are asked for."""
+
+    def __init__(self, timeline: PromptTimeline, texts: list[Tensor]) -> None:
+        self._timeline, self._texts = timeline, texts
+        self.num_tokens = max(len(text) for text in texts)
+        """T of the longest."""
+
+    def __len__(self) -> int:
+        return len(self._timeline)
+
+    def __getitem__(self, row: int) -> Tensor:
+        if not 0 <= row < len(self):
+            raise IndexError(f"there is no text of row {row}, only of {len(self)}")
+        blend = self._timeline.blend(row)
+        if blend is None:
+            return self._texts[row]
+        earlier, share = blend
+        texts = self._texts[earlier : earlier + 2]
+        length = max(map(len, texts))
+        old, new = (pad(text, (0, 0, 0, length - len(text))) for text in texts)
+        return torch.lerp(old, new, share)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import miga_engine
 from miga_engine import ConfigError, DeviceError, Engine
 from miga_engine.config import PRESETS, MigaConfig, fifo_config, replace_options
 from miga_engine.engine import Chunk
+from miga_engine.models.bundle import WindowNetwork
 from miga_engine.prompts import PromptTimeline
 
 
@@ -300,6 +302,53 @@ def test_timeline_blends_linearly():
     contexts = timeline.contexts("", lambda texts: torch.full((1, 1, 1), {"": 0.0, "a": 1.0, "b": 2.0}[texts[0]]))
     values = [float(contexts[timeline.row(latent)]) for latent in range(10)]
     assert values == pytest.approx([1, 1, 1, 1, 1, 1, 1 + 2 / 8, 1 + 6 / 8, 2, 2])
+
+
+def test_rows_are_the_same_however_many_prompts_there_are():
+    """The arithmetic of rows against counting: hard cuts, blends that meet, prompts shorter than a latent frame."""
+    chance = random.Random(0)
+    for _ in range(60):
+        starts = sorted({0, *(chance.randrange(1, 120) for _ in range(chance.randrange(9)))})
+        blend = chance.choice((0, 1, 3, 7, 40))
+        timeline = PromptTimeline({start: str(start) for start in starts}, blend, _first_frame)
+        rows, blends = [], 0
+        for latent in range(60):
+            frame = _first_frame(latent)
+            entry = max(i for i, start in enumerate(starts) if start <= frame)
+            if entry and frame < starts[entry] + blend:
+                rows.append(1 + len(starts) + blends)
+                blends += 1
+            else:
+                rows.append(1 + entry)
+        assert [timeline.row(latent) for latent in range(60)] == rows
+        assert len(timeline) == 1 + len(starts) + blends
+        for span in (1, 3, 10, 40):
+            most = max(len(set(rows[i : i + span])) for i in range(60 - span + 1))
+            assert most <= timeline.most_rows(span) <= min(span, len(timeline) - 1)
+
+
+@pytest.mark.parametrize("family", ["wan", "videocrafter2"])
+def test_of_many_prompts_only_those_at_hand_are_held(models, family, monkeypatch):
+    """100 prompts take the memory of those that the queue shows, and give the frames of a table that holds all."""
+    engine, options = models[family].engine, models[family].options
+    step = 4 if family == "wan" else 1
+    prompt = {step * i: f"a kite number {i}" for i in range(100)}
+    options = {**options, "miga": dataclasses.replace(options["miga"], prompt_blend_frames=2 * step)}
+    num_frames = 40 * step
+    tables = []
+    make = WindowNetwork.__init__
+
+    def held(self, *arguments):
+        make(self, *arguments)
+        tables.append(self)
+
+    monkeypatch.setattr(WindowNetwork, "__init__", held)
+    few = engine.generate(prompt, num_frames, **options).frames
+    monkeypatch.setattr(PromptTimeline, "most_rows", lambda self, num_latents: len(self))
+    assert torch.equal(engine.generate(prompt, num_frames, **options).frames, few)
+    small, large = (table._context.layers[0][0].shape[0] for table in tables)
+    layout = engine._layout(engine.resolve(prompt, num_frames=num_frames, **options))
+    assert small <= layout.capacity + 2 < large
 
 
 def test_a_later_prompt_changes_only_what_it_can_reach(engine):

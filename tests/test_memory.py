@@ -227,3 +227,22 @@ def test_window_batch_is_the_largest_power_of_two_that_fits():
     assert choose_window_batch(needs, free_bytes=174) == 2
     assert choose_window_batch(needs, free_bytes=10**9) == 64
     assert choose_window_batch(needs, free_bytes=10**9, most=20) == 16
+
+
+def test_the_prompts_of_a_config_are_counted(tmp_path, capsys) -> None:
+    """And of many no more than the queue shows at once, with their blends."""
+    from miga_engine.cli import main
+
+    def cache(num_prompts: int, blend: int, every: int = 40) -> float:
+        lines = [f"  {every * i}: a kite number {i}" for i in range(num_prompts)]
+        path = tmp_path / "run.yaml"
+        path.write_text("\n".join(["num_frames: 5000", f"prompt_blend_frames: {blend}", "prompt:", *lines]))
+        assert main(["estimate", "--config", str(path)]) == 0
+        told = re.search(r"prompt keys and values, noise levels +(\S+) (MiB|GiB)", capsys.readouterr().out)
+        return float(told[1]) * UNITS[told[2]]
+
+    one, two, twenty, hundred = (cache(count, 0) for count in (1, 2, 20, 100))
+    assert one < two < twenty
+    assert hundred <= 1.01 * twenty
+    assert cache(100, 16) <= 1.01 * cache(50, 16)
+    assert cache(2, 16) > two

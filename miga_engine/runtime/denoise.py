@@ -33,13 +33,19 @@ class Batch(NamedTuple):
     latents: Tensor  # [B,C,F,H,W] float32
     timesteps: Tensor  # [B,F] float32
     steps: Tensor  # int64 [B,F], rows of the schedule
-    prompt_rows: Tensor  # int64 [G·B] or, where frames of a window differ, [G·B,F]; the conditional branch first
+    prompt_rows: (
+        Tensor  # int64 [G·B] or, where frames of a window differ, [G·B,F], placed; the conditional branch first
+    )
     keep: Tensor  # int64 [B,K]: the frames whose output is wanted, the last repeated where a window has fewer
 
 
 @runtime_checkable
 class BatchNetwork(Protocol):
-    """What the runtime asks of a model: the output [G·B,C,K,H,W] of a batch."""
+    """What the runtime asks of a model: the output [G·B,C,K,H,W] of a batch.
+
+    One that does not hold all prompts at once also has ``place_prompts``, which is asked before every batch by what
+    int64 numbers to name prompt rows in it, and keeps NEGATIVE_ROW.
+    """
 
     def forward_batch(self, batch: Batch, /) -> Tensor: ...
 
@@ -119,6 +125,7 @@ class Denoiser:
         emit: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
         self.forward = network.forward_batch if isinstance(network, BatchNetwork) else _PlainNetwork(network)
+        self._place_prompts: Callable[[np.ndarray], np.ndarray] = getattr(network, "place_prompts", lambda rows: rows)
         self.store = store
         self.noise = noise
         self.schedule = schedule
@@ -266,7 +273,7 @@ class Denoiser:
         is_committed = (place >= 0) & (place < lengths) & (np.diff(keep, prepend=-1) != 0)
         target = np.where(is_committed, first_row + np.cumsum(lengths)[:, None] - lengths + place, -1)
         target[target < 0] = self._outputs.shape[1] - 1
-        rows = store.prompt_row[slots]
+        rows = self._place_prompts(store.prompt_row[slots])
         has_prompt_per_frame = bool((rows != rows[:, :1]).any())
         shape = _Shape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)

@@ -278,6 +278,10 @@ class VideoUNet(nn.Module):
         context = context.to(self.dtype)
         return ContextCache(tuple(block.attn2.keys_values(context) for block in self._text_blocks()))
 
+    def num_text_keys(self, num_tokens: int) -> int:
+        """Keys that `encode_context` makes of a text of so many tokens."""
+        return num_tokens
+
     def _text_blocks(self) -> list[TransformerBlock]:
         return [layer for layer in self.modules() if isinstance(layer, TransformerBlock) and layer.reads_text]
 

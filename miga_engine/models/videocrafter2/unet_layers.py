@@ -52,6 +52,21 @@ class ContextCache:
         """P, the number of rows a context_index may name."""
         return self.layers[0].keys.shape[0]
 
+    def table(self, num_rows: int, num_keys: int) -> ContextCache:
+        """A cache of so many rows and keys, of the kinds of this one, to `write` to."""
+        return ContextCache(
+            tuple(
+                TextKeys(*(tensor.new_zeros(num_rows, num_keys, *tensor.shape[2:]) for tensor in layer))
+                for layer in self.layers
+            )
+        )
+
+    def write(self, row: int, prompt: ContextCache) -> None:
+        """Make a cache of one prompt, of as many keys, this row."""
+        for mine, theirs in zip(self.layers, prompt.layers, strict=True):
+            for table, tensor in zip(mine, theirs, strict=True):
+                table[row] = tensor[0]
+
     def cat(self, other: ContextCache) -> ContextCache:
         """The prompts of this cache followed by those of `other`, of as many tokens, from the same network."""
         lengths = [cache.layers[0].keys.shape[1] for cache in (self, other)]

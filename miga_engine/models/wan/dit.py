@@ -227,6 +227,10 @@ class WanDiT(nn.Module):
         blocks = (cast(Block, block) for block in self.blocks)
         return ContextCache(tuple(block.cross_attn.keys_values(text) for block in blocks), bias[:, None, None])
 
+    def num_text_keys(self, num_tokens: int) -> int:
+        """Keys that `encode_context` makes of a text of so many tokens, at most."""
+        return 1 + (num_tokens if self.collapses_padding else self.config.text_len)
+
     def _check_latents(self, latents: Tensor) -> None:
         in_dim, (_, patch_height, patch_width) = self.config.in_dim, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != in_dim:

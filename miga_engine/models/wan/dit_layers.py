@@ -168,6 +168,24 @@ class ContextCache:
         """What cross-attention of a layer reads."""
         return TextKeys(*self.layers[layer], self.bias)
 
+    def table(self, num_rows: int, num_keys: int) -> ContextCache:
+        """A cache of so many rows and keys, of the kinds of this one, to `write` to."""
+
+        def empty(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(num_rows, num_keys, *tensor.shape[2:])
+
+        bias = self.bias.new_full((num_rows, 1, 1, num_keys), -torch.inf)
+        return ContextCache(tuple((empty(keys), empty(values)) for keys, values in self.layers), bias)
+
+    def write(self, row: int, prompt: ContextCache) -> None:
+        """Make a cache of one prompt, which may have fewer keys, this row."""
+        num_keys = prompt.bias.shape[3]
+        for mine, theirs in zip(self.layers, prompt.layers, strict=True):
+            for table, tensor in zip(mine, theirs, strict=True):
+                table[row, :num_keys] = tensor[0]
+        self.bias[row, ..., :num_keys] = prompt.bias[0]
+        self.bias[row, ..., num_keys:] = -torch.inf
+
     def cat(self, other: ContextCache) -> ContextCache:
         """The prompts of this cache followed by those of `other`, from the same network."""
         num_keys = max(self.bias.shape[3], other.bias.shape[3])
