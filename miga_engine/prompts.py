@@ -126,10 +126,12 @@ class _Change(NamedTuple):
 
 
 class TextRows:
-    """Text embeddings ``[T, D]`` by row of a timeline, blended when they are asked for."""
+    """Text embeddings ``[T, D]`` by row of a timeline, held on the host and blended when they are asked for."""
 
     def __init__(self, timeline: PromptTimeline, texts: list[Tensor]) -> None:
-        self._timeline, self._texts = timeline, texts
+        self._timeline = timeline
+        # Of shapes alone nothing can be fetched, and nothing need be.
+        self._texts = [torch.empty_like(text, device="cpu") if text.is_meta else text.cpu() for text in texts]
         self.num_tokens = max(len(text) for text in texts)
         """T of the longest."""
 

@@ -241,8 +241,8 @@ def test_the_prompts_of_a_config_are_counted(tmp_path, capsys) -> None:
         told = re.search(r"prompt keys and values, noise levels +(\S+) (MiB|GiB)", capsys.readouterr().out)
         return float(told[1]) * UNITS[told[2]]
 
-    one, two, twenty, hundred = (cache(count, 0) for count in (1, 2, 20, 100))
-    assert one < two < twenty
-    assert hundred <= 1.01 * twenty
+    one, two, fifty, hundred = (cache(count, 0) for count in (1, 2, 50, 100))
+    assert one < two < fifty
+    assert hundred <= 1.01 * fifty
     assert cache(100, 16) <= 1.01 * cache(50, 16)
     assert cache(2, 16) > two

@@ -74,10 +74,11 @@ class WindowNetwork:
         timesteps: Tensor,
         num_slots: int,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._transformer, self._texts, self._dtype = transformer, texts, dtype
+        self._transformer, self._texts, self._dtype, self._device = transformer, texts, dtype, device
         self._levels = transformer.encode_timesteps(timesteps)
-        negative: TextTable = transformer.encode_context(texts[0][None])
+        negative: TextTable = self._encode(0)
         self._context: Any = negative.table(num_slots, transformer.num_text_keys(texts.num_tokens))
         self._context.write(0, negative)
         self._slot_of = {0: 0}  # rows by when they were last at hand, but for that of the negative prompt, which stays
@@ -94,9 +95,12 @@ class WindowNetwork:
             slot = self._slot_of.pop(row, None)
             if slot is None:
                 slot = self._free_slot(wanted)
-                self._context.write(slot, self._transformer.encode_context(self._texts[row][None]))
+                self._context.write(slot, self._encode(row))
             self._slot_of[row] = slot
         return np.array([self._slot_of[row] for row in wanted.tolist()], np.int64)[where].reshape(rows.shape)
+
+    def _encode(self, row: int) -> Any:
+        return self._transformer.encode_context(self._texts[row][None].to(self._device))
 
     def _free_slot(self, wanted: np.ndarray) -> int:
         if len(self._slot_of) < self._num_slots:
@@ -177,7 +181,7 @@ class ModelBundle:
 
         num_slots: rows whose keys and values are held at once; None for all.
         """
-        return WindowNetwork(self.transformer, texts, timesteps, num_slots or len(texts), self.dtype)
+        return WindowNetwork(self.transformer, texts, timesteps, num_slots or len(texts), self.dtype, self.device)
 
     @property
     def latent_channels(self) -> int:
