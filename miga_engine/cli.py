@@ -20,6 +20,7 @@ from miga_engine.config_file import MIGA_FIELDS, REQUEST_OPTIONS, read_config
 from miga_engine.errors import CheckpointError, ConfigError, MigaError, printable
 from miga_engine.eval import command as eval_command
 from miga_engine.terminal import say
+from miga_engine.threads import share_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``miga``; the exit code. Errors are one sentence on standard error."""
+    share_processors()
     arguments = [_hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     log, warnings = logging.getLogger("miga_engine"), _Warnings(logging.WARNING)
     log.addHandler(warnings)

@@ -27,6 +27,7 @@ from miga_engine.runtime.drift import DriftMeter
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.session import Session, State, load_session, save_session, taking_apart
 from miga_engine.runtime.stages import DONE, VideoRun
+from miga_engine.threads import StarvationWatch
 
 _log = logging.getLogger("miga_engine")
 
@@ -138,6 +139,7 @@ class Stream(Iterator[Chunk]):
         self._failure: Exception | None = None
         self._autosave: _Autosave | None = None
         self._extension: Path | None = None  # the file that holds it
+        self._starvation = StarvationWatch() if run.store.device.type == "cpu" else None
         self._meters: dict[int, DriftMeter] = {}
         self._stop_on_drift = stop_on_drift
         self._num_video_frames = num_video_frames  # that a number of latent frames decodes to
@@ -195,6 +197,8 @@ class Stream(Iterator[Chunk]):
         taken = [self._ready[i] for i in range(groups)]
         frames = (taken[0] if groups == 1 else torch.cat(taken))[:num_frames]
         chunk = Chunk(self._num_chunks, self.num_frames_out, frames)
+        if self._starvation is not None and (message := self._starvation.look()) is not None:
+            self.warn(message)
         self._report(chunk)
         before = self._num_chunks, self.num_frames_out
         try:
