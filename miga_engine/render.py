@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -165,12 +164,9 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
 def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> Sink:
     request = stream.request
     shape = (request.fps, request.width, request.height)
-    if stream.output is None or stream.output[0]["path"] is None:
+    if stream.output is None:
         return open_sink(outputs.video, *shape, metadata=metadata, overwrite=outputs.overwrite)
-    position, frames = stream.output
-    if os.path.abspath(outputs.video) != position["path"]:
-        position = {**position, "path": outputs.video, "growing_path": outputs.video}
-    return reopen_sink(position, frames, *shape, metadata=metadata)
+    return reopen_sink(outputs.video, *stream.output, *shape, metadata=metadata, overwrite=outputs.overwrite)
 
 
 @contextlib.contextmanager
