@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -13,10 +14,12 @@ from types import FrameType
 from typing import Any
 
 from miga_engine.errors import MigaError, OutputError
+from miga_engine.files import create, open_own
 from miga_engine.runtime.session import SUFFIX, check_session_path, load_session, remove_session
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.contact_sheet import ContactSheet
 from miga_engine.video.paths import check_output
+from miga_engine.video.sink import reported
 from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
 
 CHECKPOINT_EVERY = 500
@@ -94,15 +97,18 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interruptible())
         bar = stack.enter_context(tqdm(unit="frame", disable=True if quiet else None))
-        events = None
+        events: EventLog | None = None
 
         def on_event(event: Event) -> None:
             if events is not None:
-                print(event.to_json(), file=events)
+                events.write(event)
             if event.kind == "stage" and first_frame_after is None:
                 bar.set_description_str(event.data["stage"].replace("_", " "))
 
-        stream = stack.enter_context(open_stream(on_event, lambda: bool(interrupted)))
+        def is_cancelled() -> bool:
+            return bool(interrupted) or (events is not None and events.failure is not None)
+
+        stream = stack.enter_context(open_stream(on_event, is_cancelled))
         request = stream.request
         start = num_out = stream.num_frames_out
         bar.total, bar.n = request.num_frames, num_out
@@ -110,8 +116,7 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
         metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
         if outputs.events is not None:
-            mode = "a" if stream.is_resumed else "w"
-            events = stack.enter_context(outputs.events.open(mode, buffering=1, encoding="utf-8"))
+            events = stack.enter_context(EventLog(outputs.events, is_continued=stream.is_resumed))
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
         try:
             with sink:
@@ -132,6 +137,8 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
                         sheet.add(chunk.frames)
                     num_out += len(chunk.frames)
                     bar.update(len(chunk.frames))
+                if events is not None and events.failure is not None:
+                    raise events.failure
         except MigaError as error:
             failure = error
             if outputs.session is not None:  # the last one stands where this cannot be saved
@@ -163,10 +170,43 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
 
 def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> Sink:
     request = stream.request
-    shape = (request.fps, request.width, request.height)
+    fps, width, height = request.fps, request.width, request.height
     if stream.output is None:
-        return open_sink(outputs.video, *shape, metadata=metadata, overwrite=outputs.overwrite)
-    return reopen_sink(outputs.video, *stream.output, *shape, metadata=metadata, overwrite=outputs.overwrite)
+        return open_sink(outputs.video, fps, width, height, metadata, overwrite=outputs.overwrite)
+    return reopen_sink(outputs.video, *stream.output, fps, width, height, metadata, overwrite=outputs.overwrite)
+
+
+class EventLog:
+    """Events as JSON lines, each wholly in the file or not at all.
+
+    An event comes in the middle of a pass, which is not to be broken off: a failed write is kept as `failure`, and
+    nothing is written after it.
+    """
+
+    def __init__(self, path: Path, *, is_continued: bool) -> None:
+        self.failure: OutputError | None = None
+        self._path = path
+        with reported(path):
+            if not is_continued:
+                path.unlink(missing_ok=True)
+            self._file = open_own(path, "r+") if os.path.lexists(path) else create(path)
+            self._file.seek(0, os.SEEK_END)
+
+    def write(self, event: Event) -> None:
+        if self.failure is None:
+            length = self._file.tell()
+            try:
+                with reported(self._path):
+                    self._file.write(f"{event.to_json()}\n".encode())
+            except OutputError as error:
+                self.failure = error
+                self._file.truncate(length)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
 
 @contextlib.contextmanager

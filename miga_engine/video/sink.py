@@ -230,7 +230,7 @@ class FileSink(Sink):
             self._file.close()
 
     def _discard(self) -> None:
-        self.is_closed = True
+        self.is_closed, self._is_open = True, False
         with suppress(Exception):
             self._finish()
         if self._file is not None:
