@@ -42,6 +42,11 @@ class _Disk:
         return io.FileIO.write(file, rest) or 0
 
 
+def _check_sentence(error: OutputError) -> None:
+    assert str(error).startswith("cannot write ")
+    assert str(error).endswith(": No space left on device")
+
+
 def _write(sink: Sink, frames: "np.ndarray[Any, Any]") -> None:
     for start in range(0, len(frames), 4):
         sink.write(frames[start : start + 4])
@@ -74,8 +79,7 @@ def test_a_disk_that_is_full_at_any_write(
                 with sink:
                     _write(sink, FRAMES[:NUM_FRAMES])
             except OutputError as error:
-                assert str(error).startswith("cannot write ")
-                assert str(error).endswith(": No space left on device")
+                _check_sentence(error)
             if not disk.is_full:
                 break
             assert not is_overwriting or Path(path).read_bytes() == b"old"
@@ -107,7 +111,7 @@ def test_a_disk_that_is_full_while_a_run_is_gone_on_with(
                 with reopen_sink(path, *position, RATE, WIDTH, HEIGHT, METADATA) as sink:
                     sink.write(FRAMES[14:NUM_FRAMES])
             except OutputError as error:
-                assert str(error).endswith(": No space left on device")
+                _check_sentence(error)
         if disk.is_full:
             with reopen_sink(path, *position, RATE, WIDTH, HEIGHT, METADATA) as sink:
                 sink.write(FRAMES[14:NUM_FRAMES])
@@ -188,9 +192,9 @@ def test_a_log_of_events_that_takes_nothing_loses_no_frame(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events, video = tmp_path / "events.jsonl", tmp_path / "video.rgb"
+    whole = files.WholeFile.write
     for num_events in (0, 3, 9, 20):
         count = iter(range(10**6))
-        whole = files.WholeFile.write
 
         def write(file: Any, data: Any, count: Any = count, num_events: int = num_events) -> int:
             if file.name == str(events) and next(count) >= num_events:
