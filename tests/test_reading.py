@@ -1,9 +1,12 @@
 """Whatever opens media opens that one file, frame by frame, within bounds."""
 
+import contextlib
 import json
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -45,7 +48,7 @@ def _flat_png(path: Path, width: int, height: int) -> None:
 
 @pytest.mark.parametrize("name", ["list.mp4", "list.mkv", "list.png", "list.avi", "list.webm"])
 def test_a_playlist_is_not_followed(tmp_path: Path, video: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in (f"ffconcat version 1.0\nfile {video}\n", f"#EXTM3U\n#EXTINF:1,\n{video}\n#EXT-X-ENDLIST\n"):
+    for text in (f"ffconcat version 1.0\nfile {video.name}\n", f"#EXTM3U\n#EXTINF:1,\n{video.name}\n#EXT-X-ENDLIST\n"):
         (tmp_path / name).write_text(text)
         assert main(["eval", str(tmp_path / name), *QUICK]) == 2
         told = capsys.readouterr().err
@@ -65,9 +68,27 @@ def test_an_address_is_not_a_file(address: str, capsys: pytest.CaptureFixture[st
     assert "miga: cannot read" in capsys.readouterr().err
 
 
-def test_a_picture_of_20000_squared_is_refused_in_little_memory(tmp_path: Path) -> None:
+def test_no_host_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+                    asked.append(1)
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"
+        assert main(["eval", address, *QUICK]) == 2
+        server.shutdown(socket.SHUT_RDWR)
+    assert "it is not a file" in capsys.readouterr().err
+    assert not asked
+
+
+def test_a_picture_of_16000_squared_is_refused_in_little_memory(tmp_path: Path) -> None:
     (tmp_path / "frames").mkdir()
-    _flat_png(tmp_path / "frames" / "0.png", 20_000, 20_000)
+    _flat_png(tmp_path / "frames" / "0.png", 16_000, 16_000)
     code = f"""
 import resource, sys
 from miga_engine.cli import main
