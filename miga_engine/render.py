@@ -116,7 +116,7 @@ def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool
         metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
         if outputs.events is not None:
-            events = stack.enter_context(EventLog(outputs.events, is_continued=stream.is_resumed))
+            events = stack.enter_context(EventLog(outputs.events, stream.is_resumed, outputs.overwrite))
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
         try:
             with sink:
@@ -183,13 +183,13 @@ class EventLog:
     nothing is written after it.
     """
 
-    def __init__(self, path: Path, *, is_continued: bool) -> None:
+    def __init__(self, path: Path, is_continued: bool, overwrite: bool) -> None:
         self.failure: OutputError | None = None
         self._path = path
         with reported(path):
-            if not is_continued:
+            if overwrite and not is_continued:
                 path.unlink(missing_ok=True)
-            self._file = open_own(path, "r+") if os.path.lexists(path) else create(path)
+            self._file = open_own(path, "r+") if is_continued and os.path.lexists(path) else create(path)
             self._file.seek(0, os.SEEK_END)
 
     def write(self, event: Event) -> None:
