@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-import av
 import measure
 import numpy as np
 
 from miga_engine.video.contact_sheet import ContactSheet
+from miga_engine.video.reading import opened_video
 
 PROMPT = "a red balloon over snowy hills at dawn"
 
@@ -109,9 +109,9 @@ def draw(video: Path, picture: Path, num_frames: int) -> int:
     """Frames evenly over the whole file in one picture; the number of frames that decode."""
     count = 0
     sheet = ContactSheet(num_tiles=24, num_columns=8, num_frames=num_frames)
-    with av.open(str(video)) as container:
-        for frame in container.decode(video=0):
-            sheet.add(frame.to_ndarray(format="rgb24")[None])
+    with opened_video(video) as opened:
+        for frame in opened.frames:
+            sheet.add(frame[None])
             count += 1
     sheet.save(picture)
     return count

@@ -41,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``miga``; the exit code. Errors are one sentence on standard error."""
+    _keep_standard_streams()
     share_processors()
     arguments = [_hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     log, warnings = logging.getLogger("miga_engine"), _Warnings(logging.WARNING)
@@ -70,6 +71,17 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"miga: warning: {record.getMessage()}")
+
+
+def _keep_standard_streams() -> None:
+    """Nothing else may get the numbers of streams that the caller has closed: what is said would be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
 
 
 def _hyphenate(argument: str) -> str:
@@ -111,7 +123,7 @@ def _build_parser() -> argparse.ArgumentParser:
     video.add_argument("--num-frames", type=int, metavar="N", help="video frames, exactly (default: 240)")
     video.add_argument("--height", type=int, metavar="PX")
     video.add_argument("--width", type=int, metavar="PX")
-    video.add_argument("--fps", type=int, metavar="N")
+    video.add_argument("--fps", metavar="RATE", help="frames per second: 24, 29.97, 24000/1001")
     video.add_argument("--seed", type=int, metavar="N", help="same seed, same video (default: 0)")
     sampling = run.add_argument_group("sampling")
     sampling.add_argument("--negative-prompt", metavar="TEXT")

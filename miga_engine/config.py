@@ -138,7 +138,8 @@ class Request:
     seed: int
     height: int
     width: int
-    fps: int
+    fps: int | str
+    """Whole, or a fraction as text: "24000/1001"."""
     solver: str
     num_inference_steps: int
     shift: float

@@ -9,6 +9,7 @@ import re
 import reprlib
 import threading
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -44,10 +45,10 @@ class Run:
         self._lock = threading.Lock()
 
     def info(self) -> tuple[int, int, int, int, int]:
-        """Width and height in pixels, frames per second, frames of the video (−1 = endless), the first to be given."""
+        """Width and height in pixels, frames per second (rounded), frames of the video (−1 = endless), the first."""
         request = self._stream.request
         num_frames = -1 if request.num_frames is None else request.num_frames
-        return request.width, request.height, request.fps, num_frames, self._first_frame
+        return request.width, request.height, max(1, round(Fraction(request.fps))), num_frames, self._first_frame
 
     def next_frame(self, frame: Any, row_bytes: int = 0) -> bool:
         """Write the next frame, uint8 RGB, into a writable buffer of bytes; False where the video has ended.

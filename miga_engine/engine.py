@@ -9,6 +9,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from miga_engine.runtime.stages import RunLayout, VideoRun
 from miga_engine.runtime.stream import Chunk, Event, Events, Stream
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.tiny import WEIGHTS_DIR
+from miga_engine.video.rate import frame_rate, rate_text
 
 if TYPE_CHECKING:
     from miga_engine.memory import MemoryEstimate
@@ -44,7 +46,7 @@ class Video:
     """A finished video: ``frames`` uint8 ``[T, H, W, 3]`` on the CPU."""
 
     frames: torch.Tensor
-    fps: int
+    fps: int | str
     metadata: Mapping[str, Any]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -207,14 +209,17 @@ class Engine:
         negative_prompt: str | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
-        fps: int | None = None,
+        fps: float | str | Fraction | None = None,
         miga: MigaConfig | None = None,
         solver: str | None = None,
         shift: float | None = None,
         eta: float | None = None,
         use_scale_array: bool | None = None,
     ) -> Request:
-        """Fill in the preset's defaults and refuse what cannot run, before any work is done."""
+        """Fill in the preset's defaults and refuse what cannot run, before any work is done.
+
+        fps is taken as FFmpeg takes a rate, and kept exactly: 24, 29.97, "24000/1001".
+        """
         sampling = self.preset.sampling
         request = Request(
             prompt=check_prompt(prompt),
@@ -223,7 +228,7 @@ class Engine:
             seed=seed,
             height=_default(height, self.preset.height),
             width=_default(width, self.preset.width),
-            fps=_default(fps, self.preset.fps),
+            fps=rate_text(frame_rate(_default(fps, self.preset.fps))),
             solver=_default(solver, sampling.solver),
             num_inference_steps=_default(num_inference_steps, sampling.num_inference_steps),
             shift=_number("shift", _default(shift, sampling.shift)),
@@ -234,7 +239,6 @@ class Engine:
         )
         if num_frames is not None:
             _check_count("num_frames", num_frames, "video frames")
-        _check_count("fps", request.fps, "frames per second", most=1000)
         _check_count("num_inference_steps", request.num_inference_steps, "steps", most=1000)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed must be a whole number from 0 to 2^64 − 1, got {reprlib.repr(seed)}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shlex
 import signal
 import time
@@ -12,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from miga_engine.errors import ConfigError, MigaError, OutputError
+from miga_engine.event_log import EventLog
 from miga_engine.runtime.session import (
     SUFFIX,
     Session,
@@ -28,7 +27,7 @@ from miga_engine.runtime.session import (
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.terminal import Screen, say
 from miga_engine.video.contact_sheet import ContactSheet
-from miga_engine.video.paths import check_output, reason
+from miga_engine.video.paths import check_output
 from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
 
 CHECKPOINT_EVERY = 500
@@ -111,11 +110,11 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: boo
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interruptible())
         bar = stack.enter_context(tqdm(unit="frame", disable=True if quiet else None, file=Screen()))
-        lines = _EventLines(outputs.events)
-        stack.callback(lines.close)
+        log = EventLog(outputs.events)
+        stack.callback(log.close)
 
         def on_event(event: Event) -> None:
-            lines.write(event.to_json())
+            log.write(event)
             if event.kind == "stage" and first_frame_after is None:
                 bar.set_description_str(event.data["stage"].replace("_", " "))
 
@@ -126,10 +125,10 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: boo
         bar.refresh()
         metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
-        lines.open(after=stream.resumed_at_event)
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
         try:
             with sink:
+                log.open(after=stream.resumed_at_event, overwrite=outputs.overwrite)
                 if outputs.session is not None:
                     if outputs.overwrite and not stream.is_resumed:
                         remove_session(outputs.session)
@@ -191,74 +190,12 @@ def _resume_command(outputs: Outputs, session: Session) -> str:
     return shlex.join(words)
 
 
-class _EventLines:
-    """The file of events, a JSON object a line; None writes none. What comes before it is opened waits."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file: IO[str] | None = None
-        self._waiting: list[str] = []
-
-    def write(self, line: str) -> None:
-        if self._path is None:
-            return
-        if self._file is None:
-            self._waiting.append(line)
-            return
-        with self._reported():
-            self._file.write(line + "\n")
-
-    def open(self, *, after: int | None) -> None:
-        """Begin the file; with `after`, go on with it behind the event of this number."""
-        if self._path is None:
-            return
-        with self._reported():
-            if after is not None and self._path.exists():
-                self._forget(self._path, after)
-            self._file = self._path.open("w" if after is None else "a", buffering=1, encoding="utf-8")
-        waiting, self._waiting = self._waiting, []
-        for line in waiting:
-            self.write(line)
-
-    def close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # of a line that has been reported
-                self._file.close()
-
-    @staticmethod
-    def _forget(path: Path, after: int) -> None:
-        """Take from the end of the file what a run that was killed wrote behind the session that is gone on from."""
-        end, num_bytes = None, 0
-        with path.open("r+b") as file:
-            for line in file:
-                try:
-                    event = json.loads(line)
-                    is_later = isinstance(event, dict) and "event" in event and event["number"] > after
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    is_later = not line.endswith(b"\n")  # the last one, cut short
-                end = None if not is_later else num_bytes if end is None else end
-                num_bytes += len(line)
-            if end is not None:
-                file.truncate(end)
-
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        """A write that fails as one OutputError."""
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {reason(error)}") from error
-
-
 def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> Sink:
     request = stream.request
-    shape = (request.fps, request.width, request.height)
-    if stream.output is None or stream.output[0]["path"] is None:
-        return open_sink(outputs.video, *shape, metadata=metadata, overwrite=outputs.overwrite)
-    position, frames = stream.output
-    if os.path.abspath(outputs.video) != position["path"]:
-        position = {**position, "path": outputs.video, "growing_path": outputs.video}
-    return reopen_sink(position, frames, *shape, metadata=metadata)
+    fps, width, height = request.fps, request.width, request.height
+    if stream.output is None:
+        return open_sink(outputs.video, fps, width, height, metadata, overwrite=outputs.overwrite)
+    return reopen_sink(outputs.video, *stream.output, fps, width, height, metadata, overwrite=outputs.overwrite)
 
 
 @contextlib.contextmanager

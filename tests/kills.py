@@ -141,8 +141,8 @@ def sinks_session(folder: Path, video: str) -> Path:
 
 
 def _growing(path: Path, saved: Path) -> Path:
-    growing = Path(load_session(saved).state.numbers["output"]["growing_path"])
-    return path if path.is_dir() or not growing.exists() else growing
+    name = load_session(saved).state.numbers["output"]["growing_name"]
+    return path.with_name(name) if name and path.with_name(name).exists() else path
 
 
 Plan = tuple[str, Any, Any]
@@ -233,7 +233,7 @@ def _die_in_output(number: int, moment: str) -> None:
         count += 1
         return count == number
 
-    mux, write_png, append = sinks.VideoFileSink._mux, plain_sinks.write_png, sinks.RawFileSink._append
+    mux, write_whole, append = sinks.VideoFileSink._mux, plain_sinks.write_whole, sinks.RawFileSink._append
 
     def mux_some(self: Any, packets: list[Any]) -> None:
         for packet in packets:
@@ -241,10 +241,10 @@ def _die_in_output(number: int, moment: str) -> None:
                 _die()
             mux(self, [packet])
 
-    def write_image(path: Path, image: np.ndarray) -> None:
+    def write_image(path: Path, data: bytes) -> None:
         if is_time():
             _die()
-        write_png(path, image)
+        write_whole(path, data)
 
     def append_some(self: Any, frames: np.ndarray) -> None:
         for image in frames:
@@ -254,7 +254,7 @@ def _die_in_output(number: int, moment: str) -> None:
                 _die()
             append(self, image[None])
 
-    sinks.VideoFileSink._mux, plain_sinks.write_png, sinks.RawFileSink._append = mux_some, write_image, append_some  # type: ignore[method-assign]
+    sinks.VideoFileSink._mux, plain_sinks.write_whole, sinks.RawFileSink._append = mux_some, write_image, append_some  # type: ignore[method-assign]
 
 
 def main() -> int:

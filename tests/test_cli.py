@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import golden_model
 import numpy as np
 import pytest
@@ -49,6 +51,18 @@ def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
     assert sheet.read_bytes().startswith(b"\x89PNG")
     kinds = {json.loads(line)["event"] for line in events.read_text().splitlines()}
     assert {"stage", "score", "chunk"} <= kinds
+
+
+@pytest.mark.parametrize(("fps", "recorded"), [("29.97", "2997/100"), ("24000/1001", "24000/1001"), ("6", 6)])
+def test_the_rate_may_be_a_fraction(folder, tmp_path, capsys, fps, recorded):
+    video, saved = tmp_path / "video.mp4", tmp_path / "video.session.safetensors"
+    arguments = ["--model", folder, "--num-frames", 9, "--fps", fps, "-o", video, "-q", *SMALL]
+    assert _miga("generate", "a red balloon", *arguments, "--checkpoint-every", 1) == 0
+    assert _miga("resume", saved, "--model", folder, "--num-frames", 17, "-q") == 0
+    assert f"{recorded} fps" in capsys.readouterr().err
+    assert read_metadata(video)["fps"] == recorded
+    with av.open(str(video)) as container:
+        assert container.streams.video[0].average_rate == Fraction(recorded)
 
 
 def test_videocrafter2_folder_makes_a_video(tmp_path, capsys):

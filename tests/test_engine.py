@@ -399,7 +399,11 @@ def test_options_of_a_stochastic_solver_are_heard(models, options):
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"guidance_scale": "5"}, "guidance_scale must be a finite number .*got '5'"),
-        ({"fps": 0}, "fps must be a whole number"),
+        ({"fps": 0}, "fps must be frames per second from 0.001 to 1000, as 24, 29.97 or 24000/1001, got 0"),
+        ({"fps": "24/0"}, "fps must be frames per second .*got '24/0'"),
+        ({"fps": float("nan")}, "fps must be frames per second .*got nan"),
+        ({"fps": "1e999999999"}, "fps must be frames per second .*got '1e999999999'"),
+        ({"fps": True}, "fps must be frames per second .*got True"),
         ({"num_inference_steps": 3}, "stage2_steps 3 leaves Stage 1 0 of 3 steps"),
         (
             {"miga": dataclasses.replace(golden_model.MIGA, judge_step=6)},

@@ -37,6 +37,7 @@ from miga_engine.video.sinks import EncoderThread, open_sink, reopen_sink
 
 OPTIONS = {**golden_model.OPTIONS, "seed": 3, "miga": golden_model.MIGA}
 NUM_FRAMES = 61
+METADATA = {"prompt": "a red balloon", "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -665,7 +666,7 @@ def test_an_output_goes_on_from_its_checkpoint(tmp_path, name, in_thread) -> Non
     def opened(folder: str) -> Any:
         (tmp_path / folder).mkdir()
         path = f"{tmp_path / folder}/{name}"
-        return open_sink(path, 6, 48, 32)
+        return open_sink(path, 6, 48, 32, METADATA)
 
     with opened("whole") as sink:
         for i in range(0, 40, 7):
@@ -682,7 +683,7 @@ def test_an_output_goes_on_from_its_checkpoint(tmp_path, name, in_thread) -> Non
         sink.write(pictures[:9])  # what came after the checkpoint does not count
         sink.abort()
         assert position["num_frames"] + len(behind) == cut
-        with reopen_sink(position, behind, 6, 48, 32) as sink:
+        with reopen_sink(f"{tmp_path / f'part{cut}'}/{name}", position, behind, 6, 48, 32, METADATA) as sink:
             sink.write(pictures[cut:])
         assert np.array_equal(_bytes_or_frames(tmp_path / f"part{cut}" / name), expected), cut
 
@@ -702,7 +703,7 @@ def test_an_output_that_was_cut_short_is_refused(tmp_path) -> None:
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 4])
         with pytest.raises(OutputError, match="it holds fewer than the"):
-            reopen_sink(position, np.zeros((1, 32, 48, 3), np.uint8), 6, 48, 32)
+            reopen_sink(tmp_path / name, position, np.zeros((1, 32, 48, 3), np.uint8), 6, 48, 32)
         assert (tmp_path / name).stat().st_size == len(data) // 4
 
 

@@ -1,10 +1,12 @@
 """Sinks write what they are given, lose nothing that existed, and refuse with one sentence; contact sheets show it."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import pytest
 import torch
 
 from miga_engine.errors import MigaError, OutputError
+from miga_engine.files import is_beside
 from miga_engine.video.contact_sheet import ContactSheet, write_contact_sheet
 from miga_engine.video.paths import check_output
 from miga_engine.video.png import write_png
+from miga_engine.video.rate import frame_rate, rate_text
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sinks import EncoderThread, Sink, open_sink
+from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
 
 WIDTH, HEIGHT, FPS = 96, 64, 24
 METADATA = {"prompt": 'a "red" balloon — über hills', "seed": 7, "config": {"zigzag_width": 4}, "version": "0.1.0"}
@@ -69,6 +73,69 @@ def test_mp4_round_trip(tmp_path: Path) -> None:
         keyframes = [float(packet.pts * packet.time_base) for packet in container.demux(stream) if packet.is_keyframe]
         assert len(keyframes) >= 2
         assert max(np.diff(keyframes)) <= 2
+
+
+def _timing(path: Path) -> tuple[Fraction, Fraction, list[tuple[int, int, int]]]:
+    """Average rate, duration in seconds, and pts, dts and duration of each packet in seconds/1000000."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        tick = Fraction(stream.time_base) * 10**6
+        packets = [
+            (round(packet.pts * tick), round(packet.dts * tick), round(packet.duration * tick))
+            for packet in container.demux(stream)
+            if packet.size
+        ]
+        duration = stream.duration * stream.time_base if stream.duration else Fraction(container.duration, 10**6)
+        return Fraction(stream.average_rate), Fraction(duration), packets
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [1, 12, 16, 24, 60, 29.97, "24000/1001", "30000/1001", Fraction(1, 2)])
+def test_every_length_lasts_as_long_as_its_frames(tmp_path: Path, suffix: str, fps: Any) -> None:
+    """An uninterrupted file, one that was resumed, and one that was made longer: frame i at i/fps, N/fps seconds."""
+    rate = frame_rate(fps)
+    slack = 1 if suffix == ".mp4" else 1001  # Matroska counts milliseconds
+    pictures, second = _frames(83, 32, 32), max(1, round(rate))
+    for n in sorted({1, 2, 3, second, second + 1, second + 2, 2 * second + 1, 81, 83}):
+        if n > len(pictures):
+            continue
+        whole, resumed = tmp_path / f"{n}{suffix}", tmp_path / f"{n}_resumed{suffix}"
+        with open_sink(whole, fps, 32, 32, METADATA) as sink:
+            sink.write(pictures[:n])
+        cut = max(1, 2 * n // 3)
+        with open_sink(resumed, fps, 32, 32, METADATA) as sink:
+            sink.write(pictures[:cut])
+            position = sink.checkpoint()
+        with reopen_sink(resumed, *position, fps, 32, 32, METADATA) as sink:
+            sink.write(pictures[cut:n])
+        average, duration, packets = timing = _timing(whole)
+        assert average == rate, n
+        assert abs(duration - n / rate) * 10**6 <= 2 * slack, n
+        assert len(packets) == n
+        for i, (pts, dts, lasts) in enumerate(packets):
+            assert pts == dts, (n, i)
+            assert abs(pts - i / rate * 10**6) <= slack, (n, i)
+            assert abs(lasts - 10**6 / rate) <= 2 * slack, (n, i)
+        assert _timing(resumed) == timing, n
+        assert np.array_equal(read_video(resumed), read_video(whole))
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [
+        (24, "24"),
+        ("24", "24"),
+        (24.0, "24"),
+        (29.97, "2997/100"),
+        ("29.97", "2997/100"),
+        ("30000/1001", "30000/1001"),
+        (24000 / 1001, "24000/1001"),
+        ("0.5", "1/2"),
+    ],
+)
+def test_rates_are_read_as_ffmpeg_reads_them(fps: Any, rate: str) -> None:
+    assert str(frame_rate(fps)) == rate
+    assert frame_rate(json.loads(json.dumps(rate_text(frame_rate(fps))))) == Fraction(rate)
 
 
 def test_mp4_keeps_colours(tmp_path: Path) -> None:
@@ -212,7 +279,7 @@ def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
         sink.write(_frames(30))
         assert path.read_bytes() == b"old"
-        assert (tmp_path / "a.part.mp4").exists()
+        assert [is_beside(p.name, path) for p in sorted(tmp_path.iterdir())] == [True, False]
     assert len(read_video(path)) == 30
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
@@ -222,7 +289,8 @@ def test_failed_run_keeps_old_file_and_new_frames(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     _fail_after(_frames(30), KeyError, path, overwrite=True)
     assert path.read_bytes() == b"old"
-    assert len(read_video(tmp_path / "a.part.mp4")) == 30
+    (partial,) = tmp_path.glob("a.*.part.mp4")
+    assert len(read_video(partial)) == 30
 
 
 def test_interrupt_finishes_the_file(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ typedef struct miga_run miga_run;
 typedef struct {
     int32_t width;       /* pixels */
     int32_t height;      /* pixels */
-    int32_t fps;         /* frames per second the video is meant for */
+    int32_t fps;         /* frames per second the video is meant for, rounded */
     int64_t num_frames;  /* of the whole video; -1 = endless */
     int64_t first_frame; /* number of the frame the handle gives first: 0, or where a session file goes on */
 } miga_video_info;

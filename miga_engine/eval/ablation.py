@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,8 @@ from miga_engine.eval.methods import (
     method_options,
     prompt_indices,
 )
-from miga_engine.eval.paired import MEASURES, Row, draw_measures, markdown_table, parts_table, pyplot
+from miga_engine.eval.paired import MEASURES, Row, draw_measures, markdown_table, parts_table, pyplot, save_figure
+from miga_engine.files import open_own, path_written_whole, write_whole
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
@@ -81,28 +83,27 @@ def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str,
         window_frames += latents.shape[0] * latents.shape[2]
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.part{path.suffix}")
-    partial.unlink(missing_ok=True)
     events: list[Event] = []
     hook = engine.bundle.transformer.register_forward_hook(count)
     started = time.perf_counter()
     try:
-        with open_sink(partial, request.fps, request.width, request.height) as sink:
-            for chunk in engine.run(request, on_event=events.append):
-                sink.write(chunk.frames)
+        with path_written_whole(path) as partial:
+            with open_sink(partial, request.fps, request.width, request.height) as sink:
+                for chunk in engine.run(request, on_event=events.append):
+                    sink.write(chunk.frames)
+            searches = [event.data["adopted"] for event in events if event.kind == "search_finished"]
+            judged = [e for e in events if e.kind == "score" or e.kind.startswith("search")]
+            record = {
+                "request": asked,
+                "window_frames": window_frames,
+                "seconds": time.perf_counter() - started,
+                "searches": len(searches),
+                "adopted": sum(searches),
+                "events": [{"event": e.kind, **e.data} for e in judged],
+            }
+            write_whole(path.with_suffix(".json"), json.dumps(record))
     finally:
         hook.remove()
-    searches = [event.data["adopted"] for event in events if event.kind == "search_finished"]
-    record = {
-        "request": asked,
-        "window_frames": window_frames,
-        "seconds": time.perf_counter() - started,
-        "searches": len(searches),
-        "adopted": sum(searches),
-        "events": [{"event": e.kind, **e.data} for e in events if e.kind == "score" or e.kind.startswith("search")],
-    }
-    path.with_suffix(".json").write_text(json.dumps(record))
-    partial.replace(path)
 
 
 def render_world(scene: world.Scene, request: Request, path: Path, asked: Mapping[str, Any]) -> None:
@@ -110,14 +111,12 @@ def render_world(scene: world.Scene, request: Request, path: Path, asked: Mappin
     from miga_engine.video.sinks import open_sink
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.part{path.suffix}")
-    partial.unlink(missing_ok=True)
     scene = dataclasses.replace(scene, seed=request.seed)
-    with open_sink(partial, request.fps, request.width, request.height) as sink:
-        sink.write(world.render(scene, 0, request.num_frames or 0, request.height, request.width)[0])
     record = {"request": asked, "window_frames": 0, "seconds": 0.0, "searches": 0, "adopted": 0, "events": []}
-    path.with_suffix(".json").write_text(json.dumps(record))
-    partial.replace(path)
+    with path_written_whole(path) as partial:
+        with open_sink(partial, request.fps, request.width, request.height) as sink:
+            sink.write(world.render(scene, 0, request.num_frames or 0, request.height, request.width)[0])
+        write_whole(path.with_suffix(".json"), json.dumps(record))
 
 
 def _comparable(engine: Engine, job: Job, request: Request) -> dict[str, Any]:
@@ -171,9 +170,7 @@ def measure_video(job: Job, path: Path) -> dict[str, Any]:
                 for name, curve in curves.items()
             },
         }
-        partial = kept.with_suffix(".part")
-        partial.write_text(json.dumps(measured))
-        partial.replace(kept)
+        write_whole(kept, json.dumps(measured))
     content: dict[str, Any] = json.loads(kept.read_text())
     return content
 
@@ -272,7 +269,7 @@ def _make_unless_claimed(engine: Engine, request: Request, path: Path, asked: Ma
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as stream:
+    with open_own(path.with_suffix(".lock"), "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -322,13 +319,12 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", newline="") as stream:
+    with io.StringIO(newline="") as stream:
         writer = csv.DictWriter(stream, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()})
-    partial.replace(path)
+        write_whole(path, stream.getvalue())
 
 
 # Pictures --------------------------------------------------------------------------------------------------------
@@ -359,7 +355,7 @@ def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
         axis.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
-    figure.savefig(picture, dpi=110)
+    save_figure(figure, picture)
     plt.close(figure)
 
 

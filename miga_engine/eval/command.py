@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,38 +73,72 @@ def add_parsers(
                         "(default: 5, as it asks)")  # fmt: skip
 
 
-def read_clip(path: str | Path, num_frames: int | None = None) -> tuple[npt.NDArray[np.uint8], float | None]:
-    """Frames uint8 [T,H,W,3] of a video file or of a folder of pictures in the order of their names, and its fps.
+def read_frames(path: str | Path, num_frames: int | None = None) -> Iterator[npt.NDArray[np.uint8]]:
+    """Frames uint8 [H,W,3] of a video file, or of a folder of pictures in the order of their names, one at a time.
 
     Raises ConfigError for a folder without pictures or of several sizes, MigaError for a file that cannot be read.
     """
+    from miga_engine.video.reading import opened_video
+
+    def decoded() -> Iterator[npt.NDArray[np.uint8]]:
+        for file in _files(Path(path)):
+            with opened_video(file) as video:
+                yield from video.frames
+
+    shape = None
+    for frame in islice(decoded(), num_frames):
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise ConfigError(f"{path} holds pictures of several sizes")
+        yield frame
+    if shape is None:
+        raise ConfigError(f"{path} holds no frames")
+
+
+def read_clip(path: str | Path, num_frames: int | None = None) -> tuple[npt.NDArray[np.uint8], float | None]:
+    """All frames of `read_frames` uint8 [T,H,W,3], and their rate; MigaError where they are too many to be held."""
     import numpy as np
 
-    from miga_engine.video.pyav import require_av
+    from miga_engine.video.reading import check_bytes
 
-    path = Path(path)
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+    frames: list[npt.NDArray[np.uint8]] = []
+    for frame in read_frames(path, num_frames):
+        check_bytes(path, frame.nbytes * (len(frames) + 1))
+        frames.append(frame)
+    return np.stack(frames), _rate(Path(path))
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ConfigError(f"the folder {path} holds no pictures ({', '.join(IMAGE_SUFFIXES)}): give one that does")
-    av = require_av(f"read {path}")
-    frames: list[npt.NDArray[np.uint8]] = []
-    rate = None
-    for file in files[:num_frames] if path.is_dir() else files:
-        try:
-            with av.open(str(file)) as container:
-                stream = container.streams.video[0]
-                rate = None if path.is_dir() else stream.guessed_rate or stream.average_rate
-                decoded = islice(container.decode(stream), None if path.is_dir() else num_frames)
-                frames += [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in decoded]
-        except (OSError, IndexError, av.FFmpegError) as error:
-            reason = getattr(error, "strerror", None) or "it holds no video"
-            raise MigaError(f"cannot read {file}: {reason}") from error
-    if len({frame.shape for frame in frames}) != 1:
-        raise ConfigError(f"{path} holds {'pictures of several sizes' if frames else 'no frames'}")
-    return np.stack(frames), None if rate is None else float(rate)
+    return files
+
+
+def _rate(path: Path) -> float | None:
+    from miga_engine.video.reading import opened_video
+
+    if path.is_dir():
+        return None
+    with opened_video(path) as video:
+        return None if video.fps is None else float(video.fps)
+
+
+def _parts(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
+    """As many frames at a time [n,H,W,3] as are measured together."""
+    import numpy as np
+
+    from miga_engine.eval.measures import PART_FRAMES
+
+    while part := list(islice(frames, PART_FRAMES)):
+        yield np.stack(part)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    import numpy as np
+
     from miga_engine.eval import measures, report
     from miga_engine.video.paths import check_output
 
@@ -119,10 +153,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {}
     videos = {}
     for file, name in zip(files, names, strict=True):
-        frames, fps = read_clip(file, options.num_frames)
         results[name] = measures.measure(
-            frames,
-            fps,
+            _parts(read_frames(file, options.num_frames)),
+            _rate(Path(file)),
             prompt=options.prompt or _prompt_of(file),
             block=options.block,
             block_offset=options.block_offset,
@@ -135,7 +168,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             device=options.device,
         )
         if options.picture:
-            videos[name] = frames
+            shown = report.shown_frames(results[name]["frames"])
+            chosen = [frame for i, frame in enumerate(read_frames(file, shown[-1] + 1)) if i in shown]
+            videos[name] = np.stack(chosen)
     baseline = names[0] if options.baseline else None
     print(json.dumps(results, ensure_ascii=False) if options.json else report.table(results, baseline))
     if options.output:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from miga_engine.eval.catalogue import MEASURES
 from miga_engine.eval.measures import measure
+from miga_engine.files import write_whole
 from miga_engine.tiny import WEIGHTS_DIR, world
 
 Frames = npt.NDArray[np.uint8]
@@ -204,7 +205,7 @@ def main() -> None:
     output = parser.parse_args().output
     vae, clips = load_vae(), clean_clips()
     damaged = {name: figures(damage(clips[0]), vae) for name, damage in DAMAGES.items()}
-    output.write_text(document([figures(clip, vae) for clip in clips], damaged), encoding="utf-8")
+    write_whole(output, document([figures(clip, vae) for clip in clips], damaged))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.errors import ConfigError, OutputError
+from miga_engine.files import path_written_whole, write_whole
 
 if TYPE_CHECKING:
     from miga_engine.engine import Engine
@@ -172,16 +172,15 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {**files, "protocol.json": protocol}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     num_made = 0
     for clip in clips:
         target = folder / clip.path
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / "unfinished.mp4"
             video = engine.generate(clip.prompt, num_frames, seed=seed + clip.sample, **options)
-            video.save(unfinished, overwrite=True)
-            shutil.move(unfinished, target)
+            with path_written_whole(target) as partial:
+                video.save(partial)
             num_made += 1
         if on_clip is not None:
             on_clip(clip)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,8 @@ from miga_engine import ops
 from miga_engine.config import replace_options
 from miga_engine.errors import ConfigError
 from miga_engine.eval.methods import NUM_PROMPTS, PROMPTS, SCENES
-from miga_engine.eval.paired import pyplot
+from miga_engine.eval.paired import pyplot, save_figure
+from miga_engine.files import write_whole
 from miga_engine.schedule import add_noise
 from miga_engine.tiny import world
 from miga_engine.tiny.measures import to_tensor
@@ -328,7 +330,7 @@ def draw(judgements: Sequence[Judgement], rows: Sequence[dict[str, Any]], judge_
         axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     for axis in (left, middle):
         axis.grid(alpha=0.25)
-    figure.savefig(picture, dpi=110)
+    save_figure(figure, picture)
     plt.close(figure)
 
 
@@ -372,19 +374,18 @@ def run(options: argparse.Namespace) -> int:
         path = options.folder / f"{index:02d}_{options.points}.json"
         if not path.exists():
             found = judge_run(engine, index, options.judge_steps, num_points=options.points)
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps([asdict(judgement) for judgement in found]))
-            partial.replace(path)
+            write_whole(path, json.dumps([asdict(judgement) for judgement in found]))
             print(f"{path}: {len(found)} judgements", flush=True)
         judgements += [Judgement(**record) for record in json.loads(path.read_text())]
     judgements = [judgement for judgement in judgements if judgement.judge_step in options.judge_steps]
     rows = summarise(judgements)
     csv_path = options.csv or options.folder / "judge.csv"
     csv_path.parent.mkdir(parents=True, exist_ok=True)
-    with csv_path.open("w", newline="") as stream:
+    with io.StringIO(newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        write_whole(csv_path, stream.getvalue())
     print(markdown_table(rows))
     if options.picture:
         step = engine.preset.miga.judge_step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -25,9 +25,16 @@ _STILL = 0.1  # pixels a frame at a short side of 256
 _GROUP, _REFERENCE_GROUPS = 4, 2  # latent frames in a judged group, and groups before it that it is compared with
 _PERMUTATIONS = 2000
 
+MAX_HELD_BYTES = 2**31
+"""Of frames, where all have to be held at once."""
+
+
+PART_FRAMES = 16
+"""Frames that are measured together; a multiple of the batches of `features`, and those of `flow`."""
+
 
 def measure(
-    frames: Frames,
+    frames: Frames | Iterable[Frames],
     fps: float | None = None,
     *,
     prompt: str | Mapping[int, str] | None = None,
@@ -44,6 +51,8 @@ def measure(
     """Measures a video uint8 [T,H,W,3], T ≥ 2.
 
     Args:
+        frames: the video, or parts of it in order, of which one or two are held at a time, all only where there is a
+            prompt or a VAE. Parts of PART_FRAMES frames give the same numbers as the whole, to the bit.
         fps: frames a second, for the report's time axis.
         prompt: of the embedded world, or a timeline {first frame: prompt}; adds the measures against its truth.
         block, block_offset, period: video frames a committed block, the first border (default: `block`), and video
@@ -56,36 +65,56 @@ def measure(
     float}; curves {name: list over frames}; flags, sentences that must be read beside the numbers.
     Raises ConfigError for frames or options that cannot be used.
     """
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        got = f"{frames.dtype} {list(frames.shape)}" if hasattr(frames, "shape") else type(frames).__name__
-        raise ConfigError(f"frames must be a numpy array uint8 [T,H,W,3], got {got}")
-    if len(frames) < 2 or min(frames.shape[1:3]) < 16:
-        raise ConfigError(f"a video must have 2 frames or more of 16×16 pixels or more, got {list(frames.shape[:3])}")
     method = flow_method(flow)
-    differences = frame_differences(frames)
-    motion, warping = motion_and_warping(frames, method)
-    curves: dict[str, Curve] = {
-        "motion": motion,
-        "difference": differences,
-        "warping_error": warping,
-        "luminance": luminance(frames),
-        "saturation": saturation(frames),
-        "sharpness": sharpness(frames),
-        "noise": noise(frames),
-    }
-    histograms = colour_histograms(frames)
-    n = max(1, len(frames) // 8)
-    curves["colour_overlap"] = np.minimum(histograms, histograms[:n].mean(0)).sum(1)
     computed_by = {"motion": {"dis": "OpenCV's DIS", "lucas-kanade": "Lucas-Kanade, built in"}[method]}
+    networks = {}
     for name, choice in (
         ("consistency", features),
         ("subject_consistency", subject_features),
         ("background_consistency", background_features),
     ):
         if choice is not None:
-            network = load_features(choice, device)
-            curves[name] = consistency_curve(network(frames))
-            computed_by[name] = network.name
+            networks[name] = load_features(choice, device)
+            computed_by[name] = networks[name].name
+    found: dict[str, list[npt.NDArray[np.float64]]] = {}
+
+    def note(**values: npt.NDArray[np.float64]) -> None:
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+
+    def note_pairs(part: Frames) -> None:
+        if len(part) > 1:
+            motion, warping = motion_and_warping(part, method)
+            note(difference=frame_differences(part), motion=motion, warping_error=warping)
+
+    held: list[Frames] = []
+    num_frames, num_bytes, previous = 0, 0, np.zeros((0, 0, 0, 3), np.uint8)
+    for part in _parts(frames):
+        if num_frames:
+            note_pairs(np.concatenate([previous, part[:1]]))
+        note(
+            luminance=luminance(part), saturation=saturation(part), sharpness=sharpness(part), noise=noise(part),
+            histograms=colour_histograms(part), **{name: network(part) for name, network in networks.items()},
+        )  # fmt: skip
+        num_frames, num_bytes, previous = num_frames + len(part), num_bytes + part.nbytes, part
+        if prompt is not None or vae is not None:
+            if num_bytes > MAX_HELD_BYTES:
+                raise ConfigError(
+                    f"the first {num_frames} frames take more than {MAX_HELD_BYTES >> 30} GiB, and all are held to "
+                    "measure against a prompt or with a model: give fewer frames, or leave these out"
+                )
+            held.append(part)
+    if num_frames < 2:
+        raise ConfigError(f"a video must have 2 frames or more of 16×16 pixels or more, got {num_frames} frames")
+    note_pairs(previous)
+    height, width = previous.shape[1:3]
+    curves: dict[str, Curve] = {name: np.concatenate(values) for name, values in found.items()}
+    histograms = curves.pop("histograms")
+    differences, motion, warping = curves["difference"], curves["motion"], curves["warping_error"]
+    n = max(1, num_frames // 8)
+    curves["colour_overlap"] = np.minimum(histograms, histograms[:n].mean(0)).sum(1)
+    for name in networks:
+        curves[name] = consistency_curve(curves[name])
     figures: dict[str, Any] = {
         **{name: curves[name].mean() for name in MEASURES if name in curves and name.endswith("consistency")},
         "motion": motion.mean(),
@@ -101,25 +130,44 @@ def measure(
     if block is not None:
         figures["seam_ratio"], figures["seam_p"] = seam_visibility(differences, block, block_offset, period)
     if vae is not None:
-        scores = latent_consistency(frames, vae)
+        scores = latent_consistency(np.concatenate(held), vae)
         figures["latent_consistency"], figures["latent_consistency_min"] = scores.mean(), scores.min()
     if prompt is not None:
         from miga_engine.eval.truth import truth_curves
 
-        truth = truth_curves(frames, prompt)
+        truth = truth_curves(np.concatenate(held), prompt)
         figures |= {f"truth_{name}": value for name, value in truth.means().items()}
         curves["truth_colour_profile_distance"] = truth.colour_profile_distance
         curves["truth_accuracy"] = np.mean(list(truth.accuracy.values()), 0)
     return {
-        "frames": len(frames),
-        "height": frames.shape[1],
-        "width": frames.shape[2],
+        "frames": num_frames,
+        "height": height,
+        "width": width,
         "fps": None if fps is None else float(fps),
         "computed_by": computed_by,
         "measures": {name: _json_number(figures[name]) for name in MEASURES if name in figures},
         "curves": {name: [_json_number(x) for x in curve] for name, curve in curves.items()},
         "flags": _flags(figures),
     }
+
+
+def _parts(frames: Frames | Iterable[Frames]) -> Iterator[Frames]:
+    """Parts that can be measured together; ConfigError for what are none."""
+    parts = frames if isinstance(frames, Iterable) and not isinstance(frames, np.ndarray) else [frames]
+    if isinstance(frames, np.ndarray) and frames.ndim == 4:
+        parts = [frames[i : i + PART_FRAMES] for i in range(0, len(frames), PART_FRAMES)]
+    size = None
+    for part in parts:
+        if not isinstance(part, np.ndarray) or part.dtype != np.uint8 or part.ndim != 4 or part.shape[3] != 3:
+            got = f"{part.dtype} {list(part.shape)}" if hasattr(part, "shape") else type(part).__name__
+            raise ConfigError(f"frames must be a numpy array uint8 [T,H,W,3], got {got}")
+        size = size or part.shape[1:3]
+        if min(size) < 16 or part.shape[1:3] != size:
+            raise ConfigError(
+                f"a video must have 2 frames or more of 16×16 pixels or more and one size, got {list(part.shape[:3])}"
+            )
+        if len(part):
+            yield part
 
 
 def frame_differences(frames: Frames) -> Curve:

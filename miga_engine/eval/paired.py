@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from miga_engine.errors import ConfigError
+from miga_engine.files import written_whole
 
 MEASURES: Mapping[str, tuple[str, float]] = {
     "subject_consistency": ("subject consistency, %", 100),
@@ -124,6 +125,12 @@ def pyplot() -> Any:
     return plt
 
 
+def save_figure(figure: Any, picture: Path) -> None:
+    """Write a figure in the format that the name tells, whole or not at all."""
+    with written_whole(picture) as file:
+        figure.savefig(file, dpi=110, format=picture.suffix[1:] or "png")
+
+
 def draw_measures(rows: Sequence[Row], reference: str, picture: Path) -> None:
     """What each method differs by from ``reference`` in its measures, beside what it differs by in motion: means over
     common prompts and seeds with their 95 % intervals. Raises ConfigError without rows of the reference."""
@@ -151,5 +158,5 @@ def draw_measures(rows: Sequence[Row], reference: str, picture: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"Differences to {reference}, measure beside motion, with 95 % intervals (number of videos)")
-    figure.savefig(picture, dpi=110)
+    save_figure(figure, picture)
     plt.close(figure)

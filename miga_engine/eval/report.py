@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from miga_engine.errors import OutputError
 from miga_engine.eval.catalogue import MEASURES
+from miga_engine.files import write_whole
 
 Frames = npt.NDArray[np.uint8]
 _ARROWS = {"higher": "↑", "lower": "↓", "": " "}
@@ -93,9 +95,9 @@ def write_table(path: str | os.PathLike[str], results: Mapping[str, Mapping[str,
     """Writes results of `measure` by name: everything as .json, or a row a name and measure as .csv."""
     target = Path(path)
     if target.suffix == ".json":
-        target.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_whole(target, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         return
-    with target.open("w", newline="", encoding="utf-8") as stream:
+    with io.StringIO(newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["video", "measure", "value", "better", "computed_by", "meaning"])
         for name, result in results.items():
@@ -103,6 +105,16 @@ def write_table(path: str | os.PathLike[str], results: Mapping[str, Mapping[str,
                 entry = MEASURES[measure]
                 who = result["computed_by"].get(measure, "")
                 rows.writerow([name, measure, "" if value is None else repr(value), entry.better, who, entry.meaning])
+        _write_whole(target, stream.getvalue())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    from miga_engine.video.paths import reason
+
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
 
 
 # picture ---------------------------------------------------------------------------------------------------------
@@ -135,14 +147,20 @@ _PANELS: tuple[_Panel, ...] = (
 )
 
 
+def shown_frames(num_frames: int) -> list[int]:
+    """Numbers of the frames of a video that its picture shows."""
+    return [int(i) for i in np.linspace(0, num_frames - 1, min(_TILES, num_frames)).round()]
+
+
 def write_picture(
     path: str | os.PathLike[str],
     results: Mapping[str, Mapping[str, Any]],
     videos: Mapping[str, Frames],
     borders: Sequence[int] = (),
 ) -> None:
-    """Writes a PNG: frames of each video uint8 [T,H,W,3], and the curves of all results of `measure` over time.
+    """Writes a PNG: frames of each video, and the curves of all results of `measure` over time.
 
+    videos: all frames of each uint8 [T,H,W,3], or those of `shown_frames` alone.
     borders: frame numbers before which committed blocks end, marked under the frame differences.
     Raises OutputError where the file cannot be written.
     """
@@ -178,11 +196,12 @@ def _film(name: str, result: Mapping[str, Any], frames: Frames, colour: npt.NDAr
     import torch
     import torch.nn.functional as F
 
-    num = min(_TILES, len(frames))
+    chosen = shown_frames(result["frames"])
+    if len(frames) != len(chosen):
+        frames = frames[chosen]
     width = (_WIDTH - 2 * _MARGIN - (_TILES - 1) * 8) // _TILES
     height = max(1, round(width * frames.shape[1] / frames.shape[2]))
-    chosen = np.linspace(0, len(frames) - 1, num).round().astype(int)
-    picked = torch.from_numpy(np.ascontiguousarray(frames[chosen])).permute(0, 3, 1, 2).float()
+    picked = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
     tiles = F.interpolate(picked, (height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
     flags = [flag.partition(":")[0] for flag in result["flags"]]
     strip = _sheet(_HEAD + height + _FOOT, _WIDTH)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from miga_engine.errors import OutputError
+from miga_engine.files import path_written_whole
 from miga_engine.models.checkpoint import open_checkpoint
 from miga_engine.models.videocrafter2.loading import keeps_dtype
 
@@ -31,18 +32,11 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tup
         is_shared = storage in storages  # in safetensors each key has its own bytes
         tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if is_shared else tensor.contiguous()
         storages.add(storage)
-    # A folder, for beside the file it writes safetensors has a nameless one, which outlives a killed process.
-    folder = target.with_name(f".{target.name}.part")
     try:
-        try:
-            folder.mkdir(exist_ok=True)
-            part = folder / target.name
-            save_file(tensors, part, metadata={"format": "pt"})
-            num_bytes = part.stat().st_size
-            shutil.copymode(source, part)
-            part.replace(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with path_written_whole(target) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+            num_bytes = partial.stat().st_size
+            shutil.copymode(source, partial)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"cannot write {target}: {reason}; free space or choose another folder") from error

@@ -16,10 +16,8 @@ import hashlib
 import json
 import os
 import reprlib
-import secrets
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import ConfigError, MigaError, OutputError, SessionError
+from miga_engine.files import beside, is_beside, path_written_whole
 from miga_engine.prompts import MAX_PROMPTS
 from miga_engine.runtime.drift import NUM_LEVELS
 
@@ -118,20 +117,16 @@ def save_session(path: str | os.PathLike[str], session: Session) -> None:
     )
     metadata = {"format": _FORMAT, "version": str(VERSION), "record": record, "sha256": _checksum(record, tensors)}
     try:
-        # A folder, for safetensors has a nameless file of its own beside the one it writes, which would stay where a
-        # process is killed; made anew, under a name that nobody can have put a link at.
-        folder = Path(tempfile.mkdtemp(prefix=_scratch_prefix(target), suffix=_SCRATCH_SUFFIX, dir=target.parent))
-        beside = folder / target.name
-        try:
-            save_file(tensors, beside, metadata)
-            _flush_to_disk(beside)
-            beside.chmod(_mode_of_new_files(folder))
+        # In a folder, for safetensors has a nameless file of its own beside the one it writes, which would stay where a
+        # process is killed.
+        with path_written_whole(target) as partial:
+            save_file(tensors, partial, metadata)
+            with (partial.parent / "mode").open("x") as file:  # safetensors' own is for nobody else to read
+                partial.chmod(os.fstat(file.fileno()).st_mode & 0o777)
+            _flush_to_disk(partial)
             if is_session(target):  # a damaged one is not to take the place of one that is not
                 _keep_previous(target)
-            beside.replace(target)
-            _flush_to_disk(target.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        _flush_to_disk(target.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"cannot write the session file {target}: {reason}") from error
@@ -163,9 +158,8 @@ def remove_session(path: str | os.PathLike[str]) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """Delete what a killed process left of a session file that it was writing."""
-    start = _scratch_prefix(target)
     for entry in os.scandir(target.parent):
-        if entry.name.startswith(start) and entry.name.endswith(_SCRATCH_SUFFIX):
+        if entry.name.startswith(".") and is_beside(entry.name[1:], target):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
@@ -424,30 +418,16 @@ def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-_SCRATCH_SUFFIX = ".part"
-
-
-def _scratch_prefix(target: Path) -> str:
-    """How the folders begin in which the file is written before it takes its place."""
-    return f".{target.name}."
-
-
-def _mode_of_new_files(folder: Path) -> int:
-    """As of a file that `open` creates; asking for the umask itself would change it for a moment."""
-    with (folder / "mode").open("x") as file:
-        return os.fstat(file.fileno()).st_mode & 0o777
-
-
 def _keep_previous(target: Path) -> None:
     """Give the file its second name while it keeps the first; on file systems without links, move it."""
     previous = previous_path(target)
-    beside = target.with_name(f"{_scratch_prefix(target)}{secrets.token_hex(4)}{_SCRATCH_SUFFIX}")
+    second_name = target.with_name(f".{beside(target).name}")
     try:
-        os.link(target, beside)
+        os.link(target, second_name)
     except OSError:
         target.replace(previous)
     else:
-        beside.replace(previous)
+        second_name.replace(previous)
 
 
 def _flush_to_disk(path: Path) -> None:

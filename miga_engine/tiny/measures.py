@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from miga_engine.files import write_whole
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.loading import load_bundle
 from miga_engine.tiny import WEIGHTS_DIR, world
@@ -193,7 +194,7 @@ def main() -> None:
     figures = {"vae": vae_figures(bundle, args.scenes), "generated_clips": clips_figures}
     print(json.dumps(figures, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2))
+        write_whole(args.json, json.dumps(figures, indent=2))
 
     def pictures(video: Tensor, frames: Sequence[int]) -> npt.NDArray[np.uint8]:
         chosen = video[list(frames)].permute(0, 2, 3, 1)

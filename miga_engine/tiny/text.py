@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from miga_engine.files import write_whole
 from miga_engine.tiny import world
 
 _SUBJECT_WORDS: dict[str, tuple[str, ...]] = {
@@ -96,10 +97,11 @@ def save_tokenizer(folder: Path) -> None:
     """Writes `google/umt5-xxl/tokenizer.json` and its configuration below `folder`."""
     place = folder / "google" / "umt5-xxl"
     place.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(place / "tokenizer.json"))
-    (place / "tokenizer_config.json").write_text(
+    write_whole(place / "tokenizer.json", build_tokenizer().to_str(pretty=True))
+    write_whole(
+        place / "tokenizer_config.json",
         '{\n  "eos_token": "</s>",\n  "pad_token": "<pad>",\n  "unk_token": "<unk>",\n'
-        '  "tokenizer_class": "PreTrainedTokenizerFast"\n}\n'
+        '  "tokenizer_class": "PreTrainedTokenizerFast"\n}\n',
     )
 
 

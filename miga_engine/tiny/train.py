@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from miga_engine.files import path_written_whole, write_whole, written_whole
 from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
 from miga_engine.tiny import WEIGHTS_DIR, clipdit, clipvae, measures, text, world
 
@@ -30,8 +31,8 @@ def _log(message: str) -> None:
 
 def _save(path: Path, state: object) -> None:
     """Writes a checkpoint whole or not at all."""
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    with written_whole(path) as file:
+        torch.save(state, file)
 
 
 class ClipPool:
@@ -477,10 +478,10 @@ def export(work: Path, folder: Path, figures: dict[str, object]) -> None:
     if (work / "classifier.pt").exists():
         files["classifier.safetensors"] = half(torch.load(work / "classifier.pt", weights_only=True))
     for name, state in files.items():
-        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
-        (folder / f"{name}.part").chmod(0o644)
-        (folder / f"{name}.part").replace(folder / name)
-    (folder / "config.json").write_text(json.dumps(clipdit.DIT_CONFIG, indent=2) + "\n")
+        with path_written_whole(folder / name) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
+            partial.chmod(0o644)
+    write_whole(folder / "config.json", json.dumps(clipdit.DIT_CONFIG, indent=2) + "\n")
     text.save_tokenizer(folder)
     training = {
         "vae_minutes": round(vae["elapsed"] / 60, 1),
@@ -503,7 +504,7 @@ def export(work: Path, folder: Path, figures: dict[str, object]) -> None:
         "training": training,
         "figures": figures,
     }
-    (folder / "miga.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / "miga.json", json.dumps(facts, indent=2) + "\n")
     million = {name: sum(v.numel() for v in state.values()) / 1e6 for name, state in files.items()}
     card = _CARD.format(
         **training,
@@ -514,7 +515,7 @@ def export(work: Path, folder: Path, figures: dict[str, object]) -> None:
         num_captions=len(world.all_captions()),
         figures=json.dumps(figures, indent=2),
     )
-    (folder / "MODEL_CARD.md").write_text(card)
+    write_whole(folder / "MODEL_CARD.md", card)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     _log(f"{folder}: {size / 2**20:.1f} MiB")
 

@@ -18,7 +18,7 @@ def check_output(path: str | os.PathLike[str], suffixes: Sequence[str], *, overw
         received = f"the suffix {target.suffix!r} is" if target.suffix else "a name without suffix is"
         raise OutputError(f"cannot write {path}: {received} not one of {', '.join(suffixes)}")
     check_folder(target.parent, path)
-    if os.path.exists(target) and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise OutputError(f"cannot write {path}: it exists already, and --overwrite (overwrite=True) was not given")
     return target
 

@@ -2,24 +2,29 @@
 
 Nothing is created before the first frame. A new file then grows under its own name and is playable at any moment, also
 after a kill: an mp4 is a chain of one-second fragments, a Matroska file one of one-second clusters. An existing file is
-refused, or with `overwrite=True` kept until the new one, growing beside it as `name.part.suffix`, is closed.
+refused, or with `overwrite=True` kept until the new one, growing beside it as `name.1f2e3d4c.part.suffix`, is closed.
 
-`Sink.checkpoint` tells how many frames are on the disk and which are not yet; `reopen_sink` goes on from there.
+`Sink.checkpoint` tells how many frames are on the disk and which are not yet; `reopen_sink` goes on from there, with
+the file that its caller names, if what is in it is what the checkpoint says.
 """
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from miga_engine.errors import OutputError
+from miga_engine.errors import OutputError, SessionError
+from miga_engine.files import is_beside
 from miga_engine.video.encoder_thread import EncoderThread
 from miga_engine.video.paths import check_output
 from miga_engine.video.reading import read_metadata
-from miga_engine.video.sink import CallbackSink, Frames, ImageSequenceSink, RawFileSink, Sink, StreamSink
+from miga_engine.video.sink import CallbackSink, FileSink, Frames, ImageSequenceSink, RawFileSink, Sink, StreamSink
 from miga_engine.video.video_file import VideoFileSink
 
 __all__ = [
@@ -40,7 +45,7 @@ FILE_SUFFIXES = (".mp4", ".mkv", ".rgb")
 
 def open_sink(
     path: str | os.PathLike[str] | Callable[["np.ndarray[Any, Any]"], object],
-    fps: float,
+    fps: float | str | Fraction,
     width: int,
     height: int,
     metadata: Mapping[str, Any] | None = None,
@@ -50,16 +55,20 @@ def open_sink(
     """Choose a sink by name and check that it can be written, before any frame is made.
 
     `.mp4` (H.264), `.mkv` (FFV1, lossless), `folder/` or `name_%06d.png` (PNG sequence), `.rgb` (raw rgb24), `-` (raw
-    to standard output), or a function called with each uint8 [n,H,W,3] array. mp4 and mkv carry `metadata`: `prompt` as
-    the title and all of it as JSON in the comment, for `read_metadata`.
+    to standard output), or a function called with each uint8 [n,H,W,3] array. fps may be a number or text, as
+    "24000/1001". mp4 and mkv carry `metadata`: `prompt` as the title and all of it as JSON in the comment, for
+    `read_metadata`; each picture carries a name made of it.
     """
     if callable(path):
         return CallbackSink(path, width, height)
     name = os.fspath(path)
     if name == "-":
+        if sys.stdout is None:
+            raise OutputError("cannot write standard output: it is closed; give a file, or a program that reads it")
+        sys.stdout.flush()
         return StreamSink(sys.stdout.buffer, "standard output", width, height)
-    if name.endswith("/") or name.lower().endswith(".png"):
-        return ImageSequenceSink(name, width, height, overwrite=overwrite)
+    if _kind(name) == ".png":
+        return ImageSequenceSink(name, width, height, metadata, overwrite=overwrite)
     if os.path.isdir(name):
         raise OutputError(f"cannot write {name}: it is a folder; end the name with / to write a PNG sequence into it")
     target = check_output(name, FILE_SUFFIXES, overwrite=overwrite)
@@ -73,29 +82,68 @@ def open_sink(
 
 
 def reopen_sink(
+    path: str | os.PathLike[str] | Callable[["np.ndarray[Any, Any]"], object],
     position: Mapping[str, Any],
     frames: Frames,
-    fps: float,
+    fps: float | str | Fraction,
     width: int,
     height: int,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Sink:
-    """Go on with a file as `Sink.checkpoint` left it, whatever was written to it afterwards.
+    """Go on with the file at `path` as `Sink.checkpoint` left it, whatever the run wrote to it afterwards.
 
-    OutputError where the file is gone or holds fewer frames than it did; it is as it was then.
+    Where to write is the caller's word alone; the position only says what must be found there. OutputError, with
+    everything left as it is, where the file is gone, holds fewer frames than it did, or other content than the run's:
+    frames that count are held against the position's digest, a file without any such against the metadata in it or
+    against the frames that are written. `overwrite` lets a run without frames that count begin as a new one.
+    SessionError for a position that says nothing.
     """
-    path, growing, num_frames = Path(position["path"]), Path(position["growing_path"]), int(position["num_frames"])
-    if growing != path and not growing.exists():
-        growing = path  # it was closed after all
-    last_file = growing.with_name(growing.name % (num_frames - 1)) if path.suffix.lower() == ".png" else growing
-    if num_frames and not last_file.exists():
-        raise OutputError(f"cannot go on with {last_file}: it is gone; name the file with the frames made so far")
-    sink: Sink
-    if path.suffix.lower() == ".rgb":
-        sink = RawFileSink(path, width, height, growing, num_frames)
-    elif path.suffix.lower() == ".png":
-        sink = ImageSequenceSink(str(path), width, height, overwrite=True, num_frames=num_frames)
-    else:
-        sink = VideoFileSink(path, fps, width, height, metadata or {}, growing, num_frames)
-    sink.write(frames)
+    if frames.shape[0] and tuple(frames.shape[1:]) != (height, width, 3):
+        raise SessionError("the session's frames are not of its video's size: resume from another copy")
+    recorded, num_frames, digest = (position.get(key) for key in ("path", "num_frames", "digest"))
+    if recorded is None or callable(path):
+        return _and_write(open_sink(path, fps, width, height, metadata, overwrite=overwrite), frames)
+    if not isinstance(recorded, str) or type(num_frames) is not int or num_frames < 0:
+        raise SessionError("the session does not say where its video stands: resume from another copy")
+    name = os.fspath(path)
+    if _kind(name) != _kind(recorded):
+        raise OutputError(
+            f"cannot go on with {name}: the run did not write such a file; name the file the run wrote, or start a new "
+            "run"
+        )
+    if _kind(name) == ".png":
+        images = ImageSequenceSink(name, width, height, metadata, overwrite=True)
+        if num_frames or not overwrite:
+            images.go_on(num_frames, digest)
+        return _and_write(images, frames)
+    target = check_output(name, FILE_SUFFIXES, overwrite=True)
+    growing = _growing(target, position.get("growing_name"))
+    sink = open_sink(target, fps, width, height, metadata, overwrite=True)
+    if isinstance(sink, FileSink) and (num_frames or growing != target or not overwrite):
+        sink.go_on(growing, num_frames, digest)
+    return _and_write(sink, frames)
+
+
+def _kind(name: str) -> str:
+    return ".png" if name.endswith("/") else os.path.splitext(name)[1].lower()
+
+
+def _growing(path: Path, name: object) -> Path:
+    """Where a file grew that is to become `path`: beside it, if the engine made the name and a plain file has it."""
+    if is_beside(name, path):
+        growing = path.with_name(str(name))
+        with suppress(OSError):
+            if stat.S_ISREG(os.lstat(growing).st_mode):
+                return growing
+    return path  # it was closed after all
+
+
+def _and_write(sink: Sink, frames: Frames) -> Sink:
+    try:
+        sink.write(frames)
+    except BaseException:
+        sink.abort()
+        raise
     return sink
