@@ -467,7 +467,7 @@ class Engine:
         schedule = _schedule(request)
         timeline = PromptTimeline(request.prompt, request.miga.prompt_blend_frames, bundle.first_video_frame)
         contexts = timeline.contexts(request.negative_prompt, bundle.encode_prompts)
-        network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps), attention)
+        network = _BatchNetwork(bundle.window_network(contexts, schedule.timesteps), len(contexts), attention)
         factor = bundle.spatial_factor
         frame_shape = (bundle.latent_channels, request.height // factor, request.width // factor)
         num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
@@ -521,7 +521,8 @@ class Engine:
 class _BatchNetwork:
     """A model's network as the runtime calls it."""
 
-    def __init__(self, run: WindowNetwork, attention: dict[str, str]) -> None:
+    def __init__(self, run: WindowNetwork, num_prompts: int, attention: dict[str, str]) -> None:
+        self.num_prompts = num_prompts
         self._run = run
         self._attention = attention
 
