@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
+from miga_engine.models.checkpoint import short
+from miga_engine.models.layers import check_finite
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet
@@ -82,7 +84,8 @@ class ModelBundle:
         """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
 
         Each prompt is encoded alone, so that its embedding does not depend on its neighbours. On a GPU the text
-        encoder's memory is given back afterwards, and the newest embeddings are kept, on the host.
+        encoder's memory is given back afterwards, and the newest embeddings are kept, on the host. Raises NumericsError
+        where the text encoder gives NaN or infinity.
         """
         rows = []
         for prompt in prompts:
@@ -95,6 +98,8 @@ class ModelBundle:
                         f"embeddings for {self.text_encoder.config.vocab_size}; give both of one and the same model."
                     )
                 row = self.text_encoder(ids.to(self.device), mask.to(self.device))[0]
+                what = f"the text encoder (dtype), on the prompt {short(prompt)!r},"
+                check_finite(what, ids, row, row.dtype)
             if self.device.type == "cuda":
                 self._embeddings[prompt] = row.cpu()
             rows.append(row.to(self.device))
