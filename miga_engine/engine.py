@@ -18,7 +18,7 @@ import torch
 from miga_engine import ops
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, Preset, Request
-from miga_engine.device import indexed, is_out_of_memory
+from miga_engine.device import indexed, is_out_of_memory, own_modes
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError, SessionError
 from miga_engine.models.bundle import ModelBundle, WindowNetwork
 from miga_engine.models.layers import allows_tf32, set_tf32
@@ -45,6 +45,7 @@ class Video:
     fps: int
     metadata: Mapping[str, Any]
 
+    @own_modes()
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write an mp4, mkv (lossless), PNG sequence or raw file, by suffix; OutputError where that cannot be."""
         from miga_engine.video.sinks import open_sink
@@ -83,6 +84,7 @@ class Engine:
         self._estimates: dict[str, int] = {}  # bytes of runs by what decides over them
 
     @classmethod
+    @own_modes()
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] = "tiny",
@@ -139,6 +141,7 @@ class Engine:
         return engine
 
     @classmethod
+    @own_modes()
     def estimate(
         cls,
         model: str | os.PathLike[str] = "tiny",
@@ -180,6 +183,7 @@ class Engine:
             stored=file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(model)),
         )
 
+    @own_modes()
     def describe(self) -> dict[str, str]:
         """What the model is, in a few lines, for ``miga info``."""
         bundle = self.bundle
@@ -196,6 +200,7 @@ class Engine:
             f"guidance {sampling.guidance_scale:g}",
         }
 
+    @own_modes()
     def resolve(
         self,
         prompt: str | Mapping[int, str],
@@ -286,6 +291,7 @@ class Engine:
             stop_on_drift=stop_on_drift,
         )
 
+    @own_modes()
     def generate(
         self,
         prompt: str | Mapping[int, str],
@@ -310,6 +316,7 @@ class Engine:
                     break
         return Video(torch.cat(frames), request.fps, request.metadata(self.name) | stream.metadata())
 
+    @own_modes()
     def resume(
         self,
         path: str | os.PathLike[str],
@@ -343,6 +350,7 @@ class Engine:
         stream.load(path, state, has_extension=state is session.state and session.extension is not None)
         return stream
 
+    @own_modes()
     def run(
         self,
         request: Request,
@@ -376,6 +384,7 @@ class Engine:
             attention=attention,
         )
 
+    @own_modes()
     def identity(self) -> dict[str, Any]:
         """What computes the frames, as session files record it: all of it decides over the last bits."""
         cpu = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
@@ -441,6 +450,7 @@ class Engine:
         guarded(path, read)
         return found[0]
 
+    @own_modes()
     def start(
         self,
         request: Request,
@@ -499,6 +509,7 @@ class Engine:
         batch = memory.choose_window_batch(estimated, free, most=MOST_WINDOWS)
         return batch if self.ranks is None else self.ranks.agree(batch)
 
+    @own_modes()
     def running_bytes(self, request: Request, window_batch: int) -> int:
         """What a run needs on a GPU at most once its prompts are encoded, weights included: an estimate from shapes.
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.checkpoint import short
 from miga_engine.models.layers import check_finite
@@ -79,7 +80,7 @@ class ModelBundle:
         """Give back the text encoder's memory; the next prompt reads it again."""
         self.__dict__.pop("text_encoder", None)
 
-    @torch.no_grad()
+    @own_modes()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
 
@@ -110,7 +111,7 @@ class ModelBundle:
         length = max(map(len, rows), default=0)
         return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
 
-    @torch.no_grad()
+    @own_modes()
     def window_network(self, contexts: Tensor, timesteps: Tensor) -> WindowNetwork:
         """The transformer with a video's text embeddings [P, T, D] and noise levels [T], encoded once.
 

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from miga_engine.device import indexed
+from miga_engine.device import indexed, own_modes
 
 Push = Callable[[Tensor], Tensor]
 """A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]. A push that fails
@@ -150,7 +150,7 @@ class Decoding:
 
     def _decode(self, latents: Tensor, parts: list[Tensor]) -> None:
         """One latent frame at a time, until stopped."""
-        with torch.no_grad():
+        with own_modes():
             for latent in latents:
                 if self._is_stopped.is_set():
                     break

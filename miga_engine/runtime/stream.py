@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.config import Request
-from miga_engine.device import is_out_of_memory
+from miga_engine.device import is_out_of_memory, own_modes
 from miga_engine.errors import DeviceError, DriftError, SessionError
 from miga_engine.runtime.decode import Decoding, decoding_stream
 from miga_engine.runtime.drift import DriftMeter
@@ -114,6 +114,7 @@ class Stream(Iterator[Chunk]):
 
     # Frames ----------------------------------------------------------------------------------------------------
 
+    @own_modes()
     def __next__(self) -> Chunk:
         if self._run is None:
             raise StopIteration
@@ -265,6 +266,7 @@ class Stream(Iterator[Chunk]):
 
     # Sessions --------------------------------------------------------------------------------------------------
 
+    @own_modes()
     def save_every(
         self,
         num_frames: int | None,
@@ -281,6 +283,7 @@ class Stream(Iterator[Chunk]):
         self._autosave = _Autosave(Path(path), num_frames, output, keep_extension, self.num_frames_out)
         self._save(self._autosave)
 
+    @own_modes()
     def save(self, path: str | os.PathLike[str], output: Output | None = None) -> None:
         """Write all that this stream depends on to a session file; `Engine.resume` goes on from it, bit for bit.
 
@@ -305,6 +308,7 @@ class Stream(Iterator[Chunk]):
         if self._on_event is not None:
             self._on_event(Event("saved", {"path": os.fspath(path), "num_frames": self.num_frames_out}))
 
+    @own_modes()
     def load(self, path: str | os.PathLike[str], state: State, *, has_extension: bool = False) -> None:
         """Go on from a state of the session file at `path`, which also holds an extension or not."""
         guarded(path, lambda: self._load(state))
