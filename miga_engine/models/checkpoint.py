@@ -85,6 +85,8 @@ class SafetensorsCheckpoint(Checkpoint):
 def _open_safetensors(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    if reason := _no_weights(file):
+        raise CheckpointError(f"{file} {reason}; download it again.")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -199,6 +201,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a weights file or a `*.index.json`. Raises CheckpointError."""
     if not os.path.isfile(path):  # a pipe or device would be read for ever
         raise CheckpointError(f"{path} is not a regular file; give a weights file.")
+    is_known = path.name.endswith(".index.json") or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+    if is_known and (reason := _no_weights(path)):
+        raise CheckpointError(f"{path} {reason}; download it again.")
     if path.name.endswith(".index.json"):
         return SafetensorsCheckpoint(path, _indexed_files(path))
     if path.suffix == ".safetensors":
@@ -210,6 +215,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def _no_weights(path: Path) -> str | None:
+    """What a file is instead of the one whose name it has, or None: what downloads that went wrong leave."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(200).lstrip()
+    except OSError:
+        return None  # named where it is read
+    if not start:
+        return "is empty"
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is only Git LFS's pointer to the file (git lfs pull)"
+    if start[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, and not the file that it was saved as"
+    return None
+
+
 def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
     """The content of a regular file of at most `max_bytes`. Raises CheckpointError."""
     if not os.path.isfile(path):
@@ -219,6 +240,8 @@ def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
             content = stream.read(max_bytes + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it readable.") from error
+    if reason := _no_weights(path):
+        raise CheckpointError(f"{path} {reason}; download it again.")
     if len(content) > max_bytes:
         raise CheckpointError(f"{path} is larger than {max_bytes >> 20} MiB, as no such file is; download it again.")
     return content
