@@ -85,8 +85,7 @@ class SafetensorsCheckpoint(Checkpoint):
 def _open_safetensors(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
-    if reason := _no_weights(file):
-        raise CheckpointError(f"{file} {reason}; download it again.")
+    refuse_spoilt(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -202,8 +201,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not os.path.isfile(path):  # a pipe or device would be read for ever
         raise CheckpointError(f"{path} is not a regular file; give a weights file.")
     is_known = path.name.endswith(".index.json") or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
-    if is_known and (reason := _no_weights(path)):
-        raise CheckpointError(f"{path} {reason}; download it again.")
+    if is_known:
+        refuse_spoilt(path)
     if path.name.endswith(".index.json"):
         return SafetensorsCheckpoint(path, _indexed_files(path))
     if path.suffix == ".safetensors":
@@ -215,20 +214,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _no_weights(path: Path) -> str | None:
-    """What a file is instead of the one whose name it has, or None: what downloads that went wrong leave."""
+def refuse_spoilt(path: Path) -> None:
+    """CheckpointError for what a download that went wrong leaves under the name of the file."""
     try:
         with path.open("rb") as stream:
-            start = stream.read(200).lstrip()
+            start = stream.read(200)
     except OSError:
-        return None  # named where it is read
-    if not start:
-        return "is empty"
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "is only Git LFS's pointer to the file (git lfs pull)"
-    if start[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, and not the file that it was saved as"
-    return None
+        return  # named where it is read
+    is_empty, start = not start, start.lstrip()
+    if is_empty:
+        reason = "is empty"
+    elif start.startswith(b"version https://git-lfs.github.com/spec/"):
+        reason = "is only Git LFS's pointer to the file (git lfs pull)"
+    elif start[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        reason = "is a web page, and not the file that it was saved as"
+    else:
+        return
+    raise CheckpointError(f"{path} {reason}; download it again.")
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
@@ -240,8 +242,6 @@ def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
             content = stream.read(max_bytes + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it readable.") from error
-    if reason := _no_weights(path):
-        raise CheckpointError(f"{path} {reason}; download it again.")
     if len(content) > max_bytes:
         raise CheckpointError(f"{path} is larger than {max_bytes >> 20} MiB, as no such file is; download it again.")
     return content
@@ -249,6 +249,8 @@ def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises CheckpointError when it is not one."""
+    if os.path.isfile(path):  # a pipe would be waited for
+        refuse_spoilt(path)
     try:
         content = json.loads(read_bounded(path).decode())
     except CheckpointError:

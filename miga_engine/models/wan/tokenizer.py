@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import first_line, read_bounded
+from miga_engine.models.checkpoint import first_line, read_bounded, refuse_spoilt
 
 if TYPE_CHECKING:
     import tokenizers
@@ -106,6 +106,8 @@ class Tokenizer:
             raise CheckpointError(
                 f"{file} does not exist; download the tokenizer.json of the model's tokenizer folder."
             )
+        if file.stat().st_size:
+            refuse_spoilt(file)
         content = read_bounded(file, MAX_TOKENIZER_BYTES)
         with reported(f"{file} is not a readable tokenizer"):
             backend = tokenizers.Tokenizer.from_buffer(content)
