@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from miga_engine.errors import CheckpointError
 from miga_engine.models import load_bundle, load_text_encoder, load_tokenizer, load_transformer, load_vae
+from miga_engine.models.checkpoint import open_checkpoint
 from miga_engine.models.convert import convert
 from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT
 
@@ -408,3 +409,39 @@ def test_a_prompt_that_is_cut_is_said_with_the_words(official: Path, caplog) -> 
     caplog.clear()
     tokenizer(["a"])
     assert not caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_that_is_cut_while_it_is_open_is_a_sentence_and_no_signal(tmp_path: Path, suffix: str) -> None:
+    """In a process of its own; of a memory map the part behind the new end is SIGBUS."""
+    script = """
+import os, sys
+from pathlib import Path
+from miga_engine.models.checkpoint import CheckpointError, open_checkpoint
+path = Path(sys.argv[1])
+checkpoint = open_checkpoint(path)
+os.truncate(path, 100_000)
+try:
+    for key in checkpoint.shapes:
+        checkpoint.read(key).clone()
+except CheckpointError as error:
+    print(error)
+"""
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(load_file(DIT_FILE), path)
+    else:
+        shutil.copy(DIT_FILE, path)
+    run = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "was cut while it was read; download it again." in run.stdout
+
+
+def test_a_file_that_is_replaced_while_it_is_open_gives_the_old_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    shutil.copy(DIT_FILE, path)
+    checkpoint = open_checkpoint(path)
+    (tmp_path / "new").write_bytes(b"other")
+    (tmp_path / "new").replace(path)
+    for key, value in load_file(DIT_FILE).items():
+        assert torch.equal(checkpoint.read(key), value)
