@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,12 @@ namespace {
 
 // reference [n,C,H,W], candidates [k,m,C,H,W] -> [k] float32
 Tensor consistency_score(const Tensor& reference, const Tensor& candidates, std::string channels) {
+  STD_TORCH_CHECK(channels == "all" || channels == "mean", "channels is ", channels, ", expected mean or all");
+  check_shape("reference", reference, {-1, -1, -1, -1});
+  check_shape("candidates", candidates, {-1, -1, reference.size(1), reference.size(2), reference.size(3)});
+  STD_TORCH_CHECK(
+      reference.size(0) > 0 && candidates.size(1) > 0 && reference.size(1) > 0,
+      "reference or candidates has no frames or no channels, expected one at least");
   const bool use_all_channels = channels == "all";
   const Tensor reference_frames = packed(reference, ScalarType::Float);
   const Tensor candidate_frames = packed(candidates, ScalarType::Float);
@@ -95,12 +102,47 @@ std::vector<NoiseStream> noise_streams(const Tensor& counters, int64_t seed) {
   return streams;
 }
 
+// Indices in bounds for every frame that has a slot, and no slot named twice: threads write them at the same time.
+void check_frames(
+    const Tensor& slots, const Tensor& step_index, const Tensor& history_length, int64_t num_slots, int64_t num_steps) {
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const int64_t* step = step_index.const_data_ptr<int64_t>();
+  const int64_t* history = history_length.const_data_ptr<int64_t>();
+  std::vector<bool> is_taken(num_slots);
+  for (int64_t i = 0; i < slots.numel(); ++i) {
+    check_index("slots", slot[i], -1, num_slots - 1);
+    if (slot[i] < 0) continue;
+    check_index("step_index", step[i], 0, num_steps - 1);
+    check_index("history_length", history[i], 0, std::numeric_limits<int64_t>::max());
+    STD_TORCH_CHECK(!is_taken[slot[i]], "slots names ", slot[i], " twice, expected every row once");
+    is_taken[slot[i]] = true;
+  }
+}
+
 void sampler_update(
     Tensor sample, Tensor last_sample, Tensor x0, Tensor x0_previous, const Tensor& velocity_cond,
     std::optional<Tensor> velocity_uncond, const Tensor& slots, const Tensor& coefficients, const Tensor& step_index,
     const Tensor& history_length, double guidance_scale, std::optional<Tensor> noise, std::optional<Tensor> noise_counters,
     int64_t noise_seed) {
   const ScalarType type = sample.scalar_type();
+  check_shape("sample", sample, {-1, -1, -1, -1});
+  const std::initializer_list<int64_t> state_shape = {sample.size(0), sample.size(1), sample.size(2), sample.size(3)};
+  check_shape("last_sample", last_sample, state_shape);
+  check_shape("x0", x0, state_shape);
+  check_shape("x0_previous", x0_previous, state_shape);
+  check_shape("slots", slots, {-1});
+  const int64_t num_frames = slots.size(0);
+  const std::initializer_list<int64_t> pass_shape = {num_frames, sample.size(1), sample.size(2), sample.size(3)};
+  check_shape("velocity_cond", velocity_cond, pass_shape);
+  check_shape("velocity_uncond", velocity_uncond, pass_shape);
+  check_shape("noise", noise, pass_shape);
+  check_shape("noise_counters", noise_counters, {num_frames, 3});
+  check_shape("step_index", step_index, {num_frames});
+  check_shape("history_length", history_length, {num_frames});
+  check_shape("coefficients", coefficients, {-1, -1, kNumCoefficients});
+  STD_TORCH_CHECK(coefficients.size(1) > 0, "coefficients has no history lengths, expected one at least");
+  const Tensor packed_slots = packed(slots), packed_steps = packed(step_index), packed_lengths = packed(history_length);
+  check_frames(packed_slots, packed_steps, packed_lengths, sample.size(0), coefficients.size(0));
   Tensor* states[] = {&sample, &last_sample, &x0, &x0_previous};
   std::vector<Tensor> dense;
   for (Tensor* state : states) dense.push_back(packed(*state));
@@ -108,8 +150,8 @@ void sampler_update(
   if (noise_counters) streams = noise_streams(packed(*noise_counters), noise_seed);
   const auto update = type == ScalarType::Double ? update_frames<double> : update_frames<float>;
   update(
-      dense, readable(velocity_cond), readable(velocity_uncond), packed(slots), packed(coefficients, type), packed(step_index),
-      packed(history_length), guidance_scale, readable(noise), streams);
+      dense, readable(velocity_cond), readable(velocity_uncond), packed_slots, packed(coefficients, type), packed_steps,
+      packed_lengths, guidance_scale, readable(noise), streams);
   for (size_t i = 0; i < dense.size(); ++i)
     if (!states[i]->is_contiguous()) torch::stable::copy_(*states[i], dense[i]);
 }

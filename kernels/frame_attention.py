@@ -160,11 +160,11 @@ def _attend_overlapped(
     return tl.dot(b_p.to(DOT), b_v, b_out * b_decay[:, None]), b_sum
 
 
-@triton.jit(do_not_specialize=["num_runs", "run_length", "num_keys", "num_heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_runs", "run_length", "num_keys", "num_heads"])
 def _frame_attention_kernel(
     p_out, p_q, k, v, p_bias, p_key_rows,
     stride_q_b, stride_q_n, stride_q_h, stride_k_p, stride_k_m, stride_k_h, stride_v_p, stride_v_m, stride_v_h,
-    stride_bias_p, stride_bias_m, num_runs, run_length, num_keys, num_heads, scale,
+    stride_bias_p, stride_bias_m, num_rows, num_runs, run_length, num_keys, num_heads, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
     IS_WARP_SPECIALIZED: tl.constexpr, IS_OVERLAPPED: tl.constexpr, IS_INTERPRETED: tl.constexpr,
 ):
@@ -177,6 +177,7 @@ def _frame_attention_kernel(
     i_row = i_window
     if p_key_rows is not None:
         i_row = tl.load(p_key_rows + i_window * num_runs + i_run)
+        i_row = tl.minimum(tl.maximum(i_row, 0), num_rows - 1)  # never behind the keys
     if p_bias is not None:
         p_bias += i_row * stride_bias_p
 
@@ -294,7 +295,7 @@ def launch(
     strides = (*q.stride()[:3], *_row_strides(k)[:3], *_row_strides(v)[:3], *bias_strides)
     grid = (triton.cdiv(run_length, config.block_m) * num_runs * num_heads * batch,)
 
-    num_keys, rank = k.shape[1], 2 if config.is_warp_specialized else 4 if config.use_tma else 0
+    num_rows, num_keys, rank = *k.shape[:2], 2 if config.is_warp_specialized else 4 if config.use_tma else 0
     if rank == 4:  # copied into the launch, so without scratch memory, and a captured graph keeps them
         block = [1, config.block_n, 1, head_dim]
         k, v = (TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t in (k, v))
@@ -303,8 +304,8 @@ def launch(
         if rank == 2:
             triton.set_allocator(_scratch)
         _frame_attention_kernel[grid](
-            out, q, k, v, bias, key_rows, *strides, num_runs, run_length, num_keys, num_heads, scale * LOG2_E.value,
-            D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, RANK=rank,
+            out, q, k, v, bias, key_rows, *strides, num_rows, num_runs, run_length, num_keys, num_heads,
+            scale * LOG2_E.value, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, RANK=rank,
             IS_WARP_SPECIALIZED=config.is_warp_specialized, IS_OVERLAPPED=config.is_overlapped,
             IS_INTERPRETED=triton.knobs.runtime.interpret, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 CONFIGS = ((8192, 16, 8), (4096, 16, 4), (16384, 16, 16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_modulate_kernel(
     p_out,  # [B·F,S,D]
     p_x,  # [B·F,S,D]
@@ -31,6 +31,7 @@ def _norm_modulate_kernel(
     stride_gate,
     stride_weight,
     stride_bias,
+    num_rows,  # R
     num_tokens,  # S
     eps,
     D: tl.constexpr,
@@ -48,7 +49,7 @@ def _norm_modulate_kernel(
     o_x = o_token[:, None] * D + o_d[None, :]
     row = tl.full([], 0, tl.int64)
     if p_rows is not None:
-        row = tl.load(p_rows + i_frame)
+        row = tl.minimum(tl.maximum(tl.load(p_rows + i_frame), 0), num_rows - 1)  # never behind a table
 
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)  # [ROWS,BLOCK_D]
     if p_y is not None:
@@ -111,6 +112,7 @@ def launch_residual(
         _row_stride(gate),
         _row_stride(weight),
         _row_stride(bias),
+        min((t.shape[0] for t in (gate, weight, bias) if _row_stride(t)), default=1),
         num_tokens,
         eps,
         D=width,

@@ -56,7 +56,7 @@ def _rotary(p_time, p_place, m_n, o_c, PAIRS: tl.constexpr, TIME_PAIRS: tl.const
     return tl.where(m_time, b_time, b_place)[:, None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions"])
 def _qk_norm_rope_kernel(
     p_q,  # [B,N,D]
     p_k,  # [B,N,D] or None
@@ -69,6 +69,7 @@ def _qk_norm_rope_kernel(
     stride_q_token,
     stride_k_batch,
     stride_k_token,
+    num_positions,  # P
     tokens_per_window,  # N
     tokens_per_frame,  # S
     eps,
@@ -96,6 +97,7 @@ def _qk_norm_rope_kernel(
         frames_per_window = tokens_per_window // tokens_per_frame
         o_frame = i_batch * frames_per_window + o_n // tokens_per_frame
         position = tl.load(p_positions + o_frame, mask=m_n, other=0)  # [ROWS] int64
+        position = tl.minimum(tl.maximum(position, 0), num_positions - 1)  # never behind the table
         o_s = (o_n % tokens_per_frame).to(tl.int64)
         p_time = p_temporal + position * (2 * TIME_PAIRS)
         p_place = p_spatial + o_s * (2 * (PAIRS - TIME_PAIRS))
@@ -143,6 +145,7 @@ def launch(
         q.stride(1),
         0 if k is None else k.stride(0),
         0 if k is None else k.stride(1),
+        0 if temporal is None else temporal.shape[0],
         num_tokens,
         num_tokens if spatial is None else spatial.shape[0],
         eps,

@@ -84,7 +84,7 @@ def _frame_noise(seed, p_words, i_block, BLOCK: tl.constexpr):
     return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK)
 
 
-@triton.jit(do_not_specialize=["noise_seed"])
+@triton.jit(do_not_specialize=["noise_seed", "num_slots", "num_steps"])
 def _sampler_update_kernel(
     p_sample,  # [L,C·H·W]
     p_last_sample,  # [L,C·H·W]
@@ -99,6 +99,8 @@ def _sampler_update_kernel(
     p_step_index,  # [n]
     p_history_length,  # [n]
     frame_size,  # C·H·W
+    num_slots,  # L
+    num_steps,  # T
     guidance_scale,
     noise_seed: tl.int64,
     NUM_HISTORY_LENGTHS: tl.constexpr,
@@ -110,8 +112,11 @@ def _sampler_update_kernel(
     slot = tl.load(p_slots + i_frame)
     if slot < 0:
         return
-    length = tl.minimum(tl.load(p_history_length + i_frame), NUM_HISTORY_LENGTHS - 1)
-    p_row = p_coefficients + (tl.load(p_step_index + i_frame) * NUM_HISTORY_LENGTHS + length) * _NUM_COEFFICIENTS
+    if slot >= num_slots:  # never behind the state, nor below behind the rows
+        return
+    length = tl.minimum(tl.maximum(tl.load(p_history_length + i_frame), 0), NUM_HISTORY_LENGTHS - 1)
+    step = tl.minimum(tl.maximum(tl.load(p_step_index + i_frame), 0), num_steps - 1)
+    p_row = p_coefficients + (step * NUM_HISTORY_LENGTHS + length) * _NUM_COEFFICIENTS
     m_x = tl.load(p_row).to(tl.float32)
     m_v = tl.load(p_row + 1).to(tl.float32)
     c_x = tl.load(p_row + 2).to(tl.float32)
@@ -186,6 +191,8 @@ def launch(
         *dense,
         *(None if argument is None else argument.contiguous() for argument in arguments),
         frame_size,
+        sample.shape[0],
+        coefficients.shape[0],
         guidance_scale,
         noise_seed,
         NUM_HISTORY_LENGTHS=coefficients.shape[1],

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, fifo_config, replace_options
-from miga_engine.config_file import MIGA_FIELDS, REQUEST_OPTIONS, read_config
+from miga_engine.config_file import (
+    FLAG_NAMES,
+    MIGA_FIELDS,
+    RELEASED_NAMES,
+    REQUEST_OPTIONS,
+    read_config,
+    read_scalar,
+    translated,
+)
 from miga_engine.errors import CheckpointError, ConfigError, MigaError, printable
 from miga_engine.eval import command as eval_command
 from miga_engine.terminal import say
@@ -152,6 +160,12 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Make a video from a prompt; it is written while it is being made.",
     )  # fmt: skip
     generate.set_defaults(run=_generate)
+    taken = {option for action in generate._actions for option in action.option_strings}
+    released = generate.add_argument_group("names of the releases", "--task, --size, --frame_num, --base_seed, …, as "
+                                           "Wan2.1's, FIFO-Diffusion's and MIGA's generate.py have them")  # fmt: skip
+    for name in ("prompt", *FLAG_NAMES):
+        if (flag := "--" + name.replace("_", "-")) not in taken:
+            released.add_argument(flag, dest=f"released {name}", nargs="?", const="true", help=argparse.SUPPRESS)
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     generate.add_argument("--prompt-at", nargs=2, action="append", metavar=("FRAME", "PROMPT"),
                           help="from this video frame on, this prompt (repeatable)")  # fmt: skip
@@ -358,6 +372,15 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the --config file says, overridden by the flags."""
     given = vars(options)
     settings = read_config(given.pop("config")) if "config" in given else {}
+    start = "released "
+    released = {name.removeprefix(start): read_scalar(value) for name, value in given.items() if name.startswith(start)}
+    given = {name: value for name, value in given.items() if not name.startswith(start)}
+    if released:
+        for name, value in translated(released, "the command line").items():
+            ours = RELEASED_NAMES.get(name, name)
+            if ours in given:
+                raise ConfigError(f"{ours} is given twice, once as --{name}: keep one")
+            given[ours] = value
     return {**settings, **given}
 
 
@@ -392,6 +415,11 @@ def _request_options(engine: Engine, settings: dict[str, Any]) -> dict[str, Any]
         config = fifo_config(config, engine.bundle.window_frames)
     config = replace_options(config, {name: settings[name] for name in MIGA_FIELDS if name in settings})
     asked = {name: settings[name] for name in REQUEST_OPTIONS if name in settings}
+    if settings.get("long_iter_nums") is not None and "num_frames" not in asked:
+        groups = settings["long_iter_nums"]
+        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+            raise ConfigError(f"long_iter_nums must be a whole number of at least 1, got {groups!r}")
+        asked["num_frames"] = engine.bundle.num_video_frames(groups * config.zigzag_width)
     return {"num_frames": 240, **asked, "miga": config}
 
 

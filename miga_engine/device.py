@@ -1,13 +1,18 @@
-"""What a GPU asks of the host: copies that nobody waits for, the device that is current, the ways of saying "full"."""
+"""What torch asks of its guests: modes of their own, copies that nobody waits for, the current device, "full"."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory: you tried to allocate"  # torch on CPUs
@@ -17,6 +22,61 @@ _OUT_OF_MEMORY = re.compile(
     r"|miopenStatusAllocFailed",
     re.IGNORECASE,
 )
+
+
+_products_lock = threading.Lock()
+_num_exact = 0
+_products_before: list[tuple[Any, str]] = []
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """float32 products and convolutions are of float32, whatever `torch.set_float32_matmul_precision` allows."""
+    global _num_exact
+    with _products_lock:
+        _num_exact += 1
+        backends: Any = torch.backends  # whose attributes mypy does not know
+        for backend in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul):
+            allowed = {backends.fp32_precision, backend.fp32_precision} - {"none", "ieee"}
+            if allowed and backend.fp32_precision != "ieee":
+                _products_before.append((backend, backend.fp32_precision))
+                backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        with _products_lock:
+            _num_exact -= 1
+            while _products_before and not _num_exact:
+                backend, precision = _products_before.pop()
+                backend.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """torch as a new thread finds it, without gradients, whatever modes the caller is in; his are back afterwards.
+
+    Left out are function modes (`torch.set_default_device` is one), transforms of `torch.func`, fake tensors, autocast,
+    inference mode, and float32 products that are allowed to round more: this switch alone is one for all threads, and
+    is back with the last that leaves. Modes that watch operators are the caller's business and stay. Also a decorator
+    of an entry; never to be open between two frames of a generator.
+    """
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    fake = torch._C._unset_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_exact_products())
+            stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        if fake is not None:
+            torch._C._set_dispatch_mode(fake)
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from miga_engine import ops
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, Preset, Request
-from miga_engine.device import indexed, is_out_of_memory
+from miga_engine.device import indexed, is_out_of_memory, own_modes
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError, SessionError
 from miga_engine.models.bundle import ModelBundle, WindowNetwork
 from miga_engine.models.layers import allows_tf32, set_tf32
@@ -49,6 +49,7 @@ class Video:
     fps: int | str
     metadata: Mapping[str, Any]
 
+    @own_modes()
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write an mp4, mkv (lossless), PNG sequence or raw file, by suffix; OutputError where that cannot be."""
         from miga_engine.video.sinks import open_sink
@@ -85,6 +86,7 @@ class Engine:
         self._estimates: dict[str, int] = {}  # bytes of runs by what decides over them
 
     @classmethod
+    @own_modes()
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] = "tiny",
@@ -141,6 +143,7 @@ class Engine:
         return engine
 
     @classmethod
+    @own_modes()
     def estimate(
         cls,
         model: str | os.PathLike[str] = "tiny",
@@ -182,6 +185,7 @@ class Engine:
             stored=file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(model)),
         )
 
+    @own_modes()
     def describe(self) -> dict[str, str]:
         """What the model is, in a few lines, for ``miga info``."""
         bundle = self.bundle
@@ -198,6 +202,7 @@ class Engine:
             f"guidance {sampling.guidance_scale:g}",
         }
 
+    @own_modes()
     def resolve(
         self,
         prompt: str | Mapping[int, str],
@@ -290,6 +295,7 @@ class Engine:
             stop_on_drift=stop_on_drift,
         )
 
+    @own_modes()
     def generate(
         self,
         prompt: str | Mapping[int, str],
@@ -314,6 +320,7 @@ class Engine:
                     break
         return Video(torch.cat(frames), request.fps, request.metadata(self.name) | stream.metadata())
 
+    @own_modes()
     def resume(
         self,
         path: str | os.PathLike[str],
@@ -352,6 +359,7 @@ class Engine:
             stream.warn(warning)
         return stream
 
+    @own_modes()
     def run(
         self,
         request: Request,
@@ -387,6 +395,7 @@ class Engine:
             attention=attention,
         )
 
+    @own_modes()
     def identity(self) -> dict[str, Any]:
         """What computes the frames, as session files record it: all of it decides over the last bits."""
         cpu = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
@@ -460,6 +469,7 @@ class Engine:
             num_video_frames=bundle.num_video_frames,
         )
 
+    @own_modes()
     def start(
         self,
         request: Request,
@@ -490,7 +500,8 @@ class Engine:
         _refuse_the_impossible(layout, frame_shape, self.device)
         texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
         num_slots = 1 + layout.num_anchors + timeline.most_rows(layout.capacity)  # the negative prompt's, and these
-        network = _BatchNetwork(bundle.window_network(texts, schedule.timesteps, min(num_slots, len(texts))), attention)
+        windows = bundle.window_network(texts, schedule.timesteps, min(num_slots, len(texts)))
+        network = _BatchNetwork(windows, len(texts), attention)
         return VideoRun(
             network,
             schedule,
@@ -531,6 +542,7 @@ class Engine:
         batch = memory.choose_window_batch(estimated, free, most=MOST_WINDOWS)
         return batch if self.ranks is None else self.ranks.agree(batch)
 
+    @own_modes()
     def running_bytes(self, request: Request, window_batch: int) -> int:
         """What a run needs on a GPU at most once its prompts are encoded, weights included: an estimate from shapes.
 
@@ -553,7 +565,8 @@ class Engine:
 class _BatchNetwork:
     """A model's network as the runtime calls it."""
 
-    def __init__(self, run: WindowNetwork, attention: dict[str, str]) -> None:
+    def __init__(self, run: WindowNetwork, num_prompts: int, attention: dict[str, str]) -> None:
+        self.num_prompts = num_prompts
         self._run = run
         self._attention = attention
 

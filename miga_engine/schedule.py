@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from miga_engine.device import own_modes
 from miga_engine.errors import ConfigError
 
 COLUMNS = ("m_x", "m_v", "c_x", "c_y", "c_m", "c_m1", "c_m2", "p_x", "p_v", "p_m", "p_m1", "p_n")
@@ -84,6 +85,7 @@ class Schedule(NamedTuple):
         return bool((self.coefficients.rows[..., COLUMNS.index("p_n")] != 0).any())
 
 
+@own_modes()
 def make_schedule(
     solver: str = "unipc",
     num_steps: int = 54,

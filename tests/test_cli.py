@@ -19,8 +19,9 @@ import golden_model
 import numpy as np
 import pytest
 
+from miga_engine import ConfigError, cli
 from miga_engine.cli import main
-from miga_engine.config_file import RELEASED_NAMES
+from miga_engine.config_file import RELEASED_NAMES, read_config
 from miga_engine.video.reading import read_metadata, read_video
 
 SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "10", "--zigzag-width", "2", "--stage2-steps", "3",
@@ -112,7 +113,7 @@ def test_released_names_lead_to_options_that_exist():
     help_text = subprocess.run(
         [sys.executable, "-m", "miga_engine", "generate", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for name in RELEASED_NAMES.values():
+    for name in set(RELEASED_NAMES.values()):
         assert "--" + name.replace("_", "-") in help_text or f"--no-{name.replace('_', '-')}" in help_text
 
 
@@ -269,3 +270,96 @@ def _free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         return taken.getsockname()[1]
+
+
+def _settings_of(*arguments: object) -> dict[str, object]:
+    return cli._settings(cli._build_parser().parse_args([cli._hyphenate(str(a)) for a in ("generate", *arguments)]))
+
+
+def test_the_command_lines_of_the_releases_are_understood(caplog) -> None:
+    settings = _settings_of(
+        *[
+            "--task",
+            "t2v-1.3B",
+            "--size",
+            "832*480",
+            "--base_seed",
+            "42",
+            "--sample_steps",
+            "50",
+            "--ckpt_dir",
+            "here",
+            "--sample_shift",
+            "8",
+        ],
+        *[
+            "--sample_guide_scale",
+            "6",
+            "--frame_num",
+            "81",
+            "--offload_model",
+            "True",
+            "--t5_cpu",
+            "--ulysses_size",
+            "1",
+        ],
+        *("--sample_solver", "dpm++", "--prompt", "A cat", "--save_file", "cat.mp4"),
+    )
+    expected = {"width": 832, "height": 480, "seed": 42, "num_inference_steps": 50, "model": "here", "shift": 8}
+    expected |= {"guidance_scale": 6, "num_frames": 81, "solver": "dpmpp_2m", "prompt": "A cat", "output": "cat.mp4"}
+    assert {name: settings[name] for name in expected} == expected
+    assert "offload_model, t5_cpu, ulysses_size: these options of a release decide nothing" in caplog.text
+
+
+def test_a_seed_of_minus_one_is_drawn_and_said(caplog) -> None:
+    drawn = [_settings_of("x", "--base_seed", "-1")["seed"] for _ in range(2)]
+    assert drawn[0] != drawn[1]
+    assert all(f"the seed -1 asks for any: it is {seed}" in caplog.text for seed in drawn)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--task", "i2v-14B"], "gives task as 'i2v-14B': t2v-1.3B and t2v-14B are to be had"),
+        (["--size", "big"], "gives size as 'big': give width*height"),
+        (["--image", "a.png"], "gives image, which is not to be had: videos are made from text alone"),
+        (["--ulysses_size", "4"], "gives ulysses_size as 4: start miga with torchrun instead"),
+        (["--use_prompt_extend"], "gives use_prompt_extend, which is not to be had"),
+        (["--frame_num", "9", "--num-frames", "5"], "num_frames is given twice, once as --frame_num"),
+    ],
+)
+def test_what_a_release_has_and_we_have_not_is_refused(arguments, sentence, capsys) -> None:
+    assert main(["generate", "x", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_configurations_of_the_releases_are_read(tmp_path: Path, caplog) -> None:
+    """MIGA's own file has a heading; in FIFO-Diffusion's, video_length is the window."""
+    miga = tmp_path / "miga.yaml"
+    miga.write_text(
+        "miga:\n  sampling_steps: 54\n  saw_width: 7\n  long_iter_nums: 20\n  temporal_memory_len: 4\n"
+        "  involve_resample: true\n  resample_threshold: 0.001\n  save_inter_results: false\n"
+    )
+    assert read_config(str(miga)) == {
+        "num_inference_steps": 54, "zigzag_width": 7, "long_iter_nums": 20, "guidance_frames": 4,
+        "self_reflection": True, "score_drop": 0.001,
+    }  # fmt: skip
+    assert "save_inter_results: these options" in caplog.text
+    fifo = tmp_path / "fifo.yaml"
+    fifo.write_text("video_length: 16\nnum_partitions: 4\nnew_video_length: 100\nnum_inference_steps: 16\neta: 1.0\n")
+    assert read_config(str(fifo)) == {"num_inference_steps": 64, "num_frames": 100, "eta": 1.0}
+
+
+def test_the_length_in_groups_is_that_of_the_release(folder) -> None:
+    from miga_engine import Engine
+
+    options = cli._request_options(Engine.from_pretrained(folder, "meta"), {"long_iter_nums": 5, "zigzag_width": 2})
+    assert options["num_frames"] == 1 + 4 * 9  # ten latent frames
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nheight: 64\nseed: 2\n", "miga:\n  seed: 1\n  seed: 2\n"])
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"gives 'seed' twice, again at line 3: keep one"):
+        read_config(str(path))

@@ -13,7 +13,7 @@ import torch
 from oracle import counter_noise, pseudo_network
 
 from miga_engine.config import MigaConfig
-from miga_engine.errors import DeviceError
+from miga_engine.errors import DeviceError, SessionError
 from miga_engine.runtime.denoise import Denoiser, Window, _split
 from miga_engine.runtime.frame_queue import FrameStore
 from miga_engine.runtime.stages import VideoRun
@@ -77,6 +77,49 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         video(window_batch=4, network=broken)
+
+
+class _ThreePrompts:
+    num_prompts = 3
+
+    def forward_batch(self, batch):
+        raise AssertionError("the network ran")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("slot 9", lambda store, slots: slots.__setitem__(2, 9)),
+        ("slot -1", lambda store, slots: slots.__setitem__(2, -1)),
+        ("step -3", lambda store, slots: store.step_index.__setitem__(1, -3)),
+        ("prompt row 3", lambda store, slots: store.prompt_row.__setitem__(1, 3)),
+    ],
+)
+def test_a_pass_checks_its_tables_before_the_network_runs(name: str, damage) -> None:
+    """Once, on the host: on a GPU nobody else would look at them without waiting."""
+    store, slots = FrameStore(9, SHAPE, CPU), np.arange(9)
+    damage(store, slots)
+    schedule = make_schedule("unipc", 16, 5.0)
+    denoiser = Denoiser(_ThreePrompts(), store, schedule, counter_noise(0, SHAPE), guidance_scale=5.0)
+    with pytest.raises(SessionError, match=f"the run names {name} where there are"):
+        denoiser.run([Window(slots, 1, 8)])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("step 16", lambda store: store.step_index.__setitem__(4, 16)),
+        ("history length 3", lambda store: store.history_length.__setitem__(4, 3)),
+        ("history length -1", lambda store: store.history_length.__setitem__(4, -1)),
+    ],
+)
+def test_an_update_checks_its_tables(name: str, damage) -> None:
+    store = FrameStore(9, SHAPE, CPU)
+    damage(store)
+    schedule = make_schedule("unipc", 16, 5.0)
+    denoiser = Denoiser(pseudo_network, store, schedule, counter_noise(0, SHAPE), guidance_scale=5.0)
+    with pytest.raises(SessionError, match=f"the run names {name} where there are"):
+        denoiser.run([Window(np.arange(9), 1, 8)])
 
 
 @pytest.mark.parametrize("num_windows", [1, 3])

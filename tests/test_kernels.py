@@ -385,3 +385,57 @@ def test_consistency_score_of_zero_nan_mixed_types_and_no_candidates() -> None:
     assert consistency_score.launch(frames, frames.new_empty(0, 2, 4, 3, 3), "all").shape == (0,)
     mixed = consistency_score.launch(frames.bfloat16(), frames[None], "all")
     torch.testing.assert_close(mixed, oracle.consistency_score(frames.bfloat16(), frames[None], "all"))
+
+
+def _misnamed(indices: torch.Tensor, wrong: list[int]) -> torch.Tensor:
+    """The same with the wrong ones in the first places."""
+    indices = indices.clone()
+    indices.view(-1)[: len(wrong)] = torch.tensor(wrong, device=indices.device)
+    return indices
+
+
+OUT_OF_BOUNDS = [-1, -3, 9, 20]  # one or a few rows beside a table of at most nine rows, where the bands are
+
+
+def test_norm_modulate_reads_no_row_beside_its_tables() -> None:
+    x, y = _guarded(_randn(2, 3, 5, 7)), _guarded(_randn(2, 3, 5, 7, seed=1))
+    gate, weight, bias = (_guarded(_randn(4, 7, seed=2 + i)) for i in range(3))
+    rows = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+    nearest = _misnamed(rows, [0, 0, 3, 3])
+    out = norm_modulate.launch_residual(
+        x.clone(), y, gate, weight, bias, _misnamed(rows, OUT_OF_BOUNDS), 1e-6, torch.float32
+    )
+    assert torch.equal(
+        out, norm_modulate.launch_residual(x.clone(), y, gate, weight, bias, nearest, 1e-6, torch.float32)
+    )
+
+
+def test_qk_norm_rope_reads_no_position_beside_its_table() -> None:
+    shape = (2, 3, 5, 2, 24)
+    tables, weight = _rotary(3, 5, 12), _guarded(_randn(48))
+    positions = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+    results = []
+    for wrong in (OUT_OF_BOUNDS, [0, 0, 6, 6]):
+        q, k = _fused_qkv(shape, torch.float32)
+        qk_norm_rope.launch(q, k, weight, weight, *tables, _misnamed(positions, wrong), 2, 1e-6)
+        results.append(torch.cat([q, k]))
+    assert torch.equal(*results)  # NaN would not be
+
+
+def test_sampler_update_touches_nothing_beside_its_state_and_rows() -> None:
+    """A slot that is none is left out; a step or a history length that is none becomes the nearest."""
+    state, frames, keywords = _queue(torch.float32, fill=1.5)
+    for tensor in state:
+        tensor.nan_to_num_()
+    expected = [tensor.clone() for tensor in state]
+    slots = torch.tensor([4, 7, 0, 6, 2**40, -9], device=DEVICE)
+    steps = torch.tensor([-1, 0, 99, 5, 0, 0], device=DEVICE)
+    lengths = torch.tensor([0, 0, 9, -7, 0, 0], device=DEVICE)
+    sampler_update.launch(
+        *state, frames[0], None, **(keywords | {"slots": slots, "step_index": steps, "history_length": lengths})
+    )
+    nearest = {"slots": torch.tensor([4, -1, 0, 6, -1, -1]), "step_index": steps.clamp(0, 5)}
+    oracle.sampler_update(*expected, frames[0], None, **keywords | nearest | {"history_length": lengths.clamp(min=0)})
+    for ours, theirs in zip(state, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert bool((_outside(ours) == 1.5).all())

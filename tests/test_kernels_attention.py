@@ -270,3 +270,12 @@ def test_whole_window_of_the_real_model_under_graph_capture(dtype: torch.dtype, 
         graph.replay()
         assert torch.equal(captured, eager)
         _check(q[:, -512:], k, v, config=config)
+
+
+@pytest.mark.parametrize("m", [12, 170])
+def test_a_row_of_keys_that_is_none_becomes_the_nearest(m: int) -> None:
+    q, k, v = _inputs(2, 3, 12, m, 1, 64, DTYPES[0])
+    bias = _bias(3, m)
+    wrong, nearest = (torch.tensor(rows, device=DEVICE) for rows in ([[-1, 3], [2**40, 1]], [[0, 2], [2, 1]]))
+    assert torch.equal(launch(q, k, v, bias, wrong, None), launch(q, k, v, bias, nearest, None))
+    assert torch.equal(launch(q, k, v, None, wrong, None), launch(q, k, v, None, nearest, None))

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models import load_bundle, load_text_encoder, load_transformer, load_vae
+from miga_engine.models import load_bundle, load_text_encoder, load_tokenizer, load_transformer, load_vae
+from miga_engine.models.checkpoint import open_checkpoint
+from miga_engine.models.convert import convert
 from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -340,3 +342,106 @@ def test_indexes_stay_in_their_folder(official: Path) -> None:
     index.write_text("{}")
     with pytest.raises(CheckpointError, match=r"index\.json names no files in a weight_map; download it again\."):
         load_transformer(official)
+
+
+@pytest.mark.parametrize("component", ["DIT", "VAE", "tokenizer"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is (empty|not a readable tokenizer .*); download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is only Git LFS's pointer"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page, and not the file"),
+    ],
+)
+def test_downloads_that_went_wrong_are_named_as_such(
+    official: Path, component: str, content: bytes, sentence: str
+) -> None:
+    names = {"DIT": DIT_FILE.name, "VAE": "Wan2.1_VAE.pth", "tokenizer": "google/umt5-xxl/tokenizer.json"}
+    (official / names[component]).write_bytes(content)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        load_bundle(official).tokenizer  # noqa: B018
+    assert names[component] in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["transformer_2", "boundary_ratio", "high_noise_model", "one expert"])
+def test_a_model_of_two_networks_is_refused(official: Path, diffusers: Path, layout: str) -> None:
+    given = root = diffusers if layout in ("transformer_2", "boundary_ratio") else official
+    if layout == "transformer_2":
+        shutil.copytree(root / "transformer", root / "transformer_2")
+    elif layout == "boundary_ratio":
+        (root / "model_index.json").write_text('{"boundary_ratio": 0.875}')
+    else:
+        for name in ("high_noise_model", "low_noise_model"):
+            (root / name).mkdir()
+            for file in (DIT_FILE, DIT_FILE.parent / "config.json"):
+                shutil.copy(file, root / name)
+        given = root / "high_noise_model" if layout == "one expert" else root
+    for load in (load_transformer, load_bundle):
+        with pytest.raises(CheckpointError, match=r"holds a Wan2\.2 model of two networks, for high and for low noise"):
+            load(given)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_converting_keeps_what_is_used_in_float32(official: Path, diffusers: Path, tmp_path: Path, prefix: str) -> None:
+    """By the network's own rule, under whatever keys; of the VAE everything."""
+    source = tmp_path / "source.safetensors"
+    save_file({prefix + key: value for key, value in load_file(DIT_FILE).items()}, source)
+    files = [source, diffusers / "transformer" / "diffusion_pytorch_model.safetensors"]
+    expected = load_transformer(official, dtype=torch.bfloat16).state_dict()
+    for file in files:
+        out = tmp_path / "out" / file.name
+        out.parent.mkdir(exist_ok=True)
+        convert(file, out, torch.bfloat16)
+        if file is not source:
+            shutil.copy(file.parent / "config.json", out.parent)
+        loaded = load_transformer(out, dtype=torch.bfloat16).state_dict() if file is not source else load_file(out)
+        for key, value in expected.items():
+            assert torch.equal(loaded[(prefix if file is source else "") + key], value), key
+    convert(VAE_FILE, tmp_path / "vae.safetensors", torch.bfloat16)
+    assert all(value.dtype == torch.float32 for value in load_file(tmp_path / "vae.safetensors").values())
+
+
+def test_a_prompt_that_is_cut_is_said_with_the_words(official: Path, caplog) -> None:
+    tokenizer = load_tokenizer(official, text_len=8)
+    ids, _ = tokenizer(["a red balloon over snowy hills at dawn and a kite"])
+    assert ids.shape == (1, 8)
+    assert "tokens and the text encoder reads 7: it is cut behind" in caplog.text
+    caplog.clear()
+    tokenizer(["a"])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_that_is_cut_while_it_is_open_is_a_sentence_and_no_signal(tmp_path: Path, suffix: str) -> None:
+    """In a process of its own; of a memory map the part behind the new end is SIGBUS."""
+    script = """
+import os, sys
+from pathlib import Path
+from miga_engine.models.checkpoint import CheckpointError, open_checkpoint
+path = Path(sys.argv[1])
+checkpoint = open_checkpoint(path)
+os.truncate(path, 100_000)
+try:
+    for key in checkpoint.shapes:
+        checkpoint.read(key).clone()
+except CheckpointError as error:
+    print(error)
+"""
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(load_file(DIT_FILE), path)
+    else:
+        shutil.copy(DIT_FILE, path)
+    run = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "was cut while it was read; download it again." in run.stdout
+
+
+def test_a_file_that_is_replaced_while_it_is_open_gives_the_old_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    shutil.copy(DIT_FILE, path)
+    checkpoint = open_checkpoint(path)
+    (tmp_path / "new").write_bytes(b"other")
+    (tmp_path / "new").replace(path)
+    for key, value in load_file(DIT_FILE).items():
+        assert torch.equal(checkpoint.read(key), value)

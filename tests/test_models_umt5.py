@@ -1,5 +1,6 @@
 """The UMT5 text encoder and the tokenizer against the reference implementation's output and Transformers."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -116,3 +117,27 @@ def test_tokenizer_refusals(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"has no </s> token; use the tokenizer\.json of google/umt5-xxl\."):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [3e3, 3e4, 1e5])
+def test_float16_stays_in_its_range_as_the_published_rule_has_it(encoder: UMT5Encoder, golden, scale: float) -> None:
+    """Weights whose gated product and, but for the first, whose stream leave float16: what float32 gives, clamped."""
+    wide, largest = copy.deepcopy(encoder), 0.0
+
+    def clamp(module, inputs, output: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, float(output.abs().max()))
+        return output.clamp(-64504, 64504) if output.abs().max() > 65504 else output
+
+    for block in wide.blocks:
+        block.ffn.fc1.weight.data.mul_(100)
+        block.ffn.fc2.weight.data.mul_(scale / 100)
+    handles = [block.register_forward_hook(clamp) for block in wide.blocks]
+    expected = wide(golden["ids"], golden["mask"])
+    for handle in handles:
+        handle.remove()
+    assert (largest > 65504) == (scale > 1e4)
+    mask = golden["mask"].bool()
+    half = wide.half()(golden["ids"], golden["mask"])
+    assert half.isfinite().all()  # NaN without the rule
+    assert torch.nn.functional.cosine_similarity(half[mask].float(), expected[mask], dim=-1).min() > 0.99

@@ -1,5 +1,9 @@
 """Every op under torch.compile, opcheck, and its refusals; with whichever implementation this device has."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -198,3 +202,82 @@ def test_a_norm_without_a_weight_is_a_cast() -> None:
     t = _tensors()
     out = ops.residual_norm_modulate(t["x"].clone(), t["y"], None, None, None, None, eps=1e-6, dtype=torch.bfloat16)
     assert torch.equal(out, (t["x"] + t["y"]).bfloat16())
+
+
+INDEX_ARGUMENTS = {
+    "norm_modulate": ("rows", [-1, 4, 2**40]),
+    "residual_norm_modulate": ("rows", [-1, 4, 2**40]),
+    "qk_norm_rope": ("positions", [-1, 9, 2**40]),
+    "frame_attention": ("key_rows", [-1, 2, 2**40]),
+    "sampler_update slots": ("slots", [-2, 4, 2**40, 0]),  # the last names a row twice
+    "sampler_update steps": ("step_index", [-1, 5, 2**40]),
+    "sampler_update lengths": ("history_length", [-1, -(2**40)]),
+    "sampler_update counters": ("noise.counters", [-1, 2**32]),
+}
+
+
+def _call_with(name: str, wrong: int, *, registered: bool) -> None:
+    """A call of the op with one wrong index, of a frame that has a slot where there are such."""
+    t = _tensors()
+    argument = INDEX_ARGUMENTS[name][0]
+    args, indices, noise = _sampler_arguments(t)
+    index = {**t, **indices, "key_rows": torch.tensor([[0, 1, 1], [1, 0, 0]]), "noise.counters": noise.counters}
+    index[argument].view(-1)[0] = wrong
+    q, k = (t[name].unflatten(2, (HEADS, -1)) for name in "qk")
+    tables = {name: t[name] for name in ("temporal", "spatial", "positions")}
+    miga = torch.ops.miga
+    rows = (t["weight"], t["bias"], t["rows"])
+    if name == "norm_modulate" and registered:
+        miga.norm_modulate(t["x"], *rows, 1e-6, torch.float32)
+    elif name == "norm_modulate":
+        ops.norm_modulate(t["x"], *rows, eps=1e-6, dtype=torch.float32)
+    elif name == "residual_norm_modulate" and registered:
+        miga.residual_norm_modulate(t["x"], t["y"], t["gate"], *rows, 1e-6, torch.float32)
+    elif name == "residual_norm_modulate":
+        ops.residual_norm_modulate(t["x"], t["y"], t["gate"], *rows, eps=1e-6, dtype=torch.float32)
+    elif name == "qk_norm_rope" and registered:
+        miga.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], *tables.values(), HEADS, 1e-6)
+    elif name == "qk_norm_rope":
+        ops.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], **tables, num_heads=HEADS, eps=1e-6)
+    elif name == "frame_attention" and registered:
+        miga.frame_attention(q, k, k, None, index["key_rows"], None, "auto")
+    elif name == "frame_attention":
+        ops.frame_attention(q, k, k, key_rows=index["key_rows"])
+    elif registered:
+        miga.sampler_update(*args, **indices, guidance_scale=3.0, noise_counters=noise.counters, noise_seed=7)
+    else:
+        ops.sampler_update(*args, **indices, guidance_scale=3.0, noise=noise)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize(
+    ("name", "wrong"), [(name, wrong) for name, (_, all_) in INDEX_ARGUMENTS.items() for wrong in all_]
+)
+def test_an_index_out_of_bounds_is_refused(name: str, wrong: int, registered: bool) -> None:
+    """By the public function and by the kernel it calls; a counter, which names no memory, by the former alone."""
+    argument = INDEX_ARGUMENTS[name][0]
+    if registered and argument == "noise.counters":
+        _call_with(name, wrong, registered=True)
+        return
+    with pytest.raises((ValueError, RuntimeError), match=argument):
+        _call_with(name, wrong, registered=registered)
+
+
+def test_wrong_calls_end_in_sentences_and_never_in_a_signal() -> None:
+    """In a process of its own, which a signal would end: a hundred spoilt calls of each op."""
+    script = Path(__file__).with_name("fuzz_ops.py")
+    done = subprocess.run([sys.executable, script, "--count", "100"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "18 ops, 100 calls each: 0 faults" in done.stdout
+
+
+def test_states_that_share_memory_are_refused() -> None:
+    t = _tensors()
+    args, indices, _ = _sampler_arguments(t)
+    overlapping = args[0][:1].expand(args[0].shape)
+    with pytest.raises(ValueError, match=r"x0 has strides .* memory of its own for each element"):
+        ops.sampler_update(*args[:2], overlapping, *args[3:], **indices, guidance_scale=3.0)
+    with pytest.raises(ValueError, match="last_sample has memory that is sample's too"):
+        ops.sampler_update(args[0], args[0], *args[2:], **indices, guidance_scale=3.0)
+    with pytest.raises(ValueError, match="q has strides"):
+        ops.rms_norm_(t["q"][:1].expand(2, TOKENS, D), t["norm"], eps=1e-6)

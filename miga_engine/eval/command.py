@@ -50,7 +50,9 @@ def add_parsers(
     evaluate.add_argument("--features", default="auto", metavar="NAME|FILE", help="of the consistency: mobilenet, "
                           "descriptor, or weights (default: mobilenet where it is installed)")  # fmt: skip
     evaluate.add_argument("--subject-features", metavar="FILE", help="DINO's ViT-B/16, as VBench uses it")
-    evaluate.add_argument("--background-features", metavar="FILE", help="CLIP's ViT-B-32.pt, as VBench uses it")
+    evaluate.add_argument(
+        "--background-features", metavar="FILE", help="state_dict of CLIP's ViT-B-32, as VBench uses it"
+    )
     evaluate.add_argument("--model", metavar="NAME|PATH", help="measure the latent consistency with this model's VAE")
     evaluate.add_argument("--device", default="cpu", help="of feature networks and VAE (default: cpu)")
     output = evaluate.add_argument_group("output")

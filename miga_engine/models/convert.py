@@ -10,7 +10,9 @@ import torch
 from miga_engine.errors import OutputError
 from miga_engine.files import path_written_whole
 from miga_engine.models.checkpoint import open_checkpoint
+from miga_engine.models.videocrafter2 import layouts as videocrafter2
 from miga_engine.models.videocrafter2.loading import keeps_dtype
+from miga_engine.models.wan.layouts import keeps_fp32
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
@@ -24,9 +26,10 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tup
 
     checkpoint = open_checkpoint(source)
     tensors, storages = {}, set()
+    keeps = keeps_dtype if videocrafter2.is_model(checkpoint.shapes) else keeps_fp32(checkpoint)
     for key in checkpoint.shapes:
         tensor = checkpoint.read(key)
-        if dtype is not None and tensor.is_floating_point() and not keeps_dtype(key):
+        if dtype is not None and tensor.is_floating_point() and not keeps(key):
             tensor = tensor.to(dtype)
         storage = tensor.untyped_storage().data_ptr()
         is_shared = storage in storages  # in safetensors each key has its own bytes

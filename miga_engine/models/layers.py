@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from miga_engine import ops
-from miga_engine.errors import ConfigError
+from miga_engine.errors import ConfigError, NumericsError
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -34,6 +34,26 @@ class Conv2d(nn.Conv2d):
         return ops.conv2d(
             input, self.weight, self.bias, stride=self.stride, padding=self.padding, allow_tf32=self.allow_tf32
         )
+
+
+def check_finite(what: str, given: Tensor, result: Tensor, dtype: torch.dtype) -> None:
+    """NumericsError where a network made NaN or infinity of what it was given: one wait for the device.
+
+    `what` says which network did what; dtype is the one it computes in. Shapes alone, on `meta`, are finite.
+    """
+    if result.is_meta or torch.compiler.is_compiling() or not result.numel() or _is_finite(result):
+        return
+    if given.is_floating_point() and not _is_finite(given):
+        raise NumericsError(f"{what} was given NaN or infinity: look for what made it")
+    name = str(dtype).removeprefix("torch.")
+    choices = {"float16": "float32 or bfloat16", "bfloat16": "float32"}
+    remedy = f"start anew in {choices[name]}, or " if name in choices else ""
+    raise NumericsError(f"{what} gave NaN or infinity in {name}: {remedy}download its weights again")
+
+
+def _is_finite(x: Tensor) -> bool:
+    """In one reading, for the extremes of what holds NaN are NaN."""
+    return bool(torch.stack(x.detach().aminmax()).isfinite().all())
 
 
 def set_tf32(network: nn.Module, allow: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.checkpoint import (
@@ -41,17 +42,20 @@ EXTRA_FILE = "miga.json"  # facts about a model that no layout has a place for
 # File names that hold a component, in the order in which they are looked for.
 _DIFFUSION_FILES = ("diffusion_pytorch_model*.index.json", "diffusion_pytorch_model*.safetensors")
 _TRANSFORMER_FILES = (*_DIFFUSION_FILES, "diffusion_pytorch_model*.bin")
+_EXPERTS = ("high_noise_model", "low_noise_model")  # folders of the two networks of Wan2.2 A14B
 _VAE_FILES = ("*VAE*.safetensors", "*VAE*.pth", *_DIFFUSION_FILES)
 _TEXT_ENCODER_FILES = ("models_t5*.safetensors", "models_t5*.pth", "model*.index.json", "model*.safetensors")
 _TOKENIZER_FILES = ("tokenizer/tokenizer.json", "google/*/tokenizer.json", "tokenizer.json")
 
 
+@own_modes()
 def load_transformer(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> WanDiT:
     """The diffusion transformer under `path`: a model folder, its `transformer` folder, or a weights file.
 
     device defaults to the CPU, dtype to the file's own; what the network uses in float32 stays float32. Without a
     config.json beside the weights the sizes follow from the shapes. Raises CheckpointError.
     """
+    _refuse_experts(Path(path))
     files = _component_files(Path(path), "transformer", _TRANSFORMER_FILES)
     checkpoint = layouts.official_transformer(_open(files))
     config = layouts.transformer_config(checkpoint, _stored_config(files[0], {"WanModel", "WanTransformer3DModel"}))
@@ -64,6 +68,7 @@ def load_transformer(path: str | Path, device: Device = None, dtype: torch.dtype
     )
 
 
+@own_modes()
 def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch.float32) -> WanVAE:
     """The video VAE under `path`: a model folder, its `vae` folder, or a weights file.
 
@@ -75,6 +80,7 @@ def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch
     return load_module(lambda: WanVAE(config), checkpoint, device=device, dtype=dtype).lay_out()
 
 
+@own_modes()
 def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> UMT5Encoder:
     """The text encoder under `path`: a model folder, its `text_encoder` folder, or a weights file.
 
@@ -99,6 +105,7 @@ def load_tokenizer(path: str | Path, text_len: int = layouts.TEXT_LEN) -> Tokeni
     return Tokenizer.from_folder(_tokenizer_file(Path(path)), text_len)
 
 
+@own_modes()
 def load_bundle(
     path: str | Path,
     device: Device = None,
@@ -115,6 +122,7 @@ def load_bundle(
     extra = _extra_facts(root / EXTRA_FILE)
     if is_videocrafter2(path):
         return videocrafter2.load_bundle(path, extra, device, dtype, vae_dtype)
+    _refuse_experts(Path(path))
     _component_files(root, "text_encoder", _TEXT_ENCODER_FILES)  # read late, but missed at once
     _tokenizer_file(root)
     transformer = load_transformer(path, device, dtype)
@@ -179,6 +187,21 @@ def _extra_facts(file: Path) -> dict[str, Any]:
     if not isinstance(negative, str):
         raise CheckpointError(f"{file} says default_negative_prompt {short(repr(negative))}; give a text.")
     return extra
+
+
+def _refuse_experts(path: Path) -> None:
+    """CheckpointError where the path leads to two networks that share a schedule, or to one of the two."""
+    root = path.parent if path.is_file() else path
+    inside = root.parent if root.name in (*_EXPERTS, "transformer", "transformer_2") else root
+    index = inside / "model_index.json"
+    is_pair = inside.joinpath("transformer_2").is_dir() or (
+        index.is_file() and read_json(index).get("boundary_ratio") is not None
+    )
+    if is_pair or root.name in _EXPERTS or any(inside.joinpath(name).is_dir() for name in _EXPERTS):
+        raise CheckpointError(
+            f"{path} holds a Wan2.2 model of two networks, for high and for low noise; "
+            "give a Wan2.1 text-to-video model."
+        )
 
 
 def _component_files(path: Path, component: str, patterns: tuple[str, ...]) -> list[Path]:

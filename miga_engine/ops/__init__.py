@@ -1,8 +1,9 @@
 """What everybody calls: one public function per op, with its schema, fake, checks and dispatch.
 
 `torch.ops.miga.<name>` has up to four implementations that agree: the eager oracle (`reference`, every device), C++ on
-the CPU (csrc/), Triton on GPUs (kernels/). The public functions check their arguments and call it; the registered ops
-trust theirs. They are for inference and define no gradient; `frame_attention` alone takes SDPA where one is wanted.
+the CPU (csrc/), Triton on GPUs (kernels/). The public functions check their arguments and call it. C++ checks once more
+what its memory depends on; Triton, on whose devices a look at an index would be waited for, bounds it. They are for
+inference and define no gradient; `frame_attention` alone takes SDPA where one is wanted.
 """
 
 from miga_engine import _extension

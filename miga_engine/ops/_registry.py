@@ -26,6 +26,49 @@ def require_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str
     require(tensor.dtype.is_floating_point, name, "dtype", tensor.dtype, "a floating point type")
 
 
+def require_tensors(names: str, *tensors: object, optional: tuple[object, ...] = ()) -> None:
+    """TypeError unless each is a tensor laid out by strides, ValueError unless all are on the device of the first.
+
+    `names` are those of the tensors, then of the optional ones, with blanks between; of the latter any may be None.
+    """
+    device = None
+    for i, tensor in enumerate((*tensors, *optional)):
+        if tensor is None and i >= len(tensors):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{names.split()[i]} is {type(tensor).__name__}, expected a tensor")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{names.split()[i]} has layout {tensor.layout}, expected torch.strided")
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{names.split()[i]} has device {tensor.device}, expected {device} as {names.split()[0]}")
+
+
+def require_indices(name: str, indices: Tensor, least: int, most: int) -> None:
+    """ValueError unless all int64 indices lie in least … most, where nobody need wait to know it.
+
+    Not on a GPU, where kernels bound what they are given, nor in a graph that is being traced.
+    """
+    if indices.device.type != "cpu" or not indices.numel() or torch.compiler.is_compiling():
+        return
+    lowest, highest = map(int, indices.aminmax())
+    if lowest < least or highest > most:
+        raise ValueError(f"{name} has indices {lowest} to {highest}, expected {least} to {most}")
+
+
+def is_written_once(tensor: Tensor) -> bool:
+    """Whether no two elements share memory: each stride steps over all that lies within it."""
+    if tensor.is_contiguous():
+        return True
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported."""
     return importlib.util.find_spec("triton") is not None

@@ -18,7 +18,7 @@ from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.device import current_device
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.ops import reference as _reference
-from miga_engine.ops._registry import has_triton, require
+from miga_engine.ops._registry import has_triton, require, require_indices, require_tensors
 from miga_engine.ops.linear import HAS_ONEDNN, IS_MKL_FASTER, linear
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def frame_attention(
 
     q [B,N,H,D]; k, v [P,M,H,D], one dtype; bias broadcastable to [P,H,N,M], a key's own if [P,1,1,M]; scale D^-1/2 if
     None. key_rows int64 [B] or [B,F] names the row of k, v and bias for each window, or for each of its F equal runs of
-    queries; without it P is B or 1. Queries may be fewer than keys (a slice of the window's tokens).
+    queries, whose number N then is in bias; without it P is B or 1. Queries may be fewer than keys (a slice of the
+    window's tokens).
 
     backend: "auto" takes the fastest exact one installed, timed once on each GPU for each kind of call (dtype, keys,
     heads, bias), or what `attention_choices` says (on CPUs by rule: oneDNN for many keys where there is AVX-512, else
@@ -64,28 +65,42 @@ def frame_attention(
     DeviceError, and never replaced. A backend must agree with the oracle on a sample of its first call's queries before
     its result is used. Where a gradient is wanted, SDPA alone gives it.
     """
-    require(q.ndim == 4, "q", "shape", tuple(q.shape), "[B,N,H,D]")
+    require_tensors("q k v", q, k, v)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _check_call(q, k, v, bias, key_rows, backend)
+        if backend not in ("auto", "sdpa"):
+            raise ConfigError(f"attention={backend!r} has no gradient: train with auto or sdpa")
+        return _run_sdpa(_Call(q, k, v, bias, key_rows, scale)).reshape(q.shape).contiguous()
+    return torch.ops.miga.frame_attention(q, k, v, bias, key_rows, scale, backend)
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, backend: str) -> None:
+    _require_known(backend)
+    require_tensors("q k v bias key_rows", q, k, v, optional=(bias, key_rows))
+    require(q.ndim == 4 and q.shape[3] > 0, "q", "shape", tuple(q.shape), "[B,N,H,D], D ≥ 1")
+    require(q.dtype.is_floating_point, "q", "dtype", q.dtype, "a floating point type")
     frame = q.shape[2:]
     for name, tensor in (("k", k), ("v", v)):
-        is_like = tensor.ndim == 4 and tensor.shape[2:] == frame and tensor.shape[:2] == k.shape[:2]
+        is_like = (
+            tensor.ndim == 4 and tensor.shape[1] > 0 and tensor.shape[2:] == frame and tensor.shape[:2] == k.shape[:2]
+        )
         require(is_like, name, "shape", tuple(tensor.shape), f"[P,M,{frame[0]},{frame[1]}], as q and k")
         require(tensor.dtype == q.dtype, name, "dtype", tensor.dtype, f"{q.dtype} as q")
+    num_runs, num_rows = 1, q.shape[0]
     if key_rows is None:
         require(k.shape[0] in (1, q.shape[0]), "k", "batch", k.shape[0], f"1 or {q.shape[0]}, or key_rows")
     else:
         is_index = key_rows.dtype == torch.int64 and key_rows.ndim in (1, 2) and key_rows.shape[0] == q.shape[0]
         require(is_index, "key_rows", "shape", tuple(key_rows.shape), f"int64 [{q.shape[0]}] or [{q.shape[0]},F]")
-        num_runs = key_rows.numel() // max(q.shape[0], 1)
-        require(q.shape[1] % max(num_runs, 1) == 0, "q", "length", q.shape[1], f"a multiple of {num_runs} frames")
+        num_runs, num_rows = key_rows.numel() // max(q.shape[0], 1), k.shape[0]
+        num_runs = max(num_runs, 1)
+        require(q.shape[1] % num_runs == 0, "q", "length", q.shape[1], f"a multiple of {num_runs} frames")
+        require_indices("key_rows", key_rows, 0, k.shape[0] - 1)
     if bias is not None:
-        require(bias.ndim == 4, "bias", "shape", tuple(bias.shape), "[P,H,N,M] or broadcastable to it")
-    if backend not in ATTENTION_BACKENDS:
-        raise ConfigError(f"attention is {backend!r}: choose {', '.join(ATTENTION_BACKENDS)}")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        if backend not in ("auto", "sdpa"):
-            raise ConfigError(f"attention={backend!r} has no gradient: train with auto or sdpa")
-        return _run_sdpa(_Call(q, k, v, bias, key_rows, scale)).reshape(q.shape).contiguous()
-    return torch.ops.miga.frame_attention(q, k, v, bias, key_rows, scale, backend)
+        whole = (num_rows, q.shape[2], q.shape[1] // num_runs, k.shape[1])
+        is_bias = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape, whole, strict=True))
+        require(is_bias, "bias", "shape", tuple(bias.shape), f"{whole}, [P,H,N,M], or broadcastable to it")
+        require(bias.dtype.is_floating_point, "bias", "dtype", bias.dtype, "a floating point type")
 
 
 def attention_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128) -> dict[str, str | None]:
@@ -96,12 +111,16 @@ def attention_backends(device: torch.device | str, dtype: torch.dtype, head_dim:
 
 def require_attention(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> None:
     """DeviceError if a backend asked for by name cannot run here; ConfigError if there is none of this name."""
-    if name not in ATTENTION_BACKENDS:
-        raise ConfigError(f"attention is {name!r}: choose {', '.join(ATTENTION_BACKENDS)}")
+    _require_known(name)
     refusals = attention_backends(device, dtype, head_dim)
     if refusal := refusals.get(name):
         usable = ", ".join(other for other, reason in refusals.items() if reason is None)
         raise DeviceError(f"attention={name!r} cannot be used here, for {refusal}: choose auto, {usable}")
+
+
+def _require_known(backend: str) -> None:
+    if backend not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attention is {backend!r}: choose {', '.join(ATTENTION_BACKENDS)}")
 
 
 def untimed_backend(device: torch.device) -> str:
@@ -157,7 +176,7 @@ def _run_onednn(call: _Call) -> Tensor:
     rows = max(64, _SCORES_IN_CACHE // num_keys)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(batch):
-        key_bias = None if bias is None else bias[b % bias.shape[0], 0, 0].float().contiguous()
+        key_bias = None if bias is None else bias[b % bias.shape[0], 0, 0].expand(num_keys).float().contiguous()
         for head in range(num_heads):
             queries = q[b, :, head].float() * scale
             keys, values = k[b, :, head].float().contiguous(), v[b, :, head].t().contiguous()
@@ -288,6 +307,7 @@ _chosen: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("attent
 def _dispatch(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, scale: float | None, backend: str
 ) -> Tensor:
+    _check_call(q, k, v, bias, key_rows, backend)
     call = _Call(q, k, v, bias, key_rows, scale)
     with current_device(q.device):
         name = _choose(call) if backend == "auto" else backend

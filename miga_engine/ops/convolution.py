@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.ops._registry import require_tensors
+
 
 def conv2d(
     x: Tensor,
@@ -18,8 +20,9 @@ def conv2d(
 
     On NVIDIA GPUs cuDNN computes float32 convolutions in TF32, inputs rounded to 10 bits, unless told otherwise, and
     chooses among algorithms by timing them if a host asked for that: `torch.backends.cudnn`, one for all threads. Here
-    float32 is float32 unless `allow_tf32`, and the algorithm is cuDNN's rule.
+    float32 is float32 unless `allow_tf32`, and the algorithm is cuDNN's rule. Sizes are checked by torch.
     """
+    require_tensors("x weight bias", x, weight, optional=(bias,))
     if not x.is_cuda or torch.version.hip or torch.is_grad_enabled() or isinstance(padding, str):
         return F.conv2d(x, weight, bias, stride, padding)
     return torch._convolution(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.ops._registry import require, require_tensors
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 IS_MKL_FASTER = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 """MKL's products and torch's attention are faster than oneDNN's on a CPU that has AVX2 and no AVX-512, slower above."""
@@ -29,6 +31,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     once, 3 to 10 times as fast as `F.linear` there. On NVIDIA GPUs GELU is the product's epilogue (cuBLASLt's, of the
     float32 sums), which saves writing and reading the result once more: predicted 6 % of a forward of Wan2.1 1.3B.
     """
+    require_tensors("x weight bias", x, weight, optional=(bias,))
+    require(weight.ndim == 2, "weight", "shape", weight.shape, "[N,K]")
+    is_row = x.ndim > 0 and x.shape[-1] == weight.shape[1]
+    require(is_row, "x", "shape", x.shape, "a last dimension as that of weight")
+    require(x.dtype.is_floating_point, "x", "dtype", x.dtype, "a floating point type")
+    require(weight.dtype == x.dtype, "weight", "dtype", weight.dtype, "that of x")
+    if bias is not None:
+        require(bias.ndim == 1 and bias.shape[0] == weight.shape[0], "bias", "shape", bias.shape, "[N]")
+        require(bias.dtype == x.dtype, "bias", "dtype", bias.dtype, "that of x")
     is_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # inductor chooses for itself
     if is_cpu and x.dtype in _ONEDNN_DTYPES and weight.dtype == x.dtype:
         if x.dtype == torch.bfloat16 and not _HAS_BFLOAT16:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from miga_engine.ops import reference as _reference
-from miga_engine.ops._registry import register, require, require_like
+from miga_engine.ops._registry import (
+    is_written_once,
+    register,
+    require,
+    require_indices,
+    require_like,
+    require_tensors,
+)
 
 torch.library.define(
     "miga::norm_modulate",
@@ -79,7 +86,8 @@ def norm_modulate(
 
     x [B,F,S,D], float32 (float64 for oracles); weight, bias [R,D] in the dtype of x, rows of a larger table allowed
     (last dimension contiguous); rows [B,F] int64, the row of each frame, None if R = 1. A table of one row serves
-    every frame whatever rows says. eps is added to the variance; statistics and arithmetic in the dtype of x.
+    every frame whatever rows says; on a GPU a row that is none becomes the nearest. eps is added to the variance;
+    statistics and arithmetic in the dtype of x.
     """
     _check_tokens(x)
     _check_tables(x, rows, weight=weight, bias=bias)
@@ -102,6 +110,7 @@ def residual_norm_modulate(
     y [B,F,S,D], any float dtype; gate [R,D] in the dtype of x, None for 1; the rest as in `norm_modulate`.
     """
     _check_tokens(x)
+    require_tensors("x y", x, y)
     require_like("y", y, tuple(x.shape), "as x")
     _check_tables(x, rows, gate=gate, weight=weight, bias=bias)
     return torch.ops.miga.residual_norm_modulate(x, y, gate, weight, bias, rows, eps, dtype)
@@ -126,21 +135,27 @@ def qk_norm_rope(
 
     q, k [B,F·S,D], one floating point dtype, last dimension contiguous; weights [D] float32 or float64, None for no
     norm; temporal [P,2,t] and spatial [S,2,D/num_heads/2 − t]: cosines and sines, float32 or float64; positions [B,F]
-    int64 rows of temporal. Arithmetic in float32 at least. Source: Wan2.1, 3-D rotary positions.
+    int64 rows of temporal, on a GPU the nearest where one is none. Arithmetic in float32 at least. Source: Wan2.1, 3-D
+    rotary positions.
     """
     _check_heads("q", q, weight_q, num_heads)
+    require_tensors("q temporal spatial positions k", q, temporal, spatial, positions, optional=(k,))
     if k is not None:
         _check_heads("k", k, weight_k, num_heads)
         require(k.shape == q.shape, "k", "shape", tuple(k.shape), f"{tuple(q.shape)} as q")
         require(k.dtype == q.dtype, "k", "dtype", k.dtype, f"{q.dtype} as q")
-    half = q.shape[2] // num_heads // 2
+    width = q.shape[2] // num_heads
+    require(width % 2 == 0, "q", "channels a head", width, "an even number, for they turn in pairs")
     for name, table in (("temporal", temporal), ("spatial", spatial)):
         require(table.ndim == 3 and table.shape[1] == 2, name, "shape", tuple(table.shape), "[rows, 2, pairs]")
+        require(table.dtype.is_floating_point, name, "dtype", table.dtype, "a floating point type")
     pairs = temporal.shape[2] + spatial.shape[2]
-    require(pairs == half, "temporal and spatial", "pairs", pairs, f"{half}, half of a head's channels")
+    require(pairs == width // 2, "temporal and spatial", "pairs", pairs, f"{width // 2}, half of a head's channels")
     require(positions.ndim == 2, "positions", "shape", tuple(positions.shape), "[B,F]")
+    require(positions.dtype == torch.int64, "positions", "dtype", positions.dtype, "int64")
     tokens = (positions.shape[0], positions.shape[1] * spatial.shape[0])
     require(q.shape[:2] == tokens, "q", "shape", tuple(q.shape), f"({tokens[0]}, {tokens[1]} = F·S, D)")
+    require_indices("positions", positions, 0, temporal.shape[0] - 1)
     torch.ops.miga.qk_norm_rope(q, k, weight_q, weight_k, temporal, spatial, positions, num_heads, eps)
 
 
@@ -149,12 +164,14 @@ def rms_norm_(q: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     q [B,N,D], any floating point dtype, last dimension contiguous; weight [D] float32 or float64.
     """
+    require_tensors("q weight", q, weight)
     _check_heads("q", q, weight, 1)
     torch.ops.miga.qk_norm_rope(q, None, weight, None, None, None, None, 1, eps)
     return q
 
 
 def _check_tokens(x: Tensor) -> None:
+    require_tensors("x", x)
     require(x.ndim == 4, "x", "shape", tuple(x.shape), "[B,F,S,D]")
     require(x.dtype in (torch.float32, torch.float64), "x", "dtype", x.dtype, "float32 or float64")
     require(x.is_contiguous(), "x", "strides", x.stride(), "a contiguous tensor")
@@ -162,24 +179,30 @@ def _check_tokens(x: Tensor) -> None:
 
 def _check_tables(x: Tensor, rows: Tensor | None, **tables: Tensor | None) -> None:
     require((tables["weight"] is None) == (tables["bias"] is None), "bias", "value", tables["bias"], "one with weight")
-    for name, table in tables.items():
-        if table is None:
-            continue
+    given = {name: table for name, table in tables.items() if table is not None}
+    require_tensors(f"x {' '.join(tables)} rows", x, optional=(*tables.values(), rows))
+    if rows is not None:
+        require(rows.shape == x.shape[:2], "rows", "shape", tuple(rows.shape), f"{tuple(x.shape[:2])}, [B,F] of x")
+        require(rows.dtype == torch.int64, "rows", "dtype", rows.dtype, "int64")
+    for name, table in given.items():
         require(table.ndim == 2 and table.shape[1] == x.shape[3], name, "shape", tuple(table.shape), "[R,D]")
         require(table.dtype == x.dtype, name, "dtype", table.dtype, f"{x.dtype} as x")
         require(table.stride(1) == 1, name, "strides", table.stride(), "a contiguous last dimension")
         has_rows = rows is not None or table.shape[0] == 1
         require(has_rows, "rows", "value", rows, f"[B,F], for {name} has {table.shape[0]} rows")
-    if rows is not None:
-        require(rows.shape == x.shape[:2], "rows", "shape", tuple(rows.shape), f"{tuple(x.shape[:2])}, [B,F] of x")
-        require(rows.dtype == torch.int64, "rows", "dtype", rows.dtype, "int64")
+    if rows is not None and (ends := [table.shape[0] for table in given.values() if table.shape[0] != 1]):
+        require_indices("rows", rows, 0, min(ends) - 1)
 
 
 def _check_heads(name: str, tensor: Tensor, weight: Tensor | None, num_heads: int) -> None:
+    require_tensors(f"{name} weight_{name}", tensor, optional=(weight,))
     require(tensor.ndim == 3, name, "shape", tuple(tensor.shape), "[B,N,D]")
     require(tensor.dtype.is_floating_point, name, "dtype", tensor.dtype, "a floating point type")
     require(tensor.stride(2) == 1, name, "strides", tensor.stride(), "a contiguous last dimension")
+    require(is_written_once(tensor), name, "strides", tensor.stride(), "memory of its own for each element")
     width = tensor.shape[2]
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads!r}, expected a whole number of at least 1")
     require(width % num_heads == 0, name, "width", width, f"a multiple of {num_heads} heads")
     if weight is not None:
         require(weight.shape == (width,), f"weight_{name}", "shape", tuple(weight.shape), f"({width},)")

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from miga_engine.noise import FrameNoise
 from miga_engine.ops import reference as _reference
-from miga_engine.ops._registry import register, require, require_like
+from miga_engine.ops._registry import (
+    is_written_once,
+    register,
+    require,
+    require_indices,
+    require_like,
+    require_tensors,
+)
 
 _CHANNEL_MODES = ("mean", "all")
 _NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS = 3, 12  # as in miga_engine.schedule
@@ -66,25 +73,42 @@ def sampler_update(
     noise: [n,C,H,W], any float dtype, or a FrameNoise of n frames, drawn in the kernel where its row uses it; None
     leaves the noise term out. Give it when `Schedule.uses_noise`.
     slots [n] int64: frame i owns state row slots[i]; −1 leaves the state untouched; other rows must be distinct.
-    coefficients [T,3,12] float32 or float64; step_index, history_length [n] int64 (a length above 2 counts as 2).
+    coefficients [T,3,12] float32 or float64; step_index [n] int64, 0 … T − 1; history_length [n] int64, 0 or more (a
+    length above 2 counts as 2); those of frames without a slot are not read. On a GPU indices are not looked at: a
+    frame whose slot is none is left out, a step or length that is none becomes the nearest.
     State that a row gives weight 0 is not read: a fresh frame's history may be uninitialised memory.
     """
+    drawn = counters = None
+    seed = 0
+    if isinstance(noise, FrameNoise):
+        counters, seed = noise.counters, noise.seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"noise.seed is {seed!r}, expected a signed integer of 64 bits")
+    else:
+        drawn = noise
+    states = {"sample": sample, "last_sample": last_sample, "x0": x0, "x0_previous": x0_previous}
+    require_tensors(
+        f"{' '.join(states)} velocity_cond slots coefficients step_index history_length velocity_uncond noise "
+        "noise.counters",
+        *states.values(), velocity_cond, slots, coefficients, step_index, history_length,
+        optional=(velocity_uncond, drawn, counters),
+    )  # fmt: skip
     state_shape, state_dtype = sample.shape, sample.dtype
     require(sample.ndim == 4, "sample", "shape", tuple(state_shape), "[L,C,H,W]")
     require(state_dtype in (torch.float32, torch.float64), "sample", "dtype", state_dtype, "float32 or float64")
-    for name, state in (("last_sample", last_sample), ("x0", x0), ("x0_previous", x0_previous)):
+    for name, state in states.items():
         require(state.shape == state_shape, name, "shape", tuple(state.shape), f"{tuple(state_shape)} as sample")
         require(state.dtype == state_dtype, name, "dtype", state.dtype, f"{state_dtype} as sample")
+        require(is_written_once(state), name, "strides", state.stride(), "memory of its own for each element")
+        twin = next((other for other in states if states[other] is state), name)
+        require(twin == name, name, "memory that is", f"{twin}'s too", "its own")
     require(slots.ndim == 1, "slots", "shape", tuple(slots.shape), "[n]")
     num_frames = slots.shape[0]
-    drawn = counters = None
-    seed = 0
-    if isinstance(noise, Tensor):
-        drawn = noise
-    elif noise is not None:
-        counters, seed = noise.counters, noise.seed
+    if counters is not None:
         expected = (num_frames, 3)
         require(tuple(counters.shape) == expected, "noise.counters", "shape", tuple(counters.shape), expected)
+        require(counters.dtype == torch.int64, "noise.counters", "dtype", counters.dtype, "int64")
+        require_indices("noise.counters", counters, 0, 0xFFFFFFFF)
     for name, frames in (("velocity_cond", velocity_cond), ("velocity_uncond", velocity_uncond), ("noise", drawn)):
         if frames is not None:
             require_like(name, frames, (num_frames, *state_shape[1:]), "[n,C,H,W]")
@@ -92,8 +116,10 @@ def sampler_update(
         require(indices.shape == slots.shape, name, "shape", tuple(indices.shape), f"{tuple(slots.shape)} as slots")
         require(indices.dtype == torch.int64, name, "dtype", indices.dtype, "int64")
     table = (_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS)
+    require(coefficients.dtype.is_floating_point, "coefficients", "dtype", coefficients.dtype, "a floating point type")
     is_table = coefficients.ndim == 3 and coefficients.shape[1:] == table
     require(is_table, "coefficients", "shape", tuple(coefficients.shape), f"(num_steps, {table[0]}, {table[1]})")
+    _check_frames(slots, step_index, history_length, num_slots=state_shape[0], num_steps=coefficients.shape[0])
     torch.ops.miga.sampler_update(
         sample,
         last_sample,
@@ -112,6 +138,18 @@ def sampler_update(
     )
 
 
+def _check_frames(slots: Tensor, step_index: Tensor, history_length: Tensor, *, num_slots: int, num_steps: int) -> None:
+    """The indices of frames that have a slot are in bounds and no two share one; looked at as in `require_indices`."""
+    require_indices("slots", slots, -1, num_slots - 1)
+    if slots.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    owned = slots[has_slot := slots >= 0]
+    require_indices("step_index", step_index[has_slot], 0, num_steps - 1)
+    require_indices("history_length", history_length[has_slot], 0, torch.iinfo(torch.int64).max)
+    if owned.numel() and int(owned.bincount().max()) > 1:
+        raise ValueError(f"slots names {int(owned.bincount().argmax())} twice, expected each row once")
+
+
 def consistency_score(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
     """Mean cosine similarity between each candidate group of latent frames and a reference group: [k] float32.
 
@@ -122,9 +160,11 @@ def consistency_score(reference: Tensor, candidates: Tensor, channels: str = "me
     """
     if channels not in _CHANNEL_MODES:
         raise ValueError(f"channels is {channels!r}: choose {' or '.join(map(repr, _CHANNEL_MODES))}")
-    require(
-        reference.ndim == 4 and reference.shape[0] > 0, "reference", "shape", tuple(reference.shape), "[n,C,H,W], n ≥ 1"
-    )
+    require_tensors("reference candidates", reference, candidates)
+    for name, frames in (("reference", reference), ("candidates", candidates)):
+        require(frames.dtype.is_floating_point, name, "dtype", frames.dtype, "a floating point type")
+    is_frames = reference.ndim == 4 and min(reference.shape[:2]) > 0
+    require(is_frames, "reference", "shape", tuple(reference.shape), "[n,C,H,W], n ≥ 1, C ≥ 1")
     is_group = candidates.ndim == 5 and candidates.shape[1] > 0 and candidates.shape[2:] == reference.shape[1:]
     expected = f"[k,m,{','.join(map(str, reference.shape[1:]))}], m ≥ 1, frames as in reference"
     require(is_group, "candidates", "shape", tuple(candidates.shape), expected)

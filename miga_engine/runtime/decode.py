@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from miga_engine.device import indexed
+from miga_engine.device import indexed, own_modes
 from miga_engine.runtime.interrupts import uninterrupted
 
 Push = Callable[[Tensor], Tensor]
@@ -192,7 +192,7 @@ class Decoding:
 
     def _decode(self, latents: Tensor) -> None:
         """One latent frame at a time, until stopped."""
-        with torch.no_grad():
+        with own_modes():
             for latent in latents:
                 if self._is_stopped.is_set():
                     break

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miga_engine import ops
 from miga_engine.device import current_device, indexed, is_out_of_memory
-from miga_engine.errors import DeviceError, NumericsError
+from miga_engine.errors import DeviceError, NumericsError, SessionError
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
 from miga_engine.runtime.frame_queue import FrameStore
 from miga_engine.runtime.ranks import Ranks
@@ -43,6 +43,7 @@ class Batch(NamedTuple):
 class BatchNetwork(Protocol):
     """What the runtime asks of a model: the output [G·B,C,K,H,W] of a batch.
 
+    One that says how many rows of prompts it has, `num_prompts`, is never given another.
     One that does not hold all prompts at once also has ``place_prompts``, which is asked before every batch by what
     int64 numbers to name prompt rows in it, and keeps NEGATIVE_ROW.
     """
@@ -137,6 +138,7 @@ class Denoiser:
         self.num_forwards = 0
         self._parts_done = 0
         self._checks: list[_Check] = []
+        self._num_prompts = getattr(network, "num_prompts", np.iinfo(np.int64).max)  # of a model's network, known
         self._num_branches = 1 if self.guidance_scale == 1.0 else 2
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
@@ -262,6 +264,7 @@ class Denoiser:
         """
         store, num_windows = self.store, len(windows)
         slots = np.stack([window.slots for window in windows])  # [B,F]
+        _check_table("slot", slots, len(store.step_index))
         starts = np.array([[window.commit_start] for window in windows])
         lengths = np.array([[window.commit_stop] for window in windows]) - starts
         is_small = store.device.type == "cuda" and self.is_small(*slots.shape)
@@ -273,10 +276,13 @@ class Denoiser:
         is_committed = (place >= 0) & (place < lengths) & (np.diff(keep, prepend=-1) != 0)
         target = np.where(is_committed, first_row + np.cumsum(lengths)[:, None] - lengths + place, -1)
         target[target < 0] = self._outputs.shape[1] - 1
-        rows = self._place_prompts(store.prompt_row[slots])
+        rows = store.prompt_row[slots]
+        _check_table("prompt row", rows, self._num_prompts)
+        rows = self._place_prompts(rows)
         has_prompt_per_frame = bool((rows != rows[:, :1]).any())
         shape = _Shape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
+        _check_table("step", steps, self.schedule.num_steps)
         tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, rows, keep, target)]))
         if is_small and self._graphs is not None:
             self._graphs.run(self._run_tables, tables, shape)
@@ -315,6 +321,8 @@ class Denoiser:
         """The update of these frames, for which nothing is left to be made."""
         store, count = self.store, len(slots)
         steps = store.step_index[slots]
+        _check_table("step", steps, self.schedule.num_steps)
+        _check_table("history length", store.history_length[slots], self._coefficients.shape[1])
         noise: Tensor | FrameNoise | None = None
         if self.schedule.uses_noise:
             # The kernel draws counter-based noise itself; a tape is given as it is.
@@ -342,6 +350,18 @@ class Denoiser:
             store.history_length[slots] = history_length
 
         return update
+
+
+def _check_table(name: str, table: np.ndarray, end: int) -> None:
+    """SessionError unless all numbers lie in 0 … end − 1: on a GPU nobody else looks at them.
+
+    A run's own plan keeps within them, what a damaged session file says may not.
+    """
+    if table.size and not (table.min() >= 0 and table.max() < end):
+        worst = table.min() if table.min() < 0 else table.max()
+        raise SessionError(
+            f"the run names {name} {worst} where there are {end}: its session is damaged, resume from another copy"
+        )
 
 
 def _split(windows: Sequence[Window], limit: int) -> list[range]:

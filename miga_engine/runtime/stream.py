@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from miga_engine.config import Request
-from miga_engine.device import is_out_of_memory
+from miga_engine.device import is_out_of_memory, own_modes
 from miga_engine.errors import DeviceError, DriftError, MigaError, NumericsError, SessionError, printable
 from miga_engine.runtime.decode import Decoding, decoding_stream
 from miga_engine.runtime.drift import DriftMeter
@@ -55,6 +55,14 @@ class Event:
 
     def to_json(self) -> str:
         return json.dumps({"event": self.kind, "number": self.number, **self.data})
+
+
+class _Cut(NamedTuple):
+    """A chunk, the groups of frames that it is cut from, and what it leaves of them."""
+
+    chunk: Chunk
+    groups: list[Tensor]
+    rest: Tensor
 
 
 class Events:
@@ -155,14 +163,24 @@ class Stream(Iterator[Chunk]):
                 "the next chunk of this stream is being made already, in another thread or by what is calling back: "
                 "ask for one at a time"
             )
-        with self._work() as run:
-            if run is None:
-                raise StopIteration
-            self._is_making = True
-            try:
-                return self._next(run)
-            finally:
-                self._is_making = False
+        cut: _Cut | None = None
+        try:
+            with self._work() as run:
+                if run is None:
+                    raise StopIteration
+                self._is_making = True
+                try:
+                    with own_modes():
+                        cut = self._next(run)
+                    with uninterrupted():
+                        self._give(cut)
+                finally:
+                    self._is_making = False
+            return cut.chunk
+        except BaseException:  # an interrupt that came so late that it finds the chunk given, and nobody who has it
+            if cut is not None and self._num_chunks > cut.chunk.index:
+                self._take_back(cut)
+            raise
 
     @contextlib.contextmanager
     def _work(self) -> Iterator[VideoRun | None]:
@@ -179,44 +197,38 @@ class Stream(Iterator[Chunk]):
         if self._is_closing:  # asked for meanwhile by what was called back
             self.close()
 
-    def _next(self, run: VideoRun) -> Chunk:
+    def _next(self, run: VideoRun) -> _Cut:
+        """Make the next chunk, and report it; it is not given yet."""
         if self._autosave is not None and self._autosave.is_due(self.num_frames_out):
             self._save(self._autosave)
         while (num_frames := self._num_to_cut()) == 0:
             if self._is_over:
                 self._end()
             self._advance(run)
-        groups, rest, missing = 0, None, num_frames
-        for frames in self._ready:
-            groups += 1
-            if len(frames) > missing:
-                rest = frames[missing:]
-            missing -= len(frames)
-            if missing <= 0:
-                break
-        taken = [self._ready[i] for i in range(groups)]
-        frames = (taken[0] if groups == 1 else torch.cat(taken))[:num_frames]
-        chunk = Chunk(self._num_chunks, self.num_frames_out, frames)
+        groups: list[Tensor] = []
+        while sum(map(len, groups)) < num_frames:
+            groups.append(self._ready[len(groups)])
+        frames = groups[0] if len(groups) == 1 else torch.cat(groups)
+        chunk = Chunk(self._num_chunks, self.num_frames_out, frames[:num_frames])
         if self._starvation is not None and (message := self._starvation.look()) is not None:
             self.warn(message)
         self._report(chunk)
-        before = self._num_chunks, self.num_frames_out
-        try:
-            with uninterrupted():
-                for _ in range(groups):
-                    self._ready.popleft()
-                if rest is not None:
-                    self._ready.appendleft(rest)
-                self._num_chunks += 1
-                self.num_frames_out += num_frames
-            return chunk
-        except BaseException:  # an interrupt that came too late to find nothing done
-            if self._num_chunks > before[0]:
-                self._num_chunks, self.num_frames_out = before
-                if rest is not None:
-                    self._ready.popleft()
-                self._ready.extendleft(reversed(taken))
-            raise
+        return _Cut(chunk, groups, frames[num_frames:])
+
+    def _give(self, cut: _Cut) -> None:
+        for _ in cut.groups:
+            self._ready.popleft()
+        if len(cut.rest):
+            self._ready.appendleft(cut.rest)
+        self._num_chunks += 1
+        self.num_frames_out += len(cut.chunk.frames)
+
+    def _take_back(self, cut: _Cut) -> None:
+        if len(cut.rest):
+            self._ready.popleft()
+        self._ready.extendleft(reversed(cut.groups))
+        self._num_chunks -= 1
+        self.num_frames_out -= len(cut.chunk.frames)
 
     def warn(self, message: str) -> None:
         """Say in the log, and as an event, what is amiss and does not keep the stream from going on."""
@@ -382,6 +394,7 @@ class Stream(Iterator[Chunk]):
 
     # Sessions --------------------------------------------------------------------------------------------------
 
+    @own_modes()
     def save_every(
         self,
         num_frames: int | None,
@@ -398,6 +411,7 @@ class Stream(Iterator[Chunk]):
         self._autosave = _Autosave(Path(path), num_frames, output, keep_extension, self.num_frames_out)
         self._save(self._autosave)
 
+    @own_modes()
     def save(self, path: str | os.PathLike[str], output: Output | None = None) -> None:
         """Write all that this stream depends on to a session file; `Engine.resume` goes on from it, bit for bit.
 
@@ -429,6 +443,7 @@ class Stream(Iterator[Chunk]):
         save_session(path, session)
         self._events("saved", path=os.fspath(path), num_frames=self.num_frames_out)
 
+    @own_modes()
     def load(self, path: str | os.PathLike[str], state: State, *, has_extension: bool = False) -> None:
         """Go on from a state of the session file at `path`, which also holds an extension or not.
 

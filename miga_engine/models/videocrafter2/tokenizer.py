@@ -70,8 +70,8 @@ class CLIPTokenizer:
         """
         ids = torch.zeros(len(prompts), self.text_len, dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
-            text_ids = wan_tokenizer.encode(self._backend, clean_prompt(prompt))
-            tokens = [self.start_id, *text_ids[: self.text_len - 2], self.end_id]
+            text_ids = wan_tokenizer.encode(self._backend, clean_prompt(prompt), self.text_len - 2)
+            tokens = [self.start_id, *text_ids, self.end_id]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids, torch.ones_like(ids)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine.errors import ConfigError
-from miga_engine.models.layers import Conv2d
+from miga_engine.models.layers import Conv2d, check_finite
 from miga_engine.models.wan.vae_layers import pointwise
 from miga_engine.ops import frame_attention, untimed_backend
 
@@ -222,9 +222,11 @@ class KLVAE(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] -> scaled mean latents [B, C, T, h, w].
 
-        Raises ConfigError unless H and W are multiples of 8.
+        Raises ConfigError unless H and W are multiples of 8, NumericsError on NaN and infinity.
         """
-        return self.encode_moments(video)[0] * self.config.latents_scale
+        mean = self.encode_moments(video)[0]
+        check_finite("the VAE, encoding (vae_dtype),", video, mean, self.dtype)
+        return mean * self.config.latents_scale
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video [B, 3, T, H, W] -> mean and log-variance of the latents before scaling, each [B, C, T, h, w]."""
@@ -264,11 +266,16 @@ class FrameDecoder:
         self._vae = vae
 
     def push(self, latents: Tensor) -> Tensor:
-        """Next latents [B, C, n, h, w], n >= 1 -> their frames [B, 3, n, 8h, 8w] in [-1, 1]."""
+        """Next latents [B, C, n, h, w], n >= 1 -> their frames [B, 3, n, 8h, 8w] in [-1, 1].
+
+        Raises NumericsError on NaN and infinity, which is waited for.
+        """
         channels = self._vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
             raise ConfigError(f"The VAE decodes latents [B, {channels}, n >= 1, h, w]; given {tuple(latents.shape)}.")
-        return torch.stack([self._vae.decode_frame(latent) for latent in latents.unbind(2)], dim=2).clamp(-1.0, 1.0)
+        frames = torch.stack([self._vae.decode_frame(latent) for latent in latents.unbind(2)], dim=2)
+        check_finite("the VAE, decoding (vae_dtype),", latents, frames, self._vae.dtype)
+        return frames.clamp(-1.0, 1.0)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next push depends on: nothing."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered, short
-from miga_engine.models.wan.dit import WanDiTConfig
+from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.umt5 import MAX_DISTANCE, UMT5Config
 from miga_engine.models.wan.vae import WanVAEConfig
 
@@ -77,6 +77,19 @@ def official_transformer(checkpoint: Checkpoint) -> Checkpoint:
     if "proj_out.weight" in checkpoint.shapes:
         checkpoint = RenamedCheckpoint(checkpoint, lambda key: _apply(_DIT_RULES, key))
     return checkpoint
+
+
+def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Of a Wan2.1 file's own keys, those whose tensors stay as they are when the networks are stored in another dtype.
+
+    True of what the transformer uses in float32 whatever its dtype, and of the VAE, which is meant to run in it.
+    """
+    if "patch_embedding.weight" in {key.removeprefix(SINGLE_FILE_PREFIX) for key in checkpoint.shapes}:
+        official = official_transformer(checkpoint)
+        kept = {official.key_in_file(key) for key in official.shapes if WanDiT.keeps_fp32(key)}
+        return kept.__contains__
+    is_vae = "decoder.conv1.weight" in checkpoint.shapes or "decoder.conv_in.weight" in checkpoint.shapes
+    return lambda key: is_vae
 
 
 def official_vae(checkpoint: Checkpoint) -> Checkpoint:

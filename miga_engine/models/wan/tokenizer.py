@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import first_line, read_bounded
+from miga_engine.models.checkpoint import first_line, read_bounded, refuse_spoilt
 
 if TYPE_CHECKING:
     import tokenizers
@@ -65,11 +65,20 @@ def reported(sentence: str) -> Iterator[None]:
         raise CheckpointError(f"{sentence} ({first_line(error)}); download it again.") from error
 
 
-def encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Token ids without special tokens. Raises CheckpointError."""
+def encode(backend: tokenizers.Tokenizer, text: str, most: int) -> list[int]:
+    """Token ids without special tokens, at most so many; a cut is said in the log. Raises CheckpointError."""
     with reported("the tokenizer fails on the prompt"):
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-    return ids
+        encoding = backend.encode(text, add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    if len(ids) > most:
+        end = encoding.offsets[most][0]
+        before, behind = text[:end].split()[-4:], text[end:].split()[:4]
+        _log.warning(
+            "a prompt has %d tokens and the text encoder reads %d: it is cut behind %r, and %r and what follows "
+            "is lost",
+            len(ids), most, " ".join(before), " ".join(behind),
+        )  # fmt: skip
+    return ids[:most]
 
 
 class Tokenizer:
@@ -97,6 +106,8 @@ class Tokenizer:
             raise CheckpointError(
                 f"{file} does not exist; download the tokenizer.json of the model's tokenizer folder."
             )
+        if file.stat().st_size:
+            refuse_spoilt(file)
         content = read_bounded(file, MAX_TOKENIZER_BYTES)
         with reported(f"{file} is not a readable tokenizer"):
             backend = tokenizers.Tokenizer.from_buffer(content)
@@ -106,8 +117,8 @@ class Tokenizer:
         """Prompts -> ids and mask, int64 [P, T], padded to the longest; T <= text_len."""
         rows = []
         for prompt in prompts:
-            text_ids = encode(self._backend, clean_prompt(prompt))
-            rows.append([*text_ids[: self.text_len - 1], self.end_id])
+            text_ids = encode(self._backend, clean_prompt(prompt), self.text_len - 1)
+            rows.append([*text_ids, self.end_id])
         length = max(map(len, rows), default=0)
         ids = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.int64)

@@ -89,7 +89,20 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x) * self.gate(x))
+        if x.dtype != torch.float16:
+            return self.fc2(self.fc1(x) * self.gate(x))
+        hidden = self.fc1(x).float() * self.gate(x)  # both the product and its sums leave float16's range
+        return F.linear(hidden, self.fc2.weight.float())
+
+
+def _within_float16(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stream in its dtype; float16, whose range the published weights leave, clamped as Transformers does."""
+    x = x.to(dtype)
+    if dtype != torch.float16:
+        return x
+    most = torch.finfo(dtype).max
+    limit = torch.where(x.isinf().any(), most - 1000, most)
+    return x.clamp(-limit, limit)
 
 
 class Block(nn.Module):
@@ -107,8 +120,8 @@ class Block(nn.Module):
         """x [B, T, D], is_text bool [B, 1, 1, T] -> [B, T, D]."""
         bias = self.pos_embedding(x.shape[1])
         bias = bias.masked_fill(~is_text, torch.finfo(bias.dtype).min)
-        x = x + self.attn(self.norm1(x), bias)
-        return x + self.ffn(self.norm2(x))
+        x = _within_float16(x + self.attn(self.norm1(x), bias), x.dtype)
+        return _within_float16(x + self.ffn(self.norm2(x)), x.dtype)
 
 
 class UMT5Encoder(nn.Module):

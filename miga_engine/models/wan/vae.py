@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miga_engine.errors import ConfigError
+from miga_engine.models.layers import check_finite
 from miga_engine.models.wan.vae_layers import CausalConv3d, Decoder, Encoder, FeatureCache
 
 # Statistics of the published 16-channel latents, by which they are brought to zero mean and unit variance.
@@ -107,9 +108,10 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] -> normalised mean latents [B, C, F, h, w].
 
-        Raises ConfigError unless T = 1 mod 4 and H, W are multiples of 8.
+        Raises ConfigError unless T = 1 mod 4 and H, W are multiples of 8, NumericsError on NaN and infinity.
         """
         mean, _ = self.encode_moments(video)
+        check_finite("the VAE, encoding (vae_dtype),", video, mean, self.dtype)
         frames = (mean.movedim(1, -1) - self.latents_mean) / self.latents_std
         return frames.to(self.dtype).movedim(-1, 1)
 
@@ -172,7 +174,8 @@ class StreamDecoder:
     def push(self, latents: Tensor) -> Tensor:
         """Next latents [B, C, n, h, w], n >= 1 -> their frames [B, 3, t, 8h, 8w] in [-1, 1].
 
-        t = 4n, less 3 in the piece that opens the clip. Raises ConfigError when the sizes differ from the earlier ones.
+        t = 4n, less 3 in the piece that opens the clip. Raises ConfigError when the sizes differ from the earlier ones,
+        NumericsError on NaN and infinity, which is waited for.
         """
         channels = self._vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
@@ -184,8 +187,9 @@ class StreamDecoder:
                 "open a new stream_decoder() for another clip."
             )
         cache = dict(self._cache)  # a push that fails leaves the stream as it was
-        frames = [self._vae.decode_core(latent, cache) for latent in latents.split(1, dim=2)]
-        pictures = torch.cat(frames, dim=2).clamp(-1.0, 1.0)
+        frames = torch.cat([self._vae.decode_core(latent, cache) for latent in latents.split(1, dim=2)], dim=2)
+        check_finite("the VAE, decoding (vae_dtype),", latents, frames, self._vae.dtype)
+        pictures = frames.clamp(-1.0, 1.0)
         self._cache, self._sizes = cache, sizes
         return pictures
 
