@@ -44,14 +44,18 @@ class _Watched:
     """A mapped file that must keep its length: where it is cut, what lies behind is no memory any more.
 
     A look before each tensor; a file that is cut during the copy of one still ends the process with a signal, which
-    reading instead of mapping would avoid at four fifths of the speed. Weights are to be replaced by renaming new ones into
-    their place, which maps outlive.
+    reading instead of mapping would avoid at four fifths of the speed. Weights are to be replaced by renaming new ones
+    into their place, which maps outlive.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("rb")
         self._size = os.fstat(self._file.fileno()).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def check(self) -> None:
         """CheckpointError where the file is shorter than it was."""
