@@ -18,11 +18,12 @@ from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, fifo_config, replace_options
 from miga_engine.config_file import (
     FLAG_NAMES,
+    FLAGS_ALONE,
     MIGA_FIELDS,
     RELEASED_NAMES,
     REQUEST_OPTIONS,
     read_config,
-    read_scalar,
+    read_value,
     translated,
 )
 from miga_engine.errors import CheckpointError, ConfigError, MigaError, printable
@@ -165,7 +166,8 @@ def _build_parser() -> argparse.ArgumentParser:
                                            "Wan2.1's, FIFO-Diffusion's and MIGA's generate.py have them")  # fmt: skip
     for name in ("prompt", *FLAG_NAMES):
         if (flag := "--" + name.replace("_", "-")) not in taken:
-            released.add_argument(flag, dest=f"released {name}", nargs="?", const="true", help=argparse.SUPPRESS)
+            alone: dict[str, Any] = {"action": "store_const", "const": "true"} if name in FLAGS_ALONE else {}
+            released.add_argument(flag, dest=f"released {name}", help=argparse.SUPPRESS, **alone)
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     generate.add_argument("--prompt-at", nargs=2, action="append", metavar=("FRAME", "PROMPT"),
                           help="from this video frame on, this prompt (repeatable)")  # fmt: skip
@@ -373,7 +375,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     given = vars(options)
     settings = read_config(given.pop("config")) if "config" in given else {}
     start = "released "
-    released = {name.removeprefix(start): read_scalar(value) for name, value in given.items() if name.startswith(start)}
+    released = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
+    released = {name: read_value(name, value) for name, value in released.items()}
     given = {name: value for name, value in given.items() if not name.startswith(start)}
     if released:
         for name, value in translated(released, "the command line").items():

@@ -59,6 +59,9 @@ _REFUSED = {
     "prompt_file": "give one prompt",
     "miga_config": "give its options, or the file as --config",
 }  # fmt: skip
+FLAGS_ALONE = ("t5_cpu", "t5_fsdp", "dit_fsdp", "use_prompt_extend", "convert_model_dtype", "save_frames",
+               "lookahead_denoising")  # fmt: skip
+"""Flags of the releases that take no value."""
 FLAG_NAMES = (*RELEASED_NAMES, *_CHANGED, *IGNORED_NAMES, *_REFUSED)
 """What is accepted as a flag of `miga generate`, beside our names."""
 _LEFT_OUT = {*_CHANGED, *IGNORED_NAMES, *_REFUSED} - {"long_iter_nums"}
@@ -175,8 +178,10 @@ def _is_prompt_change(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str)
 
 
-def read_scalar(text: str) -> Any:
+def read_value(name: str, text: str) -> Any:
     """A flag's value as a --config file would have it: a number, true or false, or the text itself."""
+    if RELEASED_NAMES.get(name, name) in ("prompt", *_TEXT_OPTIONS):
+        return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -311,6 +311,12 @@ def test_the_command_lines_of_the_releases_are_understood(caplog) -> None:
     assert "offload_model, t5_cpu, ulysses_size: these options of a release decide nothing" in caplog.text
 
 
+def test_values_of_released_flags_are_read_by_their_kind() -> None:
+    settings = _settings_of("--t5_cpu", "--prompt", "2024", "--ckpt_dir", "7", "--involve_resample", "false")
+    assert (settings["prompt"], settings["model"], settings["self_reflection"]) == ("2024", "7", False)
+    assert _settings_of("--t5_cpu", "a cat")["prompt"] == "a cat"
+
+
 def test_a_seed_of_minus_one_is_drawn_and_said(caplog) -> None:
     drawn = [_settings_of("x", "--base_seed", "-1")["seed"] for _ in range(2)]
     assert drawn[0] != drawn[1]

@@ -53,6 +53,10 @@ class _Watched:
         self._file = path.open("rb")
         self._size = os.fstat(self._file.fileno()).st_size
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def check(self) -> None:
         """CheckpointError where the file is shorter than it was."""
         if os.fstat(self._file.fileno()).st_size < self._size:

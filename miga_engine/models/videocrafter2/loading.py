@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.checkpoint import (
@@ -89,6 +90,7 @@ def network_bytes(path: str | Path) -> dict[str, int]:
     return {name: sum(part.read(key).nbytes for key in part.shapes) for name, part in networks.items()}
 
 
+@own_modes()
 def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
     """The UNet under `path`, a weights file or its folder.
 
@@ -108,6 +110,7 @@ def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None
     )
 
 
+@own_modes()
 def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch.float32) -> KLVAE:
     """The image VAE under `path`, a weights file or its folder. device defaults to the CPU. Raises CheckpointError."""
     vae = layouts.network(_open(path), layouts.VAE)
@@ -116,6 +119,7 @@ def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+@own_modes()
 def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> CLIPTextEncoder:
     """The text encoder under `path`, a weights file or its folder.
 
