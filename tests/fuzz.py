@@ -580,11 +580,13 @@ def resume_session(folder: Folder) -> None:
             self.cancel()
         return following(self)
 
-    Engine.from_pretrained, Stream.__next__ = lambda *_, **__: golden(), next_or_cancel
+    engine = golden()
+    Engine.from_pretrained, Stream.__next__ = lambda *_, **__: engine, next_or_cancel
     WRITTEN.clear()
     file = folder / "run.safetensors"
     try:
-        for arguments in (["info", str(file)], ["resume", str(file), "-q"]):
+        named = [] if any(folder.glob("a*")) else ["-o", str(folder / "a.mkv")]
+        for arguments in (["info", str(file)], ["resume", str(file), "-q", *named]):
             status = cli.main(arguments)
             if status not in (0, 2):
                 raise AssertionError(f"{arguments[0]} ended with {status}")
