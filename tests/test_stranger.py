@@ -210,6 +210,20 @@ def test_an_empty_file_made_for_it_is_taken(engine, tmp_path) -> None:
     assert load_session(tmp_path / "run.safetensors").request["seed"] == 3
 
 
+def test_a_session_that_is_cut_while_it_is_read_is_no_signal(engine, tmp_path, saved_bytes, monkeypatch) -> None:
+    """A file that is mapped ends the process where it is cut meanwhile."""
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(saved_bytes)
+    checksum = session_file._checksum
+
+    def cut(record: str, tensors: dict[str, Tensor]) -> str:
+        os.truncate(path, 100)
+        return checksum(record, tensors)
+
+    monkeypatch.setattr(session_file, "_checksum", cut)
+    assert engine.resume(path).num_frames_out > 0
+
+
 # Who is at it ------------------------------------------------------------------------------------------------------
 
 

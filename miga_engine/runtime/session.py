@@ -21,16 +21,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import ConfigError, MigaError, OutputError, SessionError
-from miga_engine.files import beside, is_beside, path_written_whole
+from miga_engine.files import beside, is_beside, open_own, path_written_whole
 from miga_engine.prompts import MAX_PROMPTS
 from miga_engine.runtime.drift import NUM_LEVELS
 
@@ -43,6 +43,7 @@ VERSION = 2
 SUFFIX = ".safetensors"
 
 _FORMAT = "miga_engine session"
+_MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,10 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def is_session(path: str | os.PathLike[str]) -> bool:
     """Whether the file says that it is a session file."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        return False
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            return (file.metadata() or {}).get("format") == _FORMAT
-    except (OSError, RuntimeError, SafetensorError):
+        with open_own(path, follows_links=True) as file:
+            return _metadata(file).get("format") == _FORMAT
+    except (OSError, RuntimeError, ValueError):
         return False
 
 
@@ -296,19 +295,20 @@ def _read(path: Path) -> Session:
     if os.path.exists(path) and not os.path.isfile(path):
         raise SessionError(f"{path} is not a regular file: give the session file itself")
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise SessionError(
-                    f"{path} is not a session file: give the file that `miga generate` names when it stops"
-                )
-            if metadata.get("version") != str(VERSION):
-                version = reprlib.repr(metadata.get("version"))
-                raise SessionError(
-                    f"{path} has version {version} of the session format, and this is version {VERSION}: "
-                    "resume it with the miga_engine that wrote it"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+        with open_own(path, follows_links=True) as file:
+            metadata = _metadata(file)
+            file.seek(0)
+            content = file.readall()  # and not mapped: a file that is cut meanwhile would end the process
+        if metadata.get("format") != _FORMAT:
+            raise SessionError(f"{path} is not a session file: give the file that `miga generate` names when it stops")
+        if metadata.get("version") != str(VERSION):
+            version = reprlib.repr(metadata.get("version"))
+            raise SessionError(
+                f"{path} has version {version} of the session format, and this is version {VERSION}: "
+                "resume it with the miga_engine that wrote it"
+            )
+        tensors = load(content)
+        del content
         record_text = metadata["record"]
         if metadata["sha256"] != _checksum(record_text, tensors):
             raise SessionError(f"{path} is damaged, its checksum does not fit: resume from another copy")
@@ -329,6 +329,16 @@ def _read(path: Path) -> Session:
         raise
     except (OSError, SafetensorError, RuntimeError, MemoryError, LookupError, TypeError, ValueError) as error:
         raise SessionError(f"{path} is not a session file that can be read: resume from another copy") from error
+
+
+def _metadata(file: IO[bytes]) -> dict[str, Any]:
+    """Of the header of a safetensors file: its length in eight bytes, then JSON. ValueError where it is none."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= _MOST_HEADER:
+        raise ValueError("no header of safetensors")
+    header = json.loads(file.read(length))
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 @contextlib.contextmanager

@@ -326,8 +326,8 @@ class Stream(Iterator[Chunk]):
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # the tensors there: memory for what goes on from here
             error = DeviceError(
-                "out of memory while decoding or between two passes: free memory, or decode in bfloat16 (vae_dtype), "
-                "and go on from here"
+                "out of memory while decoding or between two passes: free memory and go on from here, or begin anew in "
+                "bfloat16 (vae_dtype)"
             ).with_traceback(error.__traceback__)
         with uninterrupted():
             self._failure, self._is_over = self._failure or error, True
