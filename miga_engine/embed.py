@@ -17,7 +17,7 @@ import torch
 from miga_engine.config import fifo_config, replace_options
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
-from miga_engine.runtime.session import load_session
+from miga_engine.runtime.session import load_session, model_of_session
 from miga_engine.runtime.stream import Stream
 
 ABI = 1
@@ -118,9 +118,10 @@ def resume_run(path: bytes, options: bytes) -> Run:
     """
     file = os.fsdecode(path)
     given = _parse(options, _OF_MODEL | _OF_STREAM | {"model", "num_frames"})
-    saved = load_session(file).model
+    session = load_session(file)
+    saved = session.model
     recorded = {name: saved.get(name) for name in ("device", "dtype", "vae_dtype", "attention", "compile", "preset")}
-    model = given.pop("model", None) or str(saved.get("name"))
+    model = given.pop("model", None) or model_of_session(file, session)
     engine = Engine.from_pretrained(model, **{**recorded, **_take(given, _OF_MODEL)})
     return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
 
