@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import os
 import random
@@ -278,6 +279,25 @@ def test_save_and_read_back(engine, tmp_path):
     metadata = read_metadata(tmp_path / "video.mkv")
     assert metadata["prompt"] == "a red balloon"
     assert metadata["miga"]["zigzag_width"] == 2
+
+
+def test_what_a_run_holds_does_not_grow_with_its_length(engine):
+    """Bytes of all tensors that are alive, beside those of the frames given out."""
+
+    def alive() -> int:
+        gc.collect()
+        storages = [entry.untyped_storage() for entry in gc.get_objects() if issubclass(type(entry), torch.Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    held = []
+    prompt = {40 * i: f"a kite number {i}" for i in range(12)}
+    with engine.stream(prompt, **(golden_model.OPTIONS | {"miga": golden_model.MIGA})) as stream:
+        for chunk in stream:
+            if chunk.first_frame >= (81, 401)[len(held)]:
+                held.append(alive())
+            if len(held) == 2:
+                break
+    assert held[1] <= 1.001 * held[0]
 
 
 # Prompts over time -----------------------------------------------------------------------------------------------
