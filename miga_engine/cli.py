@@ -295,11 +295,11 @@ def _write(
     """
     import torch
 
-    from miga_engine.render import render
+    from miga_engine.render import render, stop_signals
 
     code = 0
     if outputs is None:
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals()}
         with open_stream(None, None) as stream:
             for _ in stream:
                 pass

@@ -198,22 +198,24 @@ def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> 
     return reopen_sink(outputs.video, *stream.output, fps, width, height, metadata, overwrite=outputs.overwrite)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Numbers of the signals that came, Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C raises KeyboardInterrupt at once.
-
-    A SIGHUP that is ignored, as under nohup, stays so.
-    """
-    caught: list[int] = []
-    numbers = [signal.SIGINT, signal.SIGTERM]
+def stop_signals() -> list[int]:
+    """Signals at which a run saves and stops; a SIGHUP that is ignored, as under nohup, is none."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+    return numbers
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Numbers of the signals that came; a second Ctrl-C raises KeyboardInterrupt at once."""
+    caught: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, remember) for number in numbers}
+    previous = {number: signal.signal(number, remember) for number in stop_signals()}
     try:
         yield caught
     finally:

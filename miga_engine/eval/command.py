@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miga_engine.errors import ConfigError, MigaError
+from miga_engine.errors import ConfigError, MigaError, printable
 from miga_engine.terminal import say
 
 if TYPE_CHECKING:
@@ -174,7 +174,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             chosen = [frame for i, frame in enumerate(read_frames(file, shown[-1] + 1)) if i in shown]
             videos[name] = np.stack(chosen)
     baseline = names[0] if options.baseline else None
-    print(json.dumps(results, ensure_ascii=False) if options.json else report.table(results, baseline))
+    told = json.dumps(results, ensure_ascii=False) if options.json else report.table(results, baseline)
+    print("\n".join(map(printable, told.splitlines())))
     if options.output:
         report.write_table(options.output, results)
     if options.picture:
