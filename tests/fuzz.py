@@ -406,7 +406,8 @@ def break_values(data: bytes, rng: Random) -> bytes:
                 key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
             node[key] = near_value(node[key], rng, victims)
         elif kind < 13:  # as far on as any run, if all goes on alike
-            run, step = (record["state"] or {}).get("run"), rng.choice((2, 4, 100, 10**6, 10**9)) * rng.choice((1, -1))
+            state, step = record["state"], rng.choice((2, 4, 100, 10**6, 10**9)) * rng.choice((1, -1))
+            run = state.get("run") if isinstance(state, dict) else None
             for name in ("head", "tail", "first", "emitted", "num_passes"):
                 if isinstance(run, dict) and isinstance(run.get(name), int):
                     run[name] += step // (2 if name == "num_passes" else 1)

@@ -120,6 +120,35 @@ def test_an_interrupt_at_any_line_changes_nothing(engine, whole, num_lines, tmp_
         stream.close()
 
 
+def test_an_interrupt_in_the_middle_of_a_change_finds_it_done(engine, whole, tmp_path) -> None:
+    """At lines of the changes themselves, which are few among all."""
+    stream = _stream(engine)
+    with _SignalInChange([], stream) as tracer:
+        list(stream)
+    chance = random.Random(0)
+    for at in sorted(chance.sample(range(1, tracer.count), 40)):
+        stream, taken = _stream(engine), []
+        with pytest.raises(KeyboardInterrupt), _SignalInChange([at], stream):
+            taken.extend(chunk.frames for chunk in stream)
+        stream.save(tmp_path / "run.safetensors")
+        assert torch.equal(_rest(engine, tmp_path / "run.safetensors", taken), whole), at
+
+
+class _SignalInChange(_SignalAtLine):
+    """Counts only the lines at which the state is not whole."""
+
+    def __init__(self, lines: list[int], stream: Stream) -> None:
+        super().__init__(lines)
+        self._stream = stream
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        run = self._stream._run
+        if run is None or run.store.is_intact:
+            return self._line
+        super()._line(frame, event, argument)
+        return self._line
+
+
 def test_within_the_block_handlers_wait() -> None:
     steps = []
 

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from miga_engine import noise
 from miga_engine.errors import ConfigError
-from miga_engine.noise import Purpose, normal, philox4x32
+from miga_engine.noise import CounterNoise, Purpose, normal, philox4x32
 
 SHAPE = (3, 5, 7)  # 105 elements: the last counter is used in part
 
@@ -146,3 +147,13 @@ def test_empty_requests():
 def test_unusable_addresses_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         normal(**{"seed": 0, "purpose": Purpose.PUSH, "frame_numbers": [0], "shape": SHAPE} | change)
+
+
+def test_the_noise_of_a_frame_belongs_to_its_number_alone() -> None:
+    """Whatever frames are drawn with it, in whatever order, by whichever object."""
+    shape = (2, 3, 5)
+    whole = CounterNoise(7, shape, "cpu")(Purpose.PUSH, np.arange(40))
+    assert len({tuple(frame.flatten().tolist()) for frame in whole}) == 40
+    for numbers in ([5], [5, 6], [6, 5], [39, 0, 17], list(range(11, 23))):
+        drawn = CounterNoise(7, shape, "cpu")(Purpose.PUSH, np.array(numbers))
+        assert torch.equal(drawn, whole[numbers])

@@ -128,6 +128,30 @@ def test_a_session_writes_nowhere_that_nobody_named(model, outside, stopped, cap
     assert _content(outside) == before
 
 
+@pytest.mark.parametrize(
+    "recorded", ["", "/", ".", "..", "a.png", "/a.png", "video.rgb", "../video.rgb", "/../..", None, "x\0y"]
+)
+@pytest.mark.parametrize("kind", ["output", "model"])
+def test_a_place_that_is_none_is_one_sentence(engine, stopped, capsys, recorded, kind) -> None:
+    saved = stopped()
+    capsys.readouterr()
+
+    def change(record: dict[str, Any], _: dict[str, Tensor]) -> None:
+        if kind == "output":
+            record["state"]["output"]["path"] = recorded
+        else:
+            record["model"]["name"] = recorded
+
+    rewritten(saved, change)
+    previous_path(saved).unlink()
+    before = _content(saved.parent)
+    assert _miga("resume", saved, "-q", *(["--model", engine.name] if kind == "output" else [])) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("miga: ")
+    assert told.count("\n") == 1
+    assert _content(saved.parent) == before
+
+
 def test_a_video_that_is_a_link_is_not_followed(model, outside, stopped, capsys) -> None:
     before = _content(outside)
     saved = stopped()

@@ -245,9 +245,10 @@ def model_of_session(path: str | os.PathLike[str], session: Session) -> str:
     recorded, folder = session.model["name"], os.path.realpath(Path(path).absolute().parent)
     if recorded == "tiny":
         return recorded
-    if os.path.commonpath([folder, os.path.realpath(recorded)]) == folder:
+    if recorded and os.path.commonpath([folder, os.path.realpath(recorded)]) == folder:
         return recorded
-    if os.path.exists(beside := os.path.join(folder, os.path.basename(recorded))):
+    name = os.path.basename(recorded)
+    if name and os.path.exists(beside := os.path.join(folder, name)):
         return beside
     raise ConfigError(
         f"the session {path} was made with the model at {recorded}, which does not lie beside it: name the model with "
@@ -260,11 +261,11 @@ def video_of_session(path: str | os.PathLike[str], session: Session) -> str:
 
     Where else the file says that it is may be a stranger's: ConfigError, with what to give.
     """
-    recorded = (session.state.numbers["output"] or {}).get("path")
-    if recorded is None:
+    recorded = (session.state.numbers["output"] or {}).get("path") or ""
+    num_parts = 2 if recorded.lower().endswith(".png") else 1  # a sequence lies in a folder of its own
+    if not os.path.isabs(recorded) or len(Path(recorded).parts) <= num_parts:
         raise ConfigError(f"the session {path} does not say where its video is: give --output")
     folder = Path(os.path.realpath(Path(path).absolute().parent))
-    num_parts = 2 if recorded.lower().endswith(".png") else 1  # a sequence lies in a folder of its own
     parts = Path(recorded).parts[-num_parts:]
     beside = folder.joinpath(*parts)
     is_there = (beside.parent if num_parts == 2 else beside).exists()
@@ -376,7 +377,7 @@ def _check_types(record: dict[str, Any]) -> None:
         _require(isinstance(request[name], dict))
     _require(all(isinstance(text, str) and len(frame) < 20 for frame, text in request["prompt"].items()))
     for name in _MODEL_TEXTS:
-        _require(isinstance(model[name], str) and len(model[name]) <= _MOST_CHARACTERS)
+        _require(_is_name(model[name]))
     _require(isinstance(model.get("CPU", ""), str) and isinstance(model["compile"], bool))
     choices = model["attention_choices"]
     _require(isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values()))
@@ -400,8 +401,11 @@ def _check_state_types(numbers: Any) -> None:
     if output is not None:
         _require(_is_whole(output["num_frames"], 0))
         for name, value in output.items():
-            is_text = isinstance(value, str) and len(value) <= _MOST_CHARACTERS and "\0" not in value
-            _require(value is None or is_text or (name == "num_frames"))
+            _require(value is None or name == "num_frames" or _is_name(value))
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_CHARACTERS and "\0" not in value
 
 
 def _is_whole(value: object, least: int) -> bool:
