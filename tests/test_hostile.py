@@ -569,6 +569,28 @@ def test_info_obeys_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @on_linux
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("is_looked_at", [True, False])
+def test_a_pickle_runs_no_code_though_nobody_had_looked_at_it(tmp_path: Path, monkeypatch, is_looked_at: bool) -> None:
+    """Two defences, each of which holds alone."""
+    from miga_engine.models import checkpoint
+
+    canary = tmp_path / "canary"
+    torch.save({"weight": torch.ones(2), "more": _Payload(canary)}, tmp_path / "model.pth")
+    if not is_looked_at:
+        monkeypatch.setattr(checkpoint, "_check_pickle", lambda *_: None)
+    with pytest.raises(CheckpointError, match="could run code"):
+        checkpoint.PickleCheckpoint(tmp_path / "model.pth")
+    assert not canary.exists()
+
+
 def test_fuzz() -> None:
     """A share of `python tests/fuzz.py`, each target at least once."""
     program = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--count", "200", "--seed", "7"]
