@@ -428,6 +428,7 @@ def _keep_previous(target: Path) -> None:
         target.replace(previous)
     else:
         second_name.replace(previous)
+        second_name.unlink(missing_ok=True)  # both may be names of one file, after a kill just here
 
 
 def _flush_to_disk(path: Path) -> None:
