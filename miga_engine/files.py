@@ -14,9 +14,14 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
 
 
 class WholeFile(io.FileIO):
@@ -63,6 +68,26 @@ def is_beside(name: object, path: Path) -> bool:
     """Whether `beside` may have given this name for `path`."""
     form = re.escape(path.stem[:48]) + r"\.[0-9a-f]{8}\.part" + re.escape(path.suffix)
     return isinstance(name, str) and re.fullmatch(form, name) is not None
+
+
+def hold(file: WholeFile) -> bool:
+    """Lock the file while it is open; False where another process has it, or the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete the empty files that processes which were killed have left beside `path`; not what anybody holds."""
+    for entry in os.scandir(path.parent):
+        if is_beside(entry.name, path):
+            with suppress(OSError), open_own(entry.path, "r+") as file:
+                if hold(file) and os.fstat(file.fileno()).st_size == 0:
+                    os.unlink(entry.path)
 
 
 @contextmanager

@@ -187,6 +187,9 @@ def _resume_command(outputs: Outputs, session: Session) -> str:
             find(outputs.session, session)
         except ConfigError:
             words += [option, value]
+    position = session.state.numbers["output"] or {}
+    if outputs.overwrite and not position.get("num_frames") and str(position.get("path")).lower().endswith(".png"):
+        words.append("--overwrite")  # the older pictures are there until the first frame is
     return shlex.join(words)
 
 

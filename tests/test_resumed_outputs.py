@@ -18,7 +18,8 @@ from miga_engine.errors import MigaError, OutputError, SessionError
 from miga_engine.files import beside
 from miga_engine.video.png import write_png
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sinks import Sink, open_sink, reopen_sink
+from miga_engine.video.sink import FileSink
+from miga_engine.video.sinks import Sink, VideoFileSink, open_sink, reopen_sink
 
 RATE = 6
 NAMES = ("video.mp4", "video.mkv", "video.rgb", "frames/")
@@ -381,6 +382,55 @@ def test_a_killed_overwriting_run_is_gone_on_with_where_it_grew(tmp_path: Path, 
         assert len(_pictures(str(path))) == 40
         assert [entry.name for entry in tmp_path.iterdir()] == [name]
         path.write_bytes(b"old")
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_a_run_killed_behind_its_header_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, headed = tmp_path / name, tmp_path / "headed"
+    mux = VideoFileSink._mux
+
+    def first_packet(self: VideoFileSink, packets: list[Any]) -> None:
+        monkeypatch.setattr(VideoFileSink, "_mux", mux)
+        shutil.copy(path, headed)
+        mux(self, packets)
+
+    for own in (True, False):
+        with _opened(str(path), METADATA if own else METADATA | {"seed": 8}) as sink:
+            position = sink.checkpoint()
+            monkeypatch.setattr(VideoFileSink, "_mux", first_packet)
+            sink.write(FRAMES)
+        headed.replace(path)
+        if own:
+            with _reopened(str(path), position) as sink:
+                sink.write(FRAMES)
+            assert len(_pictures(str(path))) == 40
+            path.unlink()
+        else:
+            _refused(tmp_path, str(path), position, "its content is not what the run wrote")
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_empty_files_of_killed_overwriting_runs_are_removed(tmp_path: Path, name: str) -> None:
+    """A file is made before the session file that names it is; but one that a living run has is left to it."""
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    killed, living = (_opened(str(path), overwrite=True) for _ in range(2))
+    for sink in (killed, living):
+        sink.checkpoint()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert isinstance(killed, FileSink)
+    assert killed._file is not None
+    killed._file.close()
+    for kept in beside(path), beside(path):
+        kept.write_bytes(b"an hour of work")
+    with _opened(str(path), overwrite=True) as sink:
+        sink.write(FRAMES[:20])
+    living.write(FRAMES)
+    living.close()
+    assert len(_pictures(str(path))) == 40
+    assert sorted(entry.read_bytes() for entry in tmp_path.iterdir() if entry != path) == [b"an hour of work"] * 2
 
 
 def test_what_a_killed_resumed_run_left_beside_is_used_up(tmp_path: Path) -> None:

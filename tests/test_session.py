@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from miga_engine import render
 from miga_engine.cli import main
 from miga_engine.config import fifo_config
 from miga_engine.engine import Engine
@@ -249,8 +252,13 @@ def test_the_file_that_was_replaced_is_kept(engine, tmp_path) -> None:
             next(stream)
             stream.save(path)
             counts.append(stream.num_frames_out)
-    assert load_session(path).state.numbers["num_frames_out"] == counts[2]
-    assert load_session(previous_path(path)).state.numbers["num_frames_out"] == counts[1]
+        assert load_session(path).state.numbers["num_frames_out"] == counts[2]
+        assert load_session(previous_path(path)).state.numbers["num_frames_out"] == counts[1]
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.previous.safetensors", "run.safetensors"]
+        # Killed between its second name and the new file's coming.
+        previous_path(path).unlink()
+        os.link(path, previous_path(path))
+        stream.save(path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.previous.safetensors", "run.safetensors"]
 
 
@@ -569,9 +577,9 @@ def test_nothing_but_a_broken_pipe_ends_a_run_to_a_pipe(folder, tmp_path) -> Non
 
 
 def test_kills(tmp_path) -> None:
-    """A short run of `python tests/kills.py`, whose full figures are in its issue."""
+    """A short run of `python tests/kills.py`, whose full figures are in README; every kind is killed at least once."""
     done = subprocess.run(
-        [sys.executable, kills.__file__, "--kills", "10", "--seed", "2"],
+        [sys.executable, kills.__file__, "--kills", "10", "--seed", "4"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -579,6 +587,9 @@ def test_kills(tmp_path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 failures" in done.stdout
+    for kind in kills.KINDS:
+        assert re.search(rf"^kills: .*\b{kind}[ ]+[1-9]", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^refused beside: generate [1-9]\d*, resume [1-9]\d*$", done.stdout, re.MULTILINE), done.stdout
 
 
 def _environment() -> dict[str, str]:
@@ -634,6 +645,26 @@ def test_a_session_is_resumed_from_another_folder(folder, tmp_path, whole_file, 
     monkeypatch.chdir(tmp_path / "there")
     assert _miga("resume", "../here/run.safetensors", "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
     assert np.array_equal(read_video(tmp_path / "here" / "video.mp4"), whole_file)
+
+
+def test_older_pictures_are_replaced_by_consent_alone(folder, tmp_path, monkeypatch, capsys) -> None:
+    """A run over a folder of pictures, interrupted before its first frame: a session file is not a consent."""
+    older = tmp_path / "frames" / "000003.png"
+    older.parent.mkdir()
+    older.write_bytes(b"an older picture")
+    with monkeypatch.context() as patch:
+        patch.setattr(render, "_interruptible", lambda: contextlib.nullcontext([signal.SIGINT]))
+        assert _miga(*_generate(folder, f"{older.parent}/", "--overwrite")) == 130
+    told = capsys.readouterr().err
+    command = told[told.index("to go on from frame 0: miga ") :].splitlines()[0].split()[7:]
+    assert command[-1] == "--overwrite"
+    assert older.read_bytes() == b"an older picture"
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "__next__", lambda _: pytest.fail("a frame is made first"))
+        assert _miga(*command[:-1], "-q") == 2
+    assert "000003.png: the picture there is not of this run; move it away, or give --o" in capsys.readouterr().err
+    assert _miga(*command, "-q") == 0
+    assert {path.name for path in older.parent.iterdir()} == {f"{number:06d}.png" for number in range(NUM_FRAMES)}
 
 
 def test_the_session_of_another_run_is_not_written_over(folder, tmp_path, capsys) -> None:

@@ -379,8 +379,7 @@ def _check_types(record: dict[str, Any]) -> None:
     for name in _MODEL_TEXTS:
         _require(_is_name(model[name]))
     _require(isinstance(model.get("CPU", ""), str) and isinstance(model["compile"], bool))
-    choices = model["attention_choices"]
-    _require(isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values()))
+    _require("attention_choices" in model)
     _check_state_types(record["state"])
     if record["extension"] is not None:
         _check_state_types(record["extension"])
@@ -442,6 +441,7 @@ def _keep_previous(target: Path) -> None:
         target.replace(previous)
     else:
         second_name.replace(previous)
+        second_name.unlink(missing_ok=True)  # both may be names of one file, after a kill just here
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from miga_engine.errors import MigaError, OutputError
-from miga_engine.files import WholeFile, beside, create, open_own, write_whole
+from miga_engine.files import WholeFile, beside, create, hold, open_own, remove_abandoned, write_whole
 from miga_engine.video.paths import check_folder, reason
 from miga_engine.video.png import encode_png, has_identity
 from miga_engine.video.pyav import require_av
@@ -182,6 +182,7 @@ class FileSink(Sink):
         with reported(growing_path, self._failures, "go on with"):
             if os.path.lexists(growing_path):
                 self._file = open_own(growing_path, "r+")
+                hold(self._file)
                 try:
                     is_own = self._is_own(digest)
                 except BaseException:
@@ -241,7 +242,10 @@ class FileSink(Sink):
     def _create(self) -> None:
         if self._file is None:
             try:
+                if self._replaces:
+                    remove_abandoned(self.path)
                 self._file = create(self.growing_path)
+                hold(self._file)
                 self._is_created = True
             except FileExistsError as error:
                 raise OutputError(f"cannot write {self.path}: another program has created it meanwhile") from error
@@ -364,6 +368,12 @@ class ImageSequenceSink(Sink):
             self._digest.update(_picture(path))
         if num_frames and self._digest.hexdigest() != digest:
             raise not_own(self.folder / self._pattern)
+        for path in self._old_images().values() if num_frames == 0 else ():  # before any frame is made
+            if not self._is_of_the_run(path):
+                raise OutputError(
+                    f"cannot write {path}: the picture there is not of this run; move it away, or give --overwrite "
+                    "(overwrite=True) to replace all that are there"
+                )
         self.num_frames = self._num_flushed = num_frames
 
     def _old_images(self) -> dict[int, Path]:

@@ -4,6 +4,7 @@ A video is encoded in segments of one second, each by an encoder of its own, so 
 resumed is the same, frame for frame, as one that was not.
 """
 
+import io
 import json
 import os
 import stat
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from miga_engine.errors import MigaError, OutputError
-from miga_engine.files import WholeFile, beside, create, open_own
+from miga_engine.files import WholeFile, beside, create, hold, open_own
 from miga_engine.video.pyav import require_av
 from miga_engine.video.rate import frame_rate
 from miga_engine.video.reading import metadata_of, opened_container
 from miga_engine.video.sink import FileSink, identity, too_short
 
 _ITU709, _LIMITED_RANGE = 1, 1  # FFmpeg's numbers for the colour tags
+_HEADER_BYTES = 2**26  # more than the metadata of the longest timeline
+_CLUSTER = b"\x1f\x43\xb6\x75\x83\xe7\x81\x00"  # of Matroska, at time 0, without a frame
 
 
 class VideoFileSink(FileSink):
@@ -71,10 +74,9 @@ class VideoFileSink(FileSink):
         try:
             if os.fstat(self._file.fileno()).st_size == 0:
                 return self.num_frames == 0
+            if not self.num_frames:
+                return self._has_own_header(self._file)
             with opened_container(self.growing_path, self._file) as container:
-                if not self.num_frames:
-                    own = identity(self._metadata)
-                    return own is not None and own == identity(metadata_of(self.growing_path, container))
                 num_found = 0
                 for packet in container.demux(container.streams.video[0]):
                     if packet.size:
@@ -87,6 +89,14 @@ class VideoFileSink(FileSink):
         if num_found < self.num_frames:
             raise too_short(self.growing_path, self.num_frames)
         return self._digest.hexdigest() == digest and self.num_frames % self._segment_frames == 0
+
+    def _has_own_header(self, file: WholeFile) -> bool:
+        """Whether the metadata are the run's, in a file of which no frame need be there: FFmpeg reads no Matroska file
+        without a cluster."""
+        head = file.read(_HEADER_BYTES)
+        with opened_container(self.growing_path, io.BytesIO(head if self._is_mp4 else head + _CLUSTER)) as container:
+            own = identity(self._metadata)
+            return own is not None and own == identity(metadata_of(self.growing_path, container))
 
     def _payload(self, packet: bytes, *, is_stored: bool = False) -> bytes:
         """What of a packet is the same in the file and from the encoder: in mp4, H.264 has the length of each unit in
@@ -126,6 +136,7 @@ class VideoFileSink(FileSink):
                 path.unlink()
         self._beside = path if not os.path.lexists(path) else beside(self.path)
         self._file = create(self._beside)
+        hold(self._file)
 
     def _configure(self, context: Any) -> None:
         context.width, context.height = self.width, self.height
