@@ -19,7 +19,7 @@ WAYS: dict[str, dict[str, str]] = {
     "the command's own": {},
     "spin, OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "GOMP_SPINCOUNT=0": {"GOMP_SPINCOUNT": "0"},
-    "GOMP_SPINCOUNT=300": {"GOMP_SPINCOUNT": "300"},
+    "GOMP_SPINCOUNT=5000": {"GOMP_SPINCOUNT": "5000"},
     "GOMP_SPINCOUNT=20000": {"GOMP_SPINCOUNT": "20000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }

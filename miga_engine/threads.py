@@ -18,7 +18,7 @@ try:
 except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
-SPIN_COUNT = 1000
+SPIN_COUNT = 2000
 """Turns that a thread of GNU's OpenMP waits before it sleeps (`bench/bench_shared.py` measures it)."""
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
