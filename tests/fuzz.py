@@ -563,7 +563,7 @@ def load_session(folder: Folder) -> None:
     golden().resume(folder / "run.safetensors").close()
 
 
-MOST_CHUNKS = 60  # of a stream that is resumed; one that is longer is cancelled
+MOST_CHUNKS = 20  # of a stream that is resumed; one that is longer is cancelled
 
 
 def resume_session(folder: Folder) -> None:
