@@ -91,12 +91,17 @@ class Run:
             self._stream.close()
 
 
+_named_models: set[str] = set()
+"""Models that the host has named, which a session file may name too."""
+
+
 def open_run(model: bytes, options: bytes) -> Run:
     """A run of a model, "tiny" or a path, with a JSON object of options (miga_embed.h lists them)."""
     given = _parse(options, _OF_MODEL | _OF_VIDEO)
     if "prompt" not in given:
         raise ConfigError('the options have no "prompt": describe the video, as in {"prompt": "a red kite"}')
     engine = Engine.from_pretrained(os.fsdecode(model), **_take(given, _OF_MODEL))
+    _named_models.add(os.path.abspath(os.fsdecode(model)))
     config = engine.preset.miga
     method = given.pop("method", "miga")
     if method not in ("miga", "fifo"):
@@ -121,7 +126,10 @@ def resume_run(path: bytes, options: bytes) -> Run:
     session = load_session(file)
     saved = session.model
     recorded = {name: saved.get(name) for name in ("device", "dtype", "vae_dtype", "attention", "compile", "preset")}
-    model = given.pop("model", None) or model_of_session(file, session)
+    model = given.pop("model", None)
+    if model is None:
+        model = saved["name"] if saved["name"] in _named_models else model_of_session(file, session)
+    _named_models.add(os.path.abspath(model))
     engine = Engine.from_pretrained(model, **{**recorded, **_take(given, _OF_MODEL)})
     return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
 

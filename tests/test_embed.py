@@ -250,6 +250,15 @@ def test_saved_runs_go_on_at_the_frame_and_can_be_made_longer(run, engine, tmp_p
         embed.resume_run(path, b'{"dtype": "bfloat16"}')
 
 
+def test_a_model_that_the_host_has_not_named_is_not_opened(run, tmp_path, monkeypatch):
+    path = os.fsencode(tmp_path / "run.safetensors")
+    first = run(num_frames=60)
+    first.save(path)
+    monkeypatch.setattr(embed, "_named_models", set())
+    with pytest.raises(ConfigError, match="which does not lie beside it: name the model with"):
+        embed.resume_run(path, b"{}")
+
+
 def test_one_handle_in_two_threads_gives_every_frame_once(run, frames):
     shared = run()
     parts: list[torch.Tensor] = []

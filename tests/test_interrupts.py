@@ -30,6 +30,14 @@ OPTIONS = {"height": 32, "width": 32, "num_inference_steps": 8, "seed": 3, "miga
 PROMPT = {0: "a red balloon", 17: "a kite"}
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """Also where the tests run in the background, which ignores them."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine.from_pretrained(golden_model.build(tmp_path_factory.mktemp("model")), "cpu")

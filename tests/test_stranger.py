@@ -444,7 +444,10 @@ def test_a_terminal_that_hangs_up_saves_as_a_stop_does(model, tmp_path) -> None:
     command = [sys.executable, "-m", "miga_engine", *map(str, _generate(model, video, "--num-frames", 400))]
     roots = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )  # fmt: skip
     while not video.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)

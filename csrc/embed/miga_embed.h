@@ -64,8 +64,8 @@ MIGA_API miga_run *miga_open(const char *model, const char *options) MIGA_NOEXCE
 /* Go on with a video from a session file: its first frame is the one after the last that was given before miga_save.
  *
  * options: a JSON object or NULL: "num_frames" for a longer video, where its end had not begun to shape the frames when
- *   it was saved; "model" where the model lies elsewhere now; and those of the model and the stream of miga_open. What
- *   is left out is as the file records it.
+ *   it was saved; "model" where the model neither lies beside or below the session file nor was opened by this process
+ *   before; and those of the model and the stream of miga_open. What is left out is as the file records it.
  */
 MIGA_API miga_run *miga_resume(const char *path, const char *options) MIGA_NOEXCEPT;
 
