@@ -380,7 +380,7 @@ def near_value(value: Any, rng: Random, victims: str) -> Any:
         return rng.choice(near + near + far)
     if isinstance(value, float):
         return rng.choice(
-            (math.nan, math.inf, -value, value * 1e30, value + 0.1, int(value) if value < 1e9 else 0, None)
+            (math.nan, math.inf, -value, value * 1e30, value + 0.1, int(value) if abs(value) < 1e9 else 0, None)
         )
     if isinstance(value, str):
         return rng.choice((*NEAR_TEXTS, f"{victims}/a.rgb", f"{victims}/a.mp4", f"{victims}/%06d.png", value + "x"))
