@@ -460,9 +460,12 @@ def _estimate(options: argparse.Namespace) -> int:
 
 def _refuse_the_impossible(estimate: MemoryEstimate) -> None:
     """ConfigError where a run needs more than twice the memory there is: no estimate is that wrong."""
+    import torch
+
+    from miga_engine.device import total_bytes
     from miga_engine.memory import amount
 
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = total_bytes(torch.device("cpu"))
     if estimate.host_total > 2 * total:
         raise ConfigError(
             f"the run would need {amount(estimate.host_total)} of memory and this machine has {amount(total)}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,13 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if target.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(target)
     return tensor.pin_memory().to(target, non_blocking=True)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the machine, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -19,7 +19,7 @@ import torch
 from miga_engine import ops
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, Preset, Request
-from miga_engine.device import indexed, is_out_of_memory, own_modes
+from miga_engine.device import indexed, is_out_of_memory, own_modes, total_bytes
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError, SessionError
 from miga_engine.models.bundle import ModelBundle, WindowNetwork
 from miga_engine.models.layers import allows_tf32, set_tf32
@@ -593,11 +593,7 @@ def _refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int],
         return
     from miga_engine.memory import amount
 
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = layout.num_slots * FrameStore.bytes_per_slot(frame_shape)
+    needed, total = layout.num_slots * FrameStore.bytes_per_slot(frame_shape), total_bytes(device)
     if needed > total:
         raise DeviceError(
             f"the queue of this run alone would need {amount(needed)} of memory and {device} has {amount(total)}: make "

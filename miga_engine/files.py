@@ -70,14 +70,16 @@ def is_beside(name: object, path: Path) -> bool:
     return isinstance(name, str) and re.fullmatch(form, name) is not None
 
 
-def hold(file: WholeFile) -> bool:
-    """Lock the file while it is open; False where another process has it, or the file system has no locks."""
+def hold(file: WholeFile) -> bool | None:
+    """Lock the file while it is open; False where another process has it, None where there are no locks."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 

@@ -341,3 +341,16 @@ def test_a_callback_may_close_the_stream_and_may_not_ask_for_more(engine) -> Non
     assert seen == [None]
     with pytest.raises(SessionError, match="the stream is closed"):
         stream.save("run.safetensors")
+
+
+def test_a_callback_that_closes_the_stream_and_fails_has_closed_it(engine) -> None:
+    def on_event(event: Any) -> None:
+        if event.kind == "chunk":
+            stream.close()
+            raise ZeroDivisionError
+
+    stream = _stream(engine, on_event=on_event, overlap_decode=True)
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert stream.window_batch == 0
+    assert "miga-decode" not in [thread.name for thread in threading.enumerate()]

@@ -20,13 +20,13 @@ import golden_model
 import kills
 import numpy as np
 import pytest
+import small_run
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from small_run import miga, rewritten
 from torch import Tensor
 
 from miga_engine import render
-from miga_engine.cli import main
 from miga_engine.config import fifo_config
 from miga_engine.engine import Engine
 from miga_engine.errors import DeviceError, DriftError, NumericsError, OutputError, SessionError
@@ -262,18 +262,6 @@ def test_the_file_that_was_replaced_is_kept(engine, tmp_path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.previous.safetensors", "run.safetensors"]
 
 
-def _rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
-    """The session file with a change, and the checksum right again."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors, record = load_file(path), json.loads(metadata["record"])
-    change(record, tensors)
-    text = json.dumps(record)
-    checksum = session_file._checksum(text, tensors)
-    save_file(tensors, path, {**metadata, "record": text, "sha256": checksum})
-    return path
-
-
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
@@ -285,13 +273,13 @@ def _rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]],
     ],
 )
 def test_what_has_changed_is_named(engine, saved, field, value, sentence) -> None:
-    _rewritten(saved, lambda record, _: record["model"].update({field: value}))
+    rewritten(saved, lambda record, _: record["model"].update({field: value}))
     with pytest.raises(SessionError, match=sentence):
         engine.resume(saved)
 
 
 def test_another_machine_or_version_is_a_warning(engine, whole, saved, caplog) -> None:
-    _rewritten(saved, lambda record, _: record["model"].update(torch="1.0", device="cuda", CPU="AVX9, threads: 64"))
+    rewritten(saved, lambda record, _: record["model"].update(torch="1.0", device="cuda", CPU="AVX9, threads: 64"))
     resumed = engine.resume(saved)
     start = resumed.num_frames_out
     assert torch.equal(_frames(resumed), whole[start:])
@@ -320,7 +308,7 @@ def test_another_machine_or_version_is_a_warning(engine, whole, saved, caplog) -
     ],
 )
 def test_a_file_with_nonsense_in_it_is_one_sentence(engine, saved, change) -> None:
-    _rewritten(saved, change)
+    rewritten(saved, change)
     with pytest.raises((SessionError, ValueError)) as caught:
         _frames(engine.resume(saved))
     assert type(caught.value).__module__ == "miga_engine.errors"
@@ -499,22 +487,14 @@ def test_out_of_memory_before_the_first_pass(engine, monkeypatch) -> None:
         engine.stream("a red balloon", 9, **OPTIONS)
 
 
-def _miga(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def _generate(folder: Path, video: object, *more: object) -> list[object]:
-    miga = golden_model.MIGA
-    method = ["--zigzag-width", miga.zigzag_width, "--stage2-steps", miga.stage2_steps, "--guidance-frames", 1]
-    method += ["--stride", miga.stride, "--judge-step", miga.judge_step, "--num-inference-steps", 10, "--seed", 3]
-    size = ["--height", 32, "--width", 48, "--fps", 6, "--num-frames", NUM_FRAMES, "-q"]
-    return ["generate", "a red balloon", "--model", folder, *size, *method, "-o", video, *more]
+def _generate(model: Path, video: object, *more: object) -> list[object]:
+    return small_run.generate(model, video, NUM_FRAMES, *more)
 
 
 @pytest.fixture(scope="module")
 def whole_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     video = tmp_path_factory.mktemp("whole") / "whole.mp4"
-    assert _miga(*_generate(folder, video)) == 0
+    assert miga(*_generate(folder, video)) == 0
     assert [entry.name for entry in video.parent.iterdir()] == ["whole.mp4"]  # complete: no session file is left
     return read_video(video)
 
@@ -532,13 +512,13 @@ def test_a_disk_that_fills_up(folder, tmp_path, whole_file, num_written, error, 
             mux(self, [packet])
 
     monkeypatch.setattr(sinks.VideoFileSink, "_mux", fails)
-    assert _miga(*_generate(folder, video)) == 2
+    assert miga(*_generate(folder, video)) == 2
     monkeypatch.undo()
     told = capsys.readouterr().err
     assert f"cannot write {video}" in told
     assert "to go on from frame" in told
     assert "Traceback" not in told
-    assert _miga("resume", tmp_path / "video.session.safetensors", "--model", folder, "-q") == 0
+    assert miga("resume", tmp_path / "video.session.safetensors", "--model", folder, "-q") == 0
     assert np.array_equal(read_video(video), whole_file)
     assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
 
@@ -556,14 +536,14 @@ def test_a_full_disk_keeps_every_frame_that_was_made(folder, tmp_path, whole_fil
 
     monkeypatch.setattr(sinks.RawFileSink, "_append", fails)
     video = tmp_path / "video.rgb"
-    assert _miga(*_generate(folder, video, "--session", saved)) == 2
+    assert miga(*_generate(folder, video, "--session", saved)) == 2
     monkeypatch.undo()
     numbers = load_session(saved).state.numbers
     assert numbers["output"]["num_frames"] < numbers["num_frames_out"]
     assert "No space left on device" in capsys.readouterr().err
-    assert _miga("resume", saved, "--model", folder, "-q") == 2  # the video does not lie beside it
+    assert miga("resume", saved, "--model", folder, "-q") == 2  # the video does not lie beside it
     assert f"name the video with --output {video}" in capsys.readouterr().err
-    assert _miga("resume", saved, "--model", folder, "-q", "--output", video) == 0
+    assert miga("resume", saved, "--model", folder, "-q", "--output", video) == 0
     assert video.stat().st_size == NUM_FRAMES * 32 * 48 * 3
 
 
@@ -602,19 +582,19 @@ def _environment() -> dict[str, str]:
 
 def test_resume_and_extend_from_the_shell(folder, tmp_path, whole_file, capsys) -> None:
     video, saved = tmp_path / "video.mp4", tmp_path / "video.session.safetensors"
-    assert _miga(*_generate(folder, video, "--num-frames", 33, "--checkpoint-every", 8)) == 0
-    assert _miga("info", saved) == 0
+    assert miga(*_generate(folder, video, "--num-frames", 33, "--checkpoint-every", 8)) == 0
+    assert miga("info", saved) == 0
     told = capsys.readouterr().out
     assert "frames               33 of 33 made" in told
     assert "can be extended      yes" in told
-    assert _miga("resume", saved, "--model", folder, "-q") == 0  # complete already
-    assert _miga("resume", saved, "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
+    assert miga("resume", saved, "--model", folder, "-q") == 0  # complete already
+    assert miga("resume", saved, "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
     assert np.array_equal(read_video(video), whole_file)
     moved = tmp_path / "moved.mp4"
     video.rename(moved)
-    assert _miga("resume", saved, "--model", folder, "-q", "--num-frames", 65) == 2
+    assert miga("resume", saved, "--model", folder, "-q", "--num-frames", 65) == 2
     assert "it is gone; name the file with the frames made so far" in capsys.readouterr().err
-    assert _miga("resume", saved, "--model", folder, "-q", "--num-frames", 65, "-o", moved) == 0
+    assert miga("resume", saved, "--model", folder, "-q", "--num-frames", 65, "-o", moved) == 0
     assert len(read_video(moved)) == 65
 
 
@@ -630,7 +610,7 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with(folder, tmp_path, whole_file
     assert process.returncode in (128 + number, 0)  # 0: it was complete before it heard
     if process.returncode:
         assert "to go on from frame" in told
-        assert _miga("resume", tmp_path / "video.session.safetensors", "--model", folder, "-q", "--events", events) == 0
+        assert miga("resume", tmp_path / "video.session.safetensors", "--model", folder, "-q", "--events", events) == 0
     assert np.array_equal(read_video(video), whole_file)
     numbers = [json.loads(line) for line in events.read_text().splitlines()]
     assert sum(event["num_frames"] for event in numbers if event["event"] == "chunk") == NUM_FRAMES
@@ -641,9 +621,9 @@ def test_a_session_is_resumed_from_another_folder(folder, tmp_path, whole_file, 
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     model = os.path.relpath(folder)
-    assert _miga(*_generate(Path(model), "video.mp4", "--num-frames", 33, "--session", "run.safetensors")) == 0
+    assert miga(*_generate(Path(model), "video.mp4", "--num-frames", 33, "--session", "run.safetensors")) == 0
     monkeypatch.chdir(tmp_path / "there")
-    assert _miga("resume", "../here/run.safetensors", "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
+    assert miga("resume", "../here/run.safetensors", "--model", folder, "-q", "--num-frames", NUM_FRAMES) == 0
     assert np.array_equal(read_video(tmp_path / "here" / "video.mp4"), whole_file)
 
 
@@ -654,30 +634,30 @@ def test_older_pictures_are_replaced_by_consent_alone(folder, tmp_path, monkeypa
     older.write_bytes(b"an older picture")
     with monkeypatch.context() as patch:
         patch.setattr(render, "_interruptible", lambda: contextlib.nullcontext([signal.SIGINT]))
-        assert _miga(*_generate(folder, f"{older.parent}/", "--overwrite")) == 130
+        assert miga(*_generate(folder, f"{older.parent}/", "--overwrite")) == 130
     told = capsys.readouterr().err
     command = told[told.index("to go on from frame 0: miga ") :].splitlines()[0].split()[7:]
     assert command[-1] == "--overwrite"
     assert older.read_bytes() == b"an older picture"
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "__next__", lambda _: pytest.fail("a frame is made first"))
-        assert _miga(*command[:-1], "-q") == 2
+        assert miga(*command[:-1], "-q") == 2
     assert "000003.png: the picture there is not of this run; move it away, or give --o" in capsys.readouterr().err
-    assert _miga(*command, "-q") == 0
+    assert miga(*command, "-q") == 0
     assert {path.name for path in older.parent.iterdir()} == {f"{number:06d}.png" for number in range(NUM_FRAMES)}
 
 
 def test_the_session_of_another_run_is_not_written_over(folder, tmp_path, capsys) -> None:
     (tmp_path / "video.session.safetensors").write_bytes(b"hours of work")
-    assert _miga(*_generate(folder, tmp_path / "video.mp4")) == 2
+    assert miga(*_generate(folder, tmp_path / "video.mp4")) == 2
     assert "it is the session file of another run; go on with it (miga resume" in capsys.readouterr().err
     assert (tmp_path / "video.session.safetensors").read_bytes() == b"hours of work"
 
 
 def test_bad_resumes_are_one_sentence(folder, tmp_path, capsys) -> None:
-    assert _miga("resume", tmp_path / "none.safetensors") == 2
+    assert miga("resume", tmp_path / "none.safetensors") == 2
     assert re_sentence(capsys.readouterr().err)
-    assert _miga(*_generate(folder, tmp_path / "video.mp4", "--checkpoint-every", -1)) == 2
+    assert miga(*_generate(folder, tmp_path / "video.mp4", "--checkpoint-every", -1)) == 2
     assert "checkpoint_every must be a whole number" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

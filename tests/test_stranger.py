@@ -16,12 +16,12 @@ from typing import Any
 import golden_model
 import numpy as np
 import pytest
+import small_run
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from small_run import Change, miga, rewritten
 from torch import Tensor
 
-from miga_engine.cli import main
 from miga_engine.engine import Engine
 from miga_engine.errors import DeviceError, MigaError, OutputError, SessionError
 from miga_engine.runtime import session as session_file
@@ -29,7 +29,6 @@ from miga_engine.runtime.session import load_session, locked, previous_path
 
 NUM_FRAMES = 33
 OPTIONS = {**golden_model.OPTIONS, "seed": 3, "miga": golden_model.MIGA}
-Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +54,8 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
 
 
-def _miga(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
 def _generate(model: Path, video: object, *more: object) -> list[object]:
-    miga = golden_model.MIGA
-    method = ["--zigzag-width", miga.zigzag_width, "--stage2-steps", miga.stage2_steps, "--guidance-frames", 1]
-    method += ["--stride", miga.stride, "--judge-step", miga.judge_step, "--num-inference-steps", 10, "--seed", 3]
-    size = ["--height", 32, "--width", 48, "--fps", 6, "--num-frames", NUM_FRAMES, "-q"]
-    return ["generate", "a red balloon", "--model", model, *size, *method, "-o", video, *more]
-
-
-def rewritten(path: Path, change: Change) -> Path:
-    """The session file with a change, and the checksum right again."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors, record = load_file(path), json.loads(metadata["record"])
-    change(record, tensors)
-    text = json.dumps(record)
-    save_file(tensors, path, {**metadata, "record": text, "sha256": session_file._checksum(text, tensors)})
-    return path
+    return small_run.generate(model, video, NUM_FRAMES, *more)
 
 
 @pytest.fixture
@@ -95,7 +75,7 @@ def stopped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
         with monkeypatch.context() as patch:
             patch.setattr(Stream, "__next__", next_and_stop)
-            assert _miga(*_generate(model, f"{tmp_path}/{name}", *more)) == 128 + signal.SIGTERM
+            assert miga(*_generate(model, f"{tmp_path}/{name}", *more)) == 128 + signal.SIGTERM
         return tmp_path / f"{Path(name).stem}.session.safetensors"
 
     return stop
@@ -123,7 +103,7 @@ def test_a_session_writes_nowhere_that_nobody_named(model, outside, stopped, cap
             tensors["state/output_frames"] = torch.zeros(out, *made.shape[1:], dtype=torch.uint8)
 
     rewritten(saved, elsewhere)
-    assert _miga("resume", saved, "--model", model, "-q") == 2
+    assert miga("resume", saved, "--model", model, "-q") == 2
     assert "name the video with --output" in capsys.readouterr().err
     assert _content(outside) == before
 
@@ -145,7 +125,7 @@ def test_a_place_that_is_none_is_one_sentence(engine, stopped, capsys, recorded,
     rewritten(saved, change)
     previous_path(saved).unlink()
     before = _content(saved.parent)
-    assert _miga("resume", saved, "-q", *(["--model", engine.name] if kind == "output" else [])) == 2
+    assert miga("resume", saved, "-q", *(["--model", engine.name] if kind == "output" else [])) == 2
     told = capsys.readouterr().err
     assert told.startswith("miga: ")
     assert told.count("\n") == 1
@@ -158,18 +138,18 @@ def test_a_video_that_is_a_link_is_not_followed(model, outside, stopped, capsys)
     video = saved.with_name("video.rgb")
     video.unlink()
     video.symlink_to(outside / "a.rgb")
-    assert _miga("resume", saved, "--model", model, "-q") == 2
+    assert miga("resume", saved, "--model", model, "-q") == 2
     assert "is a link: name the video" in capsys.readouterr().err
     assert _content(outside) == before
 
 
 def test_a_model_that_nobody_named_is_not_opened(model, tmp_path, stopped, capsys) -> None:
     saved = stopped()
-    assert _miga("resume", saved, "-q") == 2
+    assert miga("resume", saved, "-q") == 2
     assert f"name the model with --model {model}" in capsys.readouterr().err
     shutil.copytree(model, tmp_path / "models" / "small")
     rewritten(saved, lambda record, _: record["model"].update(name=str(tmp_path / "models" / "small")))
-    assert _miga("resume", saved, "-q") == 0  # below the session file
+    assert miga("resume", saved, "-q") == 0  # below the session file
 
 
 def test_a_copied_folder_goes_on_in_the_copy(model, tmp_path, stopped) -> None:
@@ -179,10 +159,10 @@ def test_a_copied_folder_goes_on_in_the_copy(model, tmp_path, stopped) -> None:
     for name in (saved.name, "video.rgb"):
         shutil.copy(tmp_path / name, copy)
     before = _content(tmp_path)
-    assert _miga("resume", copy / saved.name, "--model", model, "-q") == 0
+    assert miga("resume", copy / saved.name, "--model", model, "-q") == 0
     assert _content(tmp_path) == before
     assert (copy / "video.rgb").stat().st_size == NUM_FRAMES * 32 * 48 * 3
-    assert _miga("resume", saved, "--model", model, "-q") == 0
+    assert miga("resume", saved, "--model", model, "-q") == 0
     assert (tmp_path / "video.rgb").read_bytes() == (copy / "video.rgb").read_bytes()
 
 
@@ -193,7 +173,7 @@ def test_a_command_that_goes_on_is_told_whole(model, tmp_path, stopped, capsys) 
     told = capsys.readouterr().err
     command = f"miga resume {tmp_path}/states/run.safetensors --output {tmp_path}/video.rgb --model {model}"
     assert command in told
-    assert _miga(*command.split()[1:], "-q") == 0
+    assert miga(*command.split()[1:], "-q") == 0
 
 
 @pytest.mark.parametrize("name", ["run.safetensors", "run.previous.safetensors"])
@@ -201,7 +181,7 @@ def test_a_file_that_is_no_session_is_never_replaced(model, engine, tmp_path, na
     save_file({"weight": torch.ones(3)}, tmp_path / name)
     before = _content(tmp_path)
     session = tmp_path / "run.safetensors"
-    assert _miga(*_generate(model, tmp_path / "video.mp4", "--session", session, "-y")) == 2
+    assert miga(*_generate(model, tmp_path / "video.mp4", "--session", session, "-y")) == 2
     assert f"{name} is there and is no session file" in capsys.readouterr().err
     with engine.stream("a kite", 9, **OPTIONS) as stream, pytest.raises(OutputError, match="is no session file"):
         stream.save(session)
@@ -258,12 +238,12 @@ def test_two_at_one_session_are_one_too_many(model, stopped, capsys) -> None:
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     other.stdout.readline()
-    assert _miga("resume", saved, "--model", model, "-q") == 2
+    assert miga("resume", saved, "--model", model, "-q") == 2
     assert "another process is making the video of" in capsys.readouterr().err
     assert {name: data for name, data in _content(saved.parent).items() if not name.endswith(".lock")} == before
     other.kill()
     other.wait()
-    assert _miga("resume", saved, "--model", model, "-q") == 0
+    assert miga("resume", saved, "--model", model, "-q") == 0
     assert [entry.name for entry in saved.parent.iterdir()] == ["video.rgb"]
 
 
@@ -375,8 +355,8 @@ def test_a_value_that_no_run_writes_is_one_sentence(engine, tmp_path, saved_byte
         engine.resume(path)
     assert str(caught.value).isprintable()
     assert "run.safetensors" in str(caught.value) or isinstance(caught.value, DeviceError)
-    assert _miga("info", path) in (0, 2)
-    assert _miga("resume", path, "--model", engine.name, "-q", "-o", tmp_path / "video.rgb") == 2
+    assert miga("info", path) in (0, 2)
+    assert miga("resume", path, "--model", engine.name, "-q", "-o", tmp_path / "video.rgb") == 2
     assert capsys.readouterr().err.count("\n") <= 2
     assert not (tmp_path / "video.rgb").exists()
 
@@ -392,8 +372,8 @@ def test_nothing_from_a_file_reaches_the_terminal_raw(engine, tmp_path, saved_by
     path.write_bytes(saved_bytes)
     evil = "\x1b]0;owned\x07\x1b[2J"
     rewritten(path, lambda record, _: (record["model"].update(torch=evil), record["request"].update(solver=evil)))
-    assert _miga("info", path) == 0
-    assert _miga("resume", path, "--model", engine.name, "-q", "-o", tmp_path / "video.rgb") == 2
+    assert miga("info", path) == 0
+    assert miga("resume", path, "--model", engine.name, "-q", "-o", tmp_path / "video.rgb") == 2
     path.write_bytes(saved_bytes)
     rewritten(path, lambda record, _: record["model"].update(torch=evil))
     engine.resume(path).close()
@@ -410,7 +390,7 @@ def test_warnings_are_heard_without_a_bar_too(model, tmp_path, stopped, capsys) 
     rewritten(saved, lambda record, _: record["model"].update(torch="1.0"))
     shutil.copy(saved, previous_path(saved))
     saved.write_bytes(saved.read_bytes()[:-9])
-    assert _miga("resume", saved, "--model", model, "-q", "--events", events) == 0
+    assert miga("resume", saved, "--model", model, "-q", "--events", events) == 0
     told = capsys.readouterr().err
     assert "miga: warning: " in told
     assert f"going on from {previous_path(saved)}" in told
@@ -427,15 +407,15 @@ def test_events_are_told_once_though_the_run_was_killed(model, tmp_path, stopped
     assert last["event"] == "saved"
     lines = [json.dumps({"event": "chunk", "number": last["number"] + k, "num_frames": 4}) for k in (1, 2)]
     events.write_text(written + "\n".join(lines) + '\n{"event": "chu')  # killed later than it saved
-    assert _miga("resume", saved, "--model", model, "-q", "--events", events) == 0
+    assert miga("resume", saved, "--model", model, "-q", "--events", events) == 0
     told = [json.loads(line) for line in events.read_text().splitlines()]
     assert events.read_text().startswith(written)
     assert [event["number"] for event in told] == list(range(1, len(told) + 1))
     assert sum(event["num_frames"] for event in told if event["event"] == "chunk") == NUM_FRAMES
     other = tmp_path / "other.jsonl"
     other.write_text('{"mine": 1}\nnotes\n')
-    assert _miga(*_generate(model, tmp_path / "next.rgb", "--checkpoint-every", 8, "--num-frames", 9)) == 0
-    assert _miga("resume", tmp_path / "next.session.safetensors", "--model", model, "--events", other, "-q") == 0
+    assert miga(*_generate(model, tmp_path / "next.rgb", "--checkpoint-every", 8, "--num-frames", 9)) == 0
+    assert miga("resume", tmp_path / "next.session.safetensors", "--model", model, "--events", other, "-q") == 0
     assert other.read_text().startswith('{"mine": 1}\nnotes\n')
 
 

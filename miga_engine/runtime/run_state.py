@@ -30,9 +30,7 @@ from miga_engine.runtime.stages import (
     UNIFIED,
     WARMUP,
     RunLayout,
-    UnifiedPasses,
 )
-from miga_engine.runtime.window_plan import plan_windows
 
 _NEXT = {
     SEED_CLIP: (PUSH, QUEUE),
@@ -159,7 +157,7 @@ class _Check:
         done = numbers.get("unified")
         if not isinstance(done, list) or len(done) != self.layout.num_levels:
             raise _unfit("unified", done)
-        most = max(self.head, 0) if self.layout.end is None else min(max(self.head, 0), self.layout.end)
+        most = self.layout.num_available(max(self.head, 0))
         for level in range(len(done)):
             most = _whole({"unified": done[level]}, "unified", 0, most)
         if self.stage in (SEED_CLIP, WARMUP) and any(done):
@@ -185,8 +183,7 @@ class _Check:
             return 0
         groups, rest = divmod(length, layout.config.zigzag_width)
         if self.stage == WARMUP:
-            least = min(layout.window_frames // layout.config.zigzag_width, layout.handoff_step - 1)
-            fits = least + (self.next != PUSH) <= groups <= layout.handoff_step - 1
+            fits = layout.num_first_groups + (self.next != PUSH) <= groups <= layout.handoff_step - 1
         else:
             fits = groups == layout.handoff_step - (self.next == UNIFIED)
         if rest or not fits:
@@ -233,32 +230,18 @@ class _Check:
 
     def _parts(self) -> Iterator[list[tuple[int, int]]]:
         """The frames that each window of the pass at hand commits, in order."""
-        layout, config = self.layout, self.layout.config
+        layout = self.layout
         if self.next == QUEUE:
-            length = self.tail - self.head
-            local = layout.window_frames - config.guidance_frames
-            if config.commit == "trailing":
-                first = self.head - layout.padding
-                plan = plan_windows(length + layout.padding, layout.window_frames, layout.stride, 0, "trailing")
-            else:
-                first = self.head
-                if self.stage == WARMUP:
-                    phase = (length - local) % layout.stride if length >= local else 0
-                else:
-                    phase = self.num_passes % layout.stride if config.moving_phase else 0
-                plan = plan_windows(length, local, layout.stride, phase)
+            first, plan = layout.queue_plan(self.head, self.tail, None if self.stage == WARMUP else self.num_passes)
             yield [(first + start, first + stop) for _, start, stop in plan]
         elif self.next == JUDGE:  # of a search, which begins anew
             yield [(0, 0)] * (self.parts_done + 1)
         elif self.next == UNIFIED:
-            passes = UnifiedPasses(
-                config.stage2_steps, config.refine_steps, layout.window_frames, layout.stride, config.moving_phase,
-                layout.end,
-            )  # fmt: skip
+            passes = layout.unified_passes()
             passes.done = list(self.done)
-            blocks = passes.ready(self.head if layout.end is None else min(self.head, layout.end))
+            blocks = passes.ready(layout.num_available(self.head))
             ranges = [(start, cut) for _, start, _, cut in blocks]
-            num_stage2 = sum(level < config.stage2_steps for level, *_ in blocks)
+            num_stage2 = sum(level < layout.config.stage2_steps for level, *_ in blocks)
             yield from [ranges[:num_stage2], ranges[num_stage2:]] if self.uses_noise else [ranges]
 
     def _anchor(self, row: Mapping[str, int], prompt_row: Callable[[int], int]) -> None:

@@ -30,14 +30,9 @@ from torch import Tensor
 
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import ConfigError, MigaError, OutputError, SessionError
-from miga_engine.files import beside, is_beside, open_own, path_written_whole
+from miga_engine.files import beside, hold, is_beside, open_own, path_written_whole
 from miga_engine.prompts import MAX_PROMPTS
 from miga_engine.runtime.drift import NUM_LEVELS
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 VERSION = 2
 SUFFIX = ".safetensors"
@@ -174,39 +169,24 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     The lock lies beside it, goes with the process however that ends, and is deleted. Where the file system has no
     locks, nothing is locked. What a killed process left of a file that it was writing is deleted.
     """
-    if fcntl is None:
-        yield
-        return
     name = Path(path).with_name(f".{Path(path).name}.lock")
-    while True:
-        try:
-            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError:  # a folder that is read-only, which is for the session file itself to say
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise SessionError(
-                f"another process is making the video of {path}: wait until it has ended, or stop it"
-            ) from None
-        except OSError:
-            os.close(lock)
-            yield
-            return
-        try:
-            if os.path.samestat(os.fstat(lock), os.stat(name, follow_symlinks=False)):
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                lock = stack.enter_context(open_own(name, "a"))
+            except OSError:  # a folder that is read-only, which is for the session file itself to say
                 break
-        except FileNotFoundError:
-            pass
-        os.close(lock)  # it was deleted by the one that had it before
-    try:
+            if hold(lock) is False:
+                raise SessionError(
+                    f"another process is making the video of {path}: wait until it has ended, or stop it"
+                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(name, follow_symlinks=False)):
+                    stack.callback(name.unlink, missing_ok=True)
+                    break
+            lock.close()  # it was deleted by the one that had it before
         _remove_leftovers(Path(path))
         yield
-    finally:
-        name.unlink(missing_ok=True)
-        os.close(lock)
 
 
 def is_session(path: str | os.PathLike[str]) -> bool:

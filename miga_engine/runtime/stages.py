@@ -123,11 +123,18 @@ class RunLayout:
         return self.window_frames - self.stride if self.config.commit == "trailing" else 0
 
     @property
+    def num_first_groups(self) -> int:
+        """Groups of the first queue."""
+        if self.config.warmup == "copies":
+            return self.handoff_step
+        return min(self.window_frames // self.config.zigzag_width, self.handoff_step - 1)
+
+    @property
     def first_head(self) -> int:
         """Number of the frame at the head of the first queue; below 0 where it holds copies of frame 0."""
         if self.config.warmup != "copies":
             return 0
-        return min(0, self.window_frames - self.handoff_step * self.config.zigzag_width)
+        return min(0, self.window_frames - self.num_first_groups * self.config.zigzag_width)
 
     @property
     def capacity(self) -> int:
@@ -145,6 +152,32 @@ class RunLayout:
     def num_anchors(self) -> int:
         """Scratch slots, behind those of the searches, that a state includes."""
         return int(self.config.guidance_anchor)
+
+    def queue_plan(self, head: int, tail: int, num_passes: int | None) -> tuple[int, list[tuple[int, int, int]]]:
+        """The first frame that a pass over the queue reads, and its `plan_windows` from there on.
+
+        ``num_passes`` of Stage 1 before it, None in warm-up.
+        """
+        length, local = tail - head, self.window_frames - self.config.guidance_frames
+        if self.config.commit == "trailing":
+            plan = plan_windows(length + self.padding, self.window_frames, self.stride, 0, "trailing")
+            return head - self.padding, plan
+        if num_passes is None:
+            phase = (length - local) % self.stride if length >= local else 0
+        else:
+            phase = num_passes % self.stride if self.config.moving_phase else 0
+        return head, plan_windows(length, local, self.stride, phase)
+
+    def unified_passes(self) -> UnifiedPasses:
+        """Stage 2 and refine, before their first pass."""
+        config = self.config
+        return UnifiedPasses(
+            config.stage2_steps, config.refine_steps, self.window_frames, self.stride, config.moving_phase, self.end
+        )
+
+    def num_available(self, head: int) -> int:
+        """Frames that the unified passes may read, of a queue that has come so far."""
+        return head if self.end is None else min(head, self.end)
 
     def has_parted(self, head: int) -> bool:
         """Whether the end has begun to shape a run whose queue has come so far. Until then it is a longer run.
@@ -202,9 +235,7 @@ class VideoRun:
         self.emit = emit
         self.num_frames = num_frames
         self.handoff_step, self.stride, self.padding = layout.handoff_step, layout.stride, layout.padding
-        self.unified = UnifiedPasses(
-            config.stage2_steps, config.refine_steps, window_frames, self.stride, config.moving_phase, layout.end
-        )
+        self.unified = layout.unified_passes()
         search_frames, num_anchors = Reflection.scratch_frames(config), layout.num_anchors
         self.store = FrameStore(layout.capacity, frame_shape, device, scratch=search_frames + num_anchors)
         self._anchor = self.store.scratch_slots(search_frames, num_anchors)
@@ -330,13 +361,11 @@ class VideoRun:
 
     def _start_queue(self, clip: torch.Tensor) -> None:
         """Re-noise the seed clip to the noisiest levels, one level a group of zigzag_width frames."""
-        width, head = self.config.zigzag_width, self.layout.first_head
+        width, head, num_groups = self.config.zigzag_width, self.layout.first_head, self.layout.num_first_groups
         if self.config.warmup == "copies":
-            num_groups = self.handoff_step
             steps = np.arange(num_groups - 1, -1, -1).repeat(width)
             stage, then = STAGE1, QUEUE
         else:
-            num_groups = min(self.window_frames // width, self.handoff_step - 1)
             steps = np.arange(num_groups, 0, -1).repeat(width)
             stage, then = WARMUP, PUSH
         numbers = np.arange(head, head + num_groups * width)
@@ -361,20 +390,14 @@ class VideoRun:
             self._push_noise(STAGE1 if is_full else WARMUP)
             if is_full:
                 return
-        num_frames = self.tail - self.head
-        phase = (num_frames - self._local_frames) % self.stride if num_frames >= self._local_frames else 0
-        self._queue_pass(phase, WARMUP, then=PUSH)
+        self._queue_pass(WARMUP, then=PUSH)
 
     # Stage 1 ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _local_frames(self) -> int:
-        return self.window_frames - self.config.guidance_frames
 
     def _tick_stage1(self) -> None:
         """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
         if self._next in (QUEUE, JUDGE):
-            self._queue_pass(self.num_passes % self.stride if self.config.moving_phase else 0, STAGE1, then=POP)
+            self._queue_pass(STAGE1, then=POP)
         if self._next == POP:
             self._pop_group()
         if self.stage == FLUSH:
@@ -407,11 +430,10 @@ class VideoRun:
         self.store.put(self._anchor, clean, step_index=self.schedule.num_steps, numbers=[number])
         self.store.prompt_row[self._anchor] = self.prompt_row(number)
 
-    def _queue_pass(self, phase: int, stage: str, *, then: str) -> None:
+    def _queue_pass(self, stage: str, *, then: str) -> None:
         if self._next == QUEUE:
-            self.denoiser.run(
-                self._queue_windows(phase), solver_stream=_STREAMS[stage], then=lambda: self._go_to(JUDGE)
-            )
+            windows = self._queue_windows(None if stage == WARMUP else self.num_passes)
+            self.denoiser.run(windows, solver_stream=_STREAMS[stage], then=lambda: self._go_to(JUDGE))
         if self.reflection is None:
             self._go_to(then)
         else:
@@ -420,20 +442,14 @@ class VideoRun:
     def _go_to(self, then: str) -> None:
         self._next = then
 
-    def _queue_windows(self, phase: int) -> list[Window]:
+    def _queue_windows(self, num_passes: int | None) -> list[Window]:
         config = self.config
-        num_frames = self.tail - self.head
-        if config.commit == "trailing":
-            first = self.head - self.padding
-            plan = plan_windows(num_frames + self.padding, self.window_frames, self.stride, 0, "trailing")
-        else:
-            first = self.head
-            plan = plan_windows(num_frames, self._local_frames, self.stride, phase)
+        first, plan = self.layout.queue_plan(self.head, self.tail, num_passes)
         queue = self.store.slots(range(first, self.tail))
         windows = []
         for start, commit_start, commit_stop in plan:
             guidance = guidance_indices(start, config.guidance_frames, config.zigzag_width, config.guidance_offset)
-            length = self._local_frames if guidance else self.window_frames
+            length = self.window_frames - len(guidance)
             slots = np.concatenate([queue[guidance], queue[start : start + length]])
             if guidance and config.guidance_anchor:
                 rows = self.store.prompt_row[slots[len(guidance) :]]
@@ -462,8 +478,7 @@ class VideoRun:
 
     def _unified_pass(self) -> bool:
         """One pass over the blocks that are ready, at most one a level; False where there is none."""
-        available = self.head if self.unified.num_frames is None else min(self.head, self.unified.num_frames)
-        blocks = self.unified.ready(available)
+        blocks = self.unified.ready(self.layout.num_available(self.head))
         windows = [Window(self.store.slots(range(start, stop)), 0, cut - start) for _, start, stop, cut in blocks]
         if self.schedule.uses_noise:
             num_stage2 = sum(level < self.config.stage2_steps for level, *_ in blocks)

@@ -188,14 +188,16 @@ class Stream(Iterator[Chunk]):
         if self._owner == threading.get_ident():
             yield self._run
             return
-        with self._turn:
-            try:
-                self._owner = threading.get_ident()
-                yield self._run
-            finally:
-                self._owner = None
-        if self._is_closing:  # asked for meanwhile by what was called back
-            self.close()
+        try:
+            with self._turn:
+                try:
+                    self._owner = threading.get_ident()
+                    yield self._run
+                finally:
+                    self._owner = None
+        finally:
+            if self._is_closing:  # asked for meanwhile by what was called back
+                self.close()
 
     def _next(self, run: VideoRun) -> _Cut:
         """Make the next chunk, and report it; it is not given yet."""
