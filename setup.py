@@ -73,8 +73,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "miga_engine._C",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            sources=sorted(str(path) for path in (*Path("csrc").glob("*.cpp"), *Path("csrc/bindings").glob("*.cpp"))),
+            depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
             include_dirs=[str(torch / "include")],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],

@@ -4,7 +4,7 @@ Each case calls a kernel's own `launch` with tensors that have shapes and stride
 models. In place of a launch, Triton specialises and compiles the kernel for each GPU, and its code is measured:
 registers, spilled bytes, shared memory of a block, the matrix instructions, the share of the bytes a thread
 moves to or from global memory in accesses of 128 bits, and on sm_90, where products run beside the other
-instructions, how the innermost loops wait for them. tests/test_aot.py asserts what has to hold.
+instructions, how the innermost loops wait for them. tests/ops/test_aot.py asserts what has to hold.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ UNET_COLUMNS = (
     "model", "shape", "dtype", "min_ms", "samples", "flops", "tflop_per_s", "of_ceiling", "weights_mib", "forward_mib",
     "peak_mib", *measure.ENVIRONMENT,
 )  # fmt: skip
-FP32_TOLERANCE = 3e-5  # of the largest output, as in tests/test_models_dit.py
+FP32_TOLERANCE = 3e-5  # of the largest output, as in tests/models/test_models_dit.py
 
 
 def num_flops(config: WanDiTConfig, batch: int, num_tokens: int) -> int:

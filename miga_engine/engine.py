@@ -27,7 +27,7 @@ from miga_engine.models.loading import file_bytes, load_bundle
 from miga_engine.noise import CounterNoise
 from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
 from miga_engine.runtime.denoise import Batch
-from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
 from miga_engine.runtime.session import Session, State, fingerprint, load_session, taking_apart

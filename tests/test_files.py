@@ -11,6 +11,7 @@ import pytest
 from miga_engine import files
 
 ROOT = Path(__file__).parents[1]
+SAFE = ("files.", "cli.main._keep_standard_streams", "runtime.session.")
 
 # Calls by their last name. Where a mode decides, it is looked at; `replace` and `open` are told from those of others.
 WRITES = {
@@ -91,11 +92,7 @@ def test_every_place_that_writes_is_in_the_list() -> None:
 def test_nobody_else_opens_a_name_for_writing() -> None:
     """What is written goes through `files`, which opens no link and no name that somebody uses."""
     direct = re.compile(r"(^|\.)(open|write_text|write_bytes|WholeFile|FileIO|mkstemp|NamedTemporaryFile)\(")
-    found = [
-        f"{where}: {call[:80]}"
-        for where, call in _sites()
-        if direct.search(call) and not where.startswith(("files.", "cli._keep_standard_streams", "runtime.session."))
-    ]
+    found = [f"{where}: {call[:80]}" for where, call in _sites() if direct.search(call) and not where.startswith(SAFE)]
     assert [line for line in found if "VideoFileSink._open: self._av.open(self._file" not in line] == []
 
 
@@ -193,8 +190,8 @@ def test_outputs_of_every_command_leave_a_users_files_alone(tmp_path: Path) -> N
     """Names that unfinished files once had, as links to another's file and as files of the user's."""
     import torch
 
-    from miga_engine.eval.ablation import write_csv
-    from miga_engine.eval.report import write_table
+    from bench.study.ablation import write_csv
+    from miga_engine.measure.report import write_table
     from miga_engine.models.convert import convert
     from miga_engine.video.contact_sheet import write_contact_sheet
 

@@ -24,12 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from miga_engine.cli import _prompt_timeline, _request_options, main
-from miga_engine.config_file import read_config
+from miga_engine.cli.config_file import read_config
+from miga_engine.cli.main import _prompt_timeline, _request_options, main
 from miga_engine.engine import Engine
 from miga_engine.errors import CheckpointError, ConfigError, MigaError, OutputError, SessionError
 from miga_engine.models import load_bundle, load_transformer, load_vae
-from miga_engine.models.checkpoint import MAX_TABLE_BYTES, open_checkpoint
 from miga_engine.models.loading import load_tokenizer
 from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
 from miga_engine.prompts import MAX_PROMPT_CHARS, PromptTimeline
@@ -37,6 +36,7 @@ from miga_engine.runtime.session import load_session
 from miga_engine.video.paths import check_output
 from miga_engine.video.reading import read_metadata, read_video
 from miga_engine.video.sinks import open_sink
+from miga_engine.weights.checkpoint import MAX_TABLE_BYTES, open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DIT = "diffusion_pytorch_model.safetensors"

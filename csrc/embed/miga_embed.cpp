@@ -1,4 +1,4 @@
-// The C interface: starts or finds Python, and passes each call on to miga_engine/embed.py.
+// The C interface: starts or finds Python, and passes each call on to miga_engine/integrations/embed.py.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -88,7 +88,7 @@ std::string take_python_error() {
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
     const Object owned_type(type), owned_value(value), owned_trace(trace);
-    const Object embed(value == nullptr ? nullptr : PyImport_ImportModule("miga_engine.embed"));
+    const Object embed(value == nullptr ? nullptr : PyImport_ImportModule("miga_engine.integrations.embed"));
     const Object sentence(embed ? PyObject_CallMethod(embed.get(), "sentence", "O", value) : nullptr);
     PyErr_Clear();
     return text(sentence ? sentence.get() : value);
@@ -164,9 +164,9 @@ bool start_python() {
     return true;
 }
 
-// miga_engine.embed of this interface's number; null and a sentence otherwise.
+// miga_engine.integrations.embed of this interface's number; null and a sentence otherwise.
 Object import_embed() {
-    Object embed(PyImport_ImportModule("miga_engine.embed"));
+    Object embed(PyImport_ImportModule("miga_engine.integrations.embed"));
     if (!embed) {
         const std::string reason = take_python_error();
         last_error = "miga_engine cannot be imported by " + text(PySys_GetObject("executable")) + " (" + reason +

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import short
 from miga_engine.models.layers import check_finite
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
@@ -25,6 +24,7 @@ from miga_engine.models.wan.dit import WanDiT
 from miga_engine.models.wan.tokenizer import Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
+from miga_engine.weights.checkpoint import short
 
 MOST_EMBEDDINGS = 64  # prompts whose embeddings are kept, 4 MiB each at the published sizes
 

@@ -9,10 +9,10 @@ import torch
 
 from miga_engine.errors import OutputError
 from miga_engine.files import path_written_whole
-from miga_engine.models.checkpoint import open_checkpoint
 from miga_engine.models.videocrafter2 import layouts as videocrafter2
 from miga_engine.models.videocrafter2.loading import keeps_dtype
 from miga_engine.models.wan.layouts import keeps_fp32
+from miga_engine.weights.checkpoint import open_checkpoint
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:

@@ -15,7 +15,15 @@ import torch
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
-from miga_engine.models.checkpoint import (
+from miga_engine.models.videocrafter2 import loading as videocrafter2
+from miga_engine.models.videocrafter2.loading import is_videocrafter2
+from miga_engine.models.wan import layouts
+from miga_engine.models.wan.dit import WanDiT
+from miga_engine.models.wan.dit_layers import MAX_POSITIONS
+from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
+from miga_engine.models.wan.umt5 import UMT5Encoder
+from miga_engine.models.wan.vae import WanVAE
+from miga_engine.weights.checkpoint import (
     Checkpoint,
     SafetensorsCheckpoint,
     check_fit,
@@ -25,14 +33,6 @@ from miga_engine.models.checkpoint import (
     short,
     stored_dtype,
 )
-from miga_engine.models.videocrafter2 import loading as videocrafter2
-from miga_engine.models.videocrafter2.loading import is_videocrafter2
-from miga_engine.models.wan import layouts
-from miga_engine.models.wan.dit import WanDiT
-from miga_engine.models.wan.dit_layers import MAX_POSITIONS
-from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
-from miga_engine.models.wan.umt5 import UMT5Encoder
-from miga_engine.models.wan.vae import WanVAE
 
 Device = torch.device | str | None
 

@@ -1,1 +1,1 @@
-"""window_plan decides in integers, frame_queue and denoise move tensors, stages and reflection join them."""
+"""window_plan decides in integers, frame_store and denoise move tensors, stages and reflection join them."""

@@ -19,7 +19,7 @@ from miga_engine import ops
 from miga_engine.device import current_device, indexed, is_out_of_memory
 from miga_engine.errors import DeviceError, NumericsError, SessionError
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
-from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.schedule import Schedule
 

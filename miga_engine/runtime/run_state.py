@@ -17,7 +17,7 @@ from torch import Tensor
 from miga_engine.config import MAX_OPTION
 from miga_engine.errors import SessionError
 from miga_engine.prompts import MAX_FRAME
-from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.stages import (
     DONE,
     FLUSH,

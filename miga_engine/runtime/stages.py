@@ -19,7 +19,7 @@ from miga_engine.config import MigaConfig
 from miga_engine.errors import SessionError
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import BatchNetwork, Denoiser, Network, NoiseSource, Window
-from miga_engine.runtime.frame_queue import FrameStore
+from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.window_plan import guidance_indices, next_cut, plan_windows

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered
 from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig
 from miga_engine.models.videocrafter2.vae import KLVAEConfig
 from miga_engine.schedule import COLUMNS, make_schedule
+from miga_engine.weights.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered
 
 UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 _NETWORKS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}

@@ -10,7 +10,12 @@ import torch
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
-from miga_engine.models.checkpoint import (
+from miga_engine.models.videocrafter2 import layouts
+from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
+from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
+from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
+from miga_engine.models.videocrafter2.vae import KLVAE
+from miga_engine.weights.checkpoint import (
     PICKLE_SUFFIXES,
     Checkpoint,
     check_fit,
@@ -18,11 +23,6 @@ from miga_engine.models.checkpoint import (
     open_checkpoint,
     stored_dtype,
 )
-from miga_engine.models.videocrafter2 import layouts
-from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
-from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
-from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
-from miga_engine.models.videocrafter2.vae import KLVAE
 
 Device = torch.device | str | None
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import MAX_TABLE_BYTES, read_bounded, read_json
 from miga_engine.models.wan import tokenizer as wan_tokenizer
+from miga_engine.weights.checkpoint import MAX_TABLE_BYTES, read_bounded, read_json
 
 TEXT_LEN = 77
 NUM_MERGES = 48894  # of the file's, as many as make 49408 tokens

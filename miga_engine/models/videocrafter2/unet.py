@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import CheckpointError, ConfigError
-from miga_engine.models.checkpoint import count_numbered
 from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
 from miga_engine.models.videocrafter2.unet_layers import (
     GROUPS,
@@ -33,6 +32,7 @@ from miga_engine.models.videocrafter2.unet_layers import (
     Upsample,
     Window,
 )
+from miga_engine.weights.checkpoint import count_numbered
 
 NATIVE_FPS = 8  # what the release conditions on, and the rate of its videos
 NATIVE_WINDOW_FRAMES = 16  # latent frames of the clips it was trained on; no shape tells

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from miga_engine.errors import CheckpointError, ConfigError
-from miga_engine.models.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered, short
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.umt5 import MAX_DISTANCE, UMT5Config
 from miga_engine.models.wan.vae import WanVAEConfig
+from miga_engine.weights.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered, short
 
 Config = TypeVar("Config")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.checkpoint import first_line, read_bounded, refuse_spoilt
+from miga_engine.weights.checkpoint import first_line, read_bounded, refuse_spoilt
 
 if TYPE_CHECKING:
     import tokenizers

@@ -1,0 +1,226 @@
+"""A stream into files: video, contact sheet, events, and the session file from which an interrupted run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from miga_engine.cli.event_log import EventLog
+from miga_engine.cli.terminal import Screen, say
+from miga_engine.errors import ConfigError, MigaError, OutputError
+from miga_engine.runtime.session import (
+    SUFFIX,
+    Session,
+    check_session_path,
+    load_session,
+    locked,
+    model_of_session,
+    remove_session,
+    video_of_session,
+)
+from miga_engine.runtime.stream import Event, Stream
+from miga_engine.video.contact_sheet import ContactSheet
+from miga_engine.video.paths import check_output
+from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
+
+CHECKPOINT_EVERY = 500
+"""Video frames between two session files."""
+
+OpenStream = Callable[[Callable[[Event], None], Callable[[], bool]], Stream]
+"""(on_event, is_cancelled) → the stream to write."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run writes.
+
+    ``video`` is a name for `video.open_sink`; ``session`` None writes none. The session file is deleted when the video
+    is complete, unless ``keeps_session``; ``checkpoint_every`` None writes it only when the run is stopped.
+    """
+
+    video: str
+    sheet: Path | None = None
+    events: Path | None = None
+    session: Path | None = None
+    checkpoint_every: int | None = CHECKPOINT_EVERY
+    keeps_session: bool = False
+    overwrite: bool = False
+
+    @classmethod
+    def check(
+        cls,
+        video: str,
+        *,
+        sheet: str | None = None,
+        events: str | None = None,
+        session: str | None = None,
+        checkpoint_every: int | None = None,
+        overwrite: bool = False,
+    ) -> Outputs:
+        """The outputs of a new run, each known to be writable before a model is loaded; OutputError otherwise."""
+        open_sink(video, 16, 16, 16, overwrite=overwrite).abort()  # sinks touch nothing before their first frame
+        sheet_path, events_path = (
+            check_output(name, suffixes, overwrite=overwrite) if name else None
+            for name, suffixes in ((sheet, (".png",)), (events, (".jsonl",)))
+        )
+        session_path = check_session_path(session) if session else session_beside(video)
+        if session_path is not None and session_path.exists() and not overwrite:
+            raise OutputError(
+                f"cannot write {session_path}: it is the session file of another run; go on with it (miga resume "
+                f"{session_path}), or give --overwrite"
+            )
+        every = CHECKPOINT_EVERY if checkpoint_every is None else checkpoint_every or None
+        keeps = session is not None or checkpoint_every is not None
+        return cls(video, sheet_path, events_path, session_path, every, keeps, overwrite)
+
+
+def session_beside(video: str) -> Path | None:
+    """Where the session file of a video lies by default: video.mp4 → video.session.safetensors; none of a pipe."""
+    if video == "-":
+        return None
+    path = Path(video.rstrip("/"))
+    if path.suffix.lower() == ".png":
+        path = path.parent if path.parent.name else path.with_name("frames")
+    return path.with_name(f"{path.stem}.session{SUFFIX}")
+
+
+def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool = False) -> int:
+    """Write a stream's chunks as they come. The exit code: 0 complete, 2 failed, 128 + signal where interrupted.
+
+    At the first Ctrl-C, SIGTERM or SIGHUP the pass at hand is finished, files are closed and the session is saved; a
+    second Ctrl-C stops at once. The session file is locked meanwhile.
+    """
+    with contextlib.nullcontext() if outputs.session is None else locked(outputs.session):
+        return _render(open_stream, outputs, model=model, quiet=quiet)
+
+
+def _render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool) -> int:
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    first_frame_after: float | None = None
+    failure: MigaError | None = None
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(_interruptible())
+        bar = stack.enter_context(tqdm(unit="frame", disable=True if quiet else None, file=Screen()))
+        log = EventLog(outputs.events)
+        stack.callback(log.close)
+
+        def on_event(event: Event) -> None:
+            log.write(event)
+            if event.kind == "stage" and first_frame_after is None:
+                bar.set_description_str(event.data["stage"].replace("_", " "))
+
+        stream = stack.enter_context(open_stream(on_event, lambda: bool(interrupted)))
+        request = stream.request
+        start = num_out = stream.num_frames_out
+        bar.total, bar.n = request.num_frames, num_out
+        bar.refresh()
+        metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
+        sink = EncoderThread(_open_output(stream, outputs, metadata))
+        sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
+        try:
+            with sink:
+                log.open(after=stream.resumed_at_event, overwrite=outputs.overwrite)
+                if outputs.session is not None:
+                    if outputs.overwrite and not stream.is_resumed:
+                        remove_session(outputs.session)
+                    stream.save_every(
+                        outputs.checkpoint_every, outputs.session, sink, keep_extension=outputs.keeps_session
+                    )
+                for chunk in stream:
+                    if first_frame_after is None:
+                        first_frame_after = time.perf_counter() - started
+                        bar.set_description_str(outputs.video)
+                        bar.set_postfix_str(f"first after {first_frame_after:.1f} s")
+                    metadata |= stream.metadata()
+                    sink.write(chunk.frames)
+                    if sheet is not None:
+                        sheet.add(chunk.frames)
+                    num_out += len(chunk.frames)
+                    bar.update(len(chunk.frames))
+        except MigaError as error:
+            failure = error
+            if outputs.session is not None:  # the last one stands where this cannot be saved
+                with contextlib.suppress(MigaError):
+                    stream.save(outputs.session, sink)
+        is_finished = stream.is_finished and failure is None
+    seconds = time.perf_counter() - started
+    if sheet is not None and outputs.sheet is not None and num_out:
+        sheet.save(outputs.sheet)
+    if is_finished and outputs.session is not None and not outputs.keeps_session:
+        remove_session(outputs.session)
+    if first_frame_after is not None:
+        part = f"{num_out} frames" if not start else f"{num_out} frames, {num_out - start} of them now"
+        say(
+            f"{outputs.video}: {part}, {request.width}×{request.height}, {request.fps} fps; {seconds:.1f} s "
+            f"({(num_out - start) / seconds:.1f} frames/s, first after {first_frame_after:.1f} s)"
+        )
+    if failure is not None:
+        say(f"miga: {failure}")
+    elif interrupted:
+        made = f"{outputs.video} holds the {num_out} frames made so far" if num_out else "there was no frame yet"
+        say(f"miga: interrupted; {made}")
+    if not is_finished and outputs.session is not None and outputs.session.exists():
+        saved = load_session(outputs.session)
+        command = _resume_command(outputs, saved)
+        say(f"miga: to go on from frame {saved.state.numbers['num_frames_out']}: {command}")
+    return 2 if failure is not None else 128 + interrupted[0] if interrupted else 0
+
+
+def _resume_command(outputs: Outputs, session: Session) -> str:
+    """What goes on from the session file, with what is not taken from it unasked."""
+    assert outputs.session is not None
+    words = ["miga", "resume", str(outputs.session)]
+    for option, value, find in (
+        ("--output", outputs.video, video_of_session),
+        ("--model", session.model["name"], model_of_session),
+    ):
+        try:
+            find(outputs.session, session)
+        except ConfigError:
+            words += [option, value]
+    position = session.state.numbers["output"] or {}
+    if outputs.overwrite and not position.get("num_frames") and str(position.get("path")).lower().endswith(".png"):
+        words.append("--overwrite")  # the older pictures are there until the first frame is
+    return shlex.join(words)
+
+
+def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> Sink:
+    request = stream.request
+    fps, width, height = request.fps, request.width, request.height
+    if stream.output is None:
+        return open_sink(outputs.video, fps, width, height, metadata, overwrite=outputs.overwrite)
+    return reopen_sink(outputs.video, *stream.output, fps, width, height, metadata, overwrite=outputs.overwrite)
+
+
+def stop_signals() -> list[int]:
+    """Signals at which a run saves and stops; a SIGHUP that is ignored, as under nohup, is none."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Numbers of the signals that came; a second Ctrl-C raises KeyboardInterrupt at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, remember) for number in stop_signals()}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Where the engine is a guest: what other programs and languages call."""
