@@ -1,5 +1,5 @@
 # demo: a video from a prompt · test: lint and all tests · lint · fake-cuda: runs on a pretended GPU
-# aot: the GPU kernels, compiled · embed: the C interface · bench · venv · clean
+# aot: the GPU kernels, compiled · options: docs/options.md · embed: the C interface · bench · venv · clean
 # The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test lint fake-cuda aot embed bench venv clean
+.PHONY: demo test lint fake-cuda aot options embed bench venv clean
 
 demo: venv
 	mkdir -p out
@@ -30,6 +30,10 @@ fake-cuda: $(VENV)/.test $(VENV)/.installed
 
 aot: $(VENV)/.installed
 	$(BIN)/python bench/aot.py
+
+# After a change of miga_engine/config.py.
+options: $(VENV)/.installed
+	$(BIN)/python -m miga_engine.options > docs/options.md
 
 # Into build/embed: libmiga_embed.so and example; the header is csrc/embed/miga_embed.h.
 embed: $(VENV)/.installed

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miga_engine import Engine
-from miga_engine.engine import Request
+from miga_engine.config import Request
 from miga_engine.models.wan import layouts
 from miga_engine.models.wan.dit import WanDiTConfig
 from miga_engine.models.wan.vae import StreamDecoder

@@ -36,11 +36,11 @@ import measure
 import torch
 
 from miga_engine import Engine, ops
-from miga_engine.config import PRESETS
-from miga_engine.engine import Request
+from miga_engine.config import Request
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.vae import StreamDecoder
 from miga_engine.noise import CounterNoise
+from miga_engine.presets import PRESETS
 from miga_engine.prompts import PromptTimeline
 from miga_engine.runtime import denoise
 from miga_engine.runtime.stages import VideoRun

@@ -28,8 +28,8 @@ import torch
 from bench_engine import random_transformer
 
 from miga_engine import Engine
-from miga_engine.config import PRESETS
 from miga_engine.models.wan.vae import WanVAE
+from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Denoiser, Window
 
 LENGTHS = (200, 500, 1000, 5000, 10_000)

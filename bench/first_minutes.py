@@ -39,11 +39,11 @@ from bench_engine import captured_at_any_size, random_transformer
 from torch import Tensor, nn
 
 from miga_engine import Engine, memory
-from miga_engine.config import PRESETS
 from miga_engine.models.layers import set_tf32
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 from miga_engine.models.wan.vae_layers import CausalConv3d
+from miga_engine.presets import PRESETS
 
 DEVICE = measure.DEVICE
 IS_SMALL = measure.IS_SMALL

@@ -24,7 +24,8 @@ from miga_engine.errors import (
 
 if TYPE_CHECKING:
     from miga_engine.config import MigaConfig
-    from miga_engine.engine import Chunk, Engine, Event, Stream, Video
+    from miga_engine.engine import Engine, Video
+    from miga_engine.runtime.stream import Chunk, Event, Stream
 
 __all__ = [
     "CheckpointError",
@@ -47,7 +48,11 @@ __all__ = [
 # Without it, records that the application does not ask for would be printed.
 logging.getLogger("miga_engine").addHandler(logging.NullHandler())
 
-_LAZY = {"MigaConfig": "config", **dict.fromkeys(("Chunk", "Engine", "Event", "Stream", "Video"), "engine")}
+_LAZY = {
+    "MigaConfig": "config",
+    **dict.fromkeys(("Engine", "Video"), "engine"),
+    **dict.fromkeys(("Chunk", "Event", "Stream"), "runtime.stream"),
+}
 _KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
 

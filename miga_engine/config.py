@@ -1,73 +1,241 @@
-"""Options of a run as frozen dataclasses, and the presets as data (ALGORITHM: the paper, the release, ours)."""
+"""Options of a run as frozen records. An option is one field of one of them: `options` makes everything else of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import re
 import reprlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 from miga_engine._version import __version__
 from miga_engine.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
+    from miga_engine.runtime.ranks import Ranks
+    from miga_engine.runtime.stream import Event
+
+T = TypeVar("T")
+
+FromPreset: TypeAlias = Union[T, Any]  # noqa: UP007 - an alias with a variable
+"""None asks for the preset's value; a resolved record has it."""
+
 ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "onednn", "cudnn", "xformers", "flash", "sage", "reference")
 """Who may compute attention; `miga_engine.ops.frame_attention` says what each needs."""
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""In which networks may be held."""
 
 MAX_OPTION = 10_000
 """Of every count in MigaConfig: buffers are sized by them."""
 
+MAX_FRAME = 10**9
+"""Number of the last video frame: two years of video."""
 
-def _option(default: Any, text: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
-    """A field that carries its description and the values it may take; the command line is made from them."""
-    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
+_KINDS = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = 0,
+    most: float | None = None,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    kind: type | None = None,
+    group: str = "",
+    flags: tuple[str, ...] = (),
+    metavar: str = "",
+    shown: str = "",
+    phrase: str = "",
+    is_hosted: bool = True,
+    is_recorded: bool = True,
+) -> Any:
+    """A field that carries its description and the values it may take.
+
+    Args:
+        default: None where it follows from something else, which `shown` names; MISSING where it must be given.
+        least, most: bounds of a number; `least` None for none.
+        kind: bool, int, float or str; by default the first of them in the field's annotation; object where a value is
+            checked by whoever uses it, and hosts give a text.
+        group: heading under which help texts show it, where not that of its record.
+        flags, metavar: further names and the placeholder on the command line.
+        phrase: what a value must be, where that does not follow from the rest.
+        is_hosted: hosts other than Python can give it.
+        is_recorded: session files hold it.
+    """
+    return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
+
+
+def kind_of(option: dataclasses.Field[Any]) -> type:
+    """bool, int, float, str, or object: see `option`."""
+    found = re.search(r"\b(bool|int|float|str)\b", str(option.type))
+    return option.metadata["kind"] or _KINDS[found[1] if found else "str"]
+
+
+def wanted(option: dataclasses.Field[Any]) -> str:
+    """What a value must be, in words."""
+    metadata, kind = option.metadata, kind_of(option)
+    if metadata["phrase"]:
+        return str(metadata["phrase"])
+    if choices := metadata["choices"]:
+        return " or ".join(map(repr, choices)) if len(choices) < 3 else f"one of {', '.join(choices)}"
+    if kind is int:
+        unit = f" ({metadata['unit']})" if metadata["unit"] else ""
+        return f"a whole number of at least {metadata['least']}{unit}"
+    if kind is float:
+        return "a number" if metadata["least"] is None else f"a finite number of at least {metadata['least']}"
+    return "true or false" if kind is bool else "a text"
+
+
+def is_wanted(option: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a value, not None, is of the option's kind, among its choices and not below its bound."""
+    metadata, kind = option.metadata, kind_of(option)
+    if kind is bool or kind is str:
+        return isinstance(value, kind) and (not metadata["choices"] or value in metadata["choices"])
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return False
+    is_finite = kind is int or abs(value) <= sys.float_info.max
+    return is_finite and (metadata["least"] is None or value >= metadata["least"])
+
+
+class Checked:
+    """Of a record: what is no value of an option is refused, by ConfigError, before anything is done with it."""
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, option.name)
+            if kind_of(option) is object or (value is None and option.default is None):
+                continue
+            if not is_wanted(option, value):
+                raise ConfigError(f"{option.name} must be {wanted(option)}, got {reprlib.repr(value)}")
+            if (most := option.metadata["most"]) is not None and value > most:
+                unit = f" ({option.metadata['unit']})" if option.metadata["unit"] else ""
+                raise ConfigError(f"{option.name} must be at most {most}{unit}, got {reprlib.repr(value)}")
+            if kind_of(option) is float:
+                object.__setattr__(self, option.name, float(value))
 
 
 @dataclass(frozen=True)
-class MigaConfig:
+class LoadOptions(Checked):
+    """Which model, where and how it computes."""
+
+    model: str | os.PathLike[str] = option(
+        "tiny", "'tiny', the embedded model; a Wan2.1 or VideoCrafter2 folder; or a weights file", metavar="NAME|PATH",
+        is_recorded=False,
+    )  # fmt: skip
+    device: str | torch.device | None = option(
+        None, "cuda, cuda:1 or cpu", shown="cuda where there is one", metavar="DEVICE", is_recorded=False
+    )
+    dtype: str | torch.dtype | None = option(
+        None, "of the transformer", choices=DTYPES, shown="bfloat16 on GPUs, float32 on CPUs"
+    )
+    _: KW_ONLY
+    preset: str | None = option(None, "set of defaults", shown="by model")
+    attention: str = option(
+        "auto", "who computes self-attention; auto: the fastest exact one installed, timed at the real shape once on "
+        "each GPU; any other is obeyed or refused", choices=ATTENTION_BACKENDS,
+    )  # fmt: skip
+    vae_dtype: str | torch.dtype = option(
+        "float32", "in which frames are decoded; tf32, on GPUs alone: float32 with convolutions that round to TF32",
+        choices=("float32", "tf32", "bfloat16", "float16"),
+    )  # fmt: skip
+    compile: bool = option(False, "run the transformer through torch.compile, which compiles at the first passes")
+    capture: bool = option(
+        True, "replay forwards of one shape as CUDA graphs; without effect on CPUs", is_recorded=False
+    )
+    ranks: Ranks | None = option(
+        None, "the processes that share the windows of each pass; all must ask for the same video, and rank 0 gives "
+        "its frames", kind=object, is_hosted=False, is_recorded=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("model", "device", "dtype", "vae_dtype"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike) or type(value).__module__ == "torch":
+                object.__setattr__(self, name, str(value).removeprefix("torch."))
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Checked):
+    """How one latent frame goes from noise to clean. None: the preset's."""
+
+    solver: FromPreset[str] = option(None, "unipc, dpmpp_2m, euler or ddim", group="sampling", metavar="NAME")
+    num_inference_steps: FromPreset[int] = option(
+        None, "denoising steps of a frame", least=1, most=1000, unit="steps", group="sampling", metavar="T"
+    )
+    shift: FromPreset[float] = option(None, "of the noise levels of flow models", group="sampling", metavar="X")
+    guidance_scale: FromPreset[float] = option(None, "classifier-free guidance; 1 = off", group="sampling", metavar="W")
+    eta: FromPreset[float] = option(None, "ddim only: share of fresh noise in a step", group="sampling", metavar="X")
+    use_scale_array: FromPreset[bool] = option(
+        None, "ddim only: VideoCrafter2's scale of x0 by level (1 → 0.7 over 400 timesteps)", group="sampling"
+    )
+
+
+_count = functools.partial(option, most=MAX_OPTION)
+
+
+@dataclass(frozen=True)
+class MigaConfig(Checked):
     """How short windows become an endless video (MIGA, arXiv 2605.18233; symbols of the paper in brackets).
 
     All counts are latent frames unless the text says otherwise; None means a default that follows from the rest.
     """
 
-    zigzag_width: int = _option(7, "latent frames that share one noise level in Stage 1 [L_zig]", least=1)
-    stage2_steps: int = _option(
-        10, "unified passes after Stage 1: the hand-off is this many steps before clean [tau_e]"
+    zigzag_width: int = _count(7, "latent frames that share one noise level in Stage 1 [L_zig]", least=1)
+    stage2_steps: int = _count(10, "unified passes after Stage 1: the hand-off is this many steps before clean [tau_e]")
+    refine_steps: int = _count(0, "steps of the release's refine pass, which noises clean latents once more; 0 = off")
+    guidance_frames: int = _count(4, "distant cleaner frames put before a Stage-1 window, read only [m_guid]")
+    guidance_offset: int | None = _count(
+        None, "distance of the nearest guidance frame", shown="half the zigzag width", least=1
     )
-    refine_steps: int = _option(0, "steps of the release's refine pass, which noises clean latents once more; 0 = off")
-    guidance_frames: int = _option(4, "distant cleaner frames put before a Stage-1 window, read only [m_guid]")
-    guidance_offset: int | None = _option(
-        None, "distance of the nearest guidance frame (half the zigzag width)", least=1
+    guidance_anchor: bool = option(
+        False,
+        "let the farthest guidance frame be the prompt's first frame, clean, "
+        "and let searches read it too: it holds what the prompt leaves open",
     )
-    guidance_anchor: bool = _option(False, "let the farthest guidance frame be the prompt's first frame, clean, "
-                                    "and let searches read it too: it holds what the prompt leaves open")  # fmt: skip
-    stride: int | None = _option(None, "latent frames between window starts (half the model's window)", least=1)
-    moving_phase: bool = _option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
-    commit: str = _option("leading", "which end of a window is kept (trailing: FIFO-Diffusion's look-ahead)",
-                          choices=("leading", "trailing"))  # fmt: skip
-    window_order: str = _option("parallel", "whether later windows of a pass see earlier commits (sequential) or not",
-                                choices=("parallel", "sequential"))  # fmt: skip
-    window_batch: int | None = _option(
-        None, "windows that go through the network together (on a GPU what fits its memory, on a CPU 1)", least=1
+    stride: int | None = _count(None, "latent frames between window starts", shown="half the model's window", least=1)
+    moving_phase: bool = option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
+    commit: str = option(
+        "leading",
+        "which end of a window is kept (trailing: FIFO-Diffusion's look-ahead)",
+        choices=("leading", "trailing"),
     )
-    warmup: str = _option("grow", "the first queue: grown behind the seed clip, or copies of its first frame (FIFO)",
-                          choices=("grow", "copies"))  # fmt: skip
-    self_reflection: bool = _option(True, "watch the consistency score, and search again where it falls [DCE]")
-    score_drop: float = _option(0.01, "fall of the score that triggers a search [delta_adju]")
-    judge_step: int = _option(10, "step index at which a group of latent frames is judged", least=1)
-    reference_groups: int = _option(2, "groups just before the judged one that it is compared with", least=1)
-    candidates: int = _option(3, "continuations tried by one search [K]", least=1)
-    judge: str = _option("latent", "what is compared: latents (paper), or x0 predictions, which carry far less noise",
-                         choices=("latent", "x0"))  # fmt: skip
-    channels: str = _option("mean", "whether channels are averaged before the comparison (paper) or all count",
-                            choices=("mean", "all"))  # fmt: skip
-    prompt_blend_frames: int = _option(0, "video frames over which the text runs from one prompt to the next")
-
-    def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            _check_option(option.name, getattr(self, option.name), option.default, option.metadata)
+    window_order: str = option(
+        "parallel",
+        "whether later windows of a pass see earlier commits (sequential) or not",
+        choices=("parallel", "sequential"),
+    )
+    window_batch: int | None = _count(
+        None, "windows that go through the network together", shown="on a GPU what fits its memory, on a CPU 1", least=1
+    )
+    warmup: str = option(
+        "grow",
+        "the first queue: grown behind the seed clip, or copies of its first frame (FIFO)",
+        choices=("grow", "copies"),
+    )
+    self_reflection: bool = option(True, "watch the consistency score, and search again where it falls [DCE]")
+    score_drop: float = option(0.01, "fall of the score that triggers a search [delta_adju]", least=None)
+    judge_step: int = _count(10, "step index at which a group of latent frames is judged", least=1)
+    reference_groups: int = _count(2, "groups just before the judged one that it is compared with", least=1)
+    candidates: int = _count(3, "continuations tried by one search [K]", least=1)
+    judge: str = option(
+        "latent",
+        "what is compared: latents (paper), or x0 predictions, which carry far less noise",
+        choices=("latent", "x0"),
+    )
+    channels: str = option(
+        "mean", "whether channels are averaged before the comparison (paper) or all count", choices=("mean", "all")
+    )
+    prompt_blend_frames: int = _count(0, "video frames over which the text runs from one prompt to the next")
 
     def check(self, num_steps: int, window_frames: int) -> None:
         """Refuse what cannot run with this many steps and this native window; ConfigError names the option."""
@@ -94,86 +262,93 @@ class MigaConfig:
                 raise ConfigError(sentence)
 
 
-def _check_option(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, got {reprlib.repr(value)}")
-    elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{name} must be a number, got {reprlib.repr(value)}")
-    elif isinstance(default, str):
-        if value not in metadata["choices"]:
-            raise ConfigError(
-                f"{name} must be {' or '.join(map(repr, metadata['choices']))}, got {reprlib.repr(value)}"
-            )
-    elif value is None and default is None:
-        return
-    elif isinstance(value, bool) or not isinstance(value, int) or value < metadata["least"]:
-        raise ConfigError(f"{name} must be a whole number of at least {metadata['least']}, got {reprlib.repr(value)}")
-    elif value > MAX_OPTION:
-        raise ConfigError(f"{name} must be at most {MAX_OPTION}, got {reprlib.repr(value)}")
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions(Checked):
+    """How frames leave a run; none of it decides over what they show."""
+
+    chunk_frames: int | None = option(
+        None, "video frames of a chunk, the last may be shorter", shown="as they are decoded", least=1, most=MAX_FRAME,
+        unit="video frames", is_hosted=False,
+    )  # fmt: skip
+    on_event: Callable[[Event], None] | None = option(
+        None, "is called with each event: scores, searches, chunks, warnings", kind=object, is_hosted=False
+    )
+    is_cancelled: Callable[[], bool] | None = option(
+        None, "is asked between passes; True ends the video after what was already made", kind=object,
+        is_hosted=False,
+    )  # fmt: skip
+    overlap_decode: bool | None = option(
+        None, "decode in a second thread beside the network: the frames are the same, all but the first come one pass "
+        "later", shown="on CUDA", group="output",
+    )  # fmt: skip
+    stop_on_drift: float | None = option(
+        None, "stop with DriftError once colours have moved by more than this share of their range since the beginning "
+        "of the prompt", group="output", metavar="X",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How one latent frame goes from noise to clean."""
+class Request(SamplingConfig):
+    """A video, as it is asked for; once resolved, with every option filled in, as metadata and session files record it.
 
-    solver: str = "unipc"
-    num_inference_steps: int = 54
-    shift: float = 5.0
-    guidance_scale: float = 5.0
-    eta: float = 1.0
-    """DDIM only: share of fresh noise in a step."""
-    use_scale_array: bool = False
-    """DDIM only: VideoCrafter2's scale of x0 by level (1 → 0.7 over 400 timesteps)."""
+    None: the preset's, or that of the model.
+    """
 
+    prompt: str | Mapping[int, str] = option(MISSING, "what the video shows: a text, or a timeline {first frame: text}",
+                                             kind=object, is_hosted=False)  # fmt: skip
+    num_frames: int | None = option(
+        None, "video frames, exactly", shown="endless", least=1, most=MAX_FRAME, unit="video frames"
+    )
+    _: KW_ONLY
+    seed: int = option(0, "same seed, same video", most=2**64 - 1, phrase="a whole number from 0 to 2^64 − 1")
+    height: FromPreset[int] = option(None, "of the picture", least=1, most=16384, unit="pixels", metavar="PX")
+    width: FromPreset[int] = option(None, "of the picture", least=1, most=16384, unit="pixels", metavar="PX")
+    fps: FromPreset[int | str] = option(
+        None, "frames per second, exact: 24, 29.97, 24000/1001", kind=object, metavar="RATE"
+    )
+    negative_prompt: FromPreset[str] = option(
+        None, "what the video is not to show", shown="that of the model", group="sampling", metavar="TEXT"
+    )
+    method: str | None = option(None, "fifo: FIFO-Diffusion, for comparison", shown="miga", choices=("miga", "fifo"),
+                                group="method", is_recorded=False)  # fmt: skip
+    miga: FromPreset[MigaConfig] = option(
+        None, "options of the method: a MigaConfig, or a mapping of those that differ from the preset's",
+        kind=object, is_hosted=False,
+    )  # fmt: skip
 
-@dataclass(frozen=True)
-class Request:
-    """A run with every option resolved; what the metadata of a video and a session file record."""
-
-    prompt: Mapping[int, str]
-    negative_prompt: str
-    num_frames: int | None
-    seed: int
-    height: int
-    width: int
-    fps: int | str
-    """Whole, or a fraction as text: "24000/1001"."""
-    solver: str
-    num_inference_steps: int
-    shift: float
-    guidance_scale: float
-    eta: float
-    use_scale_array: bool
-    miga: MigaConfig
+    @property
+    def timeline(self) -> dict[int, str]:
+        """The prompt as texts by their first video frame."""
+        return {0: self.prompt} if isinstance(self.prompt, str) else dict(self.prompt)
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able, for `from_record`."""
-        return {**dataclasses.asdict(self), "prompt": {str(frame): text for frame, text in self.prompt.items()}}
+        return {**self._recorded(), "prompt": {str(frame): text for frame, text in self.timeline.items()}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Request:
         """What `to_record` gave; KeyError, TypeError or ConfigError where it did not."""
         prompt = {int(frame): text for frame, text in record["prompt"].items()}
+        if set(record) != set(_RECORDED):
+            raise KeyError("options of a request are missing, or too many")
         return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"])})
 
     def metadata(self, model: str) -> dict[str, Any]:
         """JSON-able record: prompt, seed, configuration, model, version."""
-        record = dataclasses.asdict(self)
-        record["prompt"] = self.prompt[0] if len(self.prompt) == 1 else dict(self.prompt)
+        prompt = self.timeline
+        record = {**self._recorded(), "prompt": prompt[0] if len(prompt) == 1 else prompt}
         return {"model": model, **record, "miga_engine": __version__}
 
+    def _recorded(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in _RECORDED}
 
-@dataclass(frozen=True)
-class Preset:
-    """Everything that has a default: sampling, method, picture."""
 
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    miga: MigaConfig = field(default_factory=MigaConfig)
-    height: int = 480
-    width: int = 832
-    fps: int = 16
+_SAMPLING = {option.name for option in dataclasses.fields(SamplingConfig)}
+_RECORDED = sorted(
+    (option.name for option in dataclasses.fields(Request) if option.metadata["is_recorded"]),
+    key=lambda name: (name == "miga", name in _SAMPLING),
+)
 
 
 def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
@@ -185,34 +360,9 @@ def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
     )  # fmt: skip
 
 
-_WAN_PAPER = MigaConfig(stage2_steps=9, stride=10, window_order="sequential")
-_WAN_RELEASED = MigaConfig(refine_steps=10, stride=10, guidance_offset=3)
-_WAN = MigaConfig(stride=10)
-_VC2_SAMPLING = SamplingConfig(solver="ddim", num_inference_steps=64, guidance_scale=12.0)
-_VC2_SCALED = dataclasses.replace(_VC2_SAMPLING, use_scale_array=True)
-_VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
-                        reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
-# The release counts DDIM indices: it judges at index 50 of 63 and refines from index 10 on, the identity at 0 included.
-_VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
-                                    self_reflection=False, score_drop=0.001)  # fmt: skip
-_TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, guidance_anchor=True, stride=6, judge_step=8,
-                   reference_groups=2, judge="x0", channels="all", score_drop=0.2)  # fmt: skip
-
-PRESETS: Mapping[str, Preset] = {
-    "wan2.1": Preset(miga=_WAN),
-    "wan2.1-paper": Preset(miga=_WAN_PAPER),
-    "wan2.1-released": Preset(miga=_WAN_RELEASED),
-    "videocrafter2": Preset(_VC2_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
-    "videocrafter2-paper": Preset(_VC2_SAMPLING, _VC2_PAPER, 320, 512, 10),
-    "videocrafter2-released": Preset(_VC2_SAMPLING, _VC2_RELEASED, 320, 512, 10),
-    "videocrafter2-fifo": Preset(_VC2_SAMPLING, fifo_config(MigaConfig(), 16), 320, 512, 10),
-    "tiny": Preset(SamplingConfig(num_inference_steps=24, shift=3.0, guidance_scale=3.0), _TINY, 64, 96, 12),
-}
-
-
 def replace_options(config: MigaConfig, options: Mapping[str, Any]) -> MigaConfig:
-    """``config`` with ``options`` changed; an unknown name raises ConfigError and lists the known ones."""
-    known = {f.name for f in dataclasses.fields(MigaConfig)}
+    """`config` with `options` changed; an unknown name raises ConfigError and lists the known ones."""
+    known = {option.name for option in dataclasses.fields(MigaConfig)}
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")

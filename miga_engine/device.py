@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 
+from miga_engine.errors import DeviceError
+
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory: you tried to allocate"  # torch on CPUs
     r"|(CUDA|HIP)( driver)? error: out of memory|Triton Error \[(CUDA|HIP)\]: out of memory|hipErrorOutOfMemory"
@@ -93,6 +95,18 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, with its number; None: the GPU where there is one. DeviceError where it is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+        return indexed(target)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"device {str(device)!r} is not available here: use 'cpu' or leave the option out") from error
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -6,10 +6,8 @@ import dataclasses
 import functools
 import os
 import reprlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +16,27 @@ import torch
 
 from miga_engine import ops
 from miga_engine._version import __version__
-from miga_engine.config import ATTENTION_BACKENDS, PRESETS, MigaConfig, Preset, Request
-from miga_engine.device import indexed, is_out_of_memory, own_modes, total_bytes
-from miga_engine.errors import CheckpointError, ConfigError, DeviceError, SessionError
+from miga_engine.calls import EstimateCall, GenerateCall, ResumeCall, RunCall, StreamCall
+from miga_engine.config import LoadOptions, Request, StreamOptions
+from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
+from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 from miga_engine.models.bundle import ModelBundle, WindowNetwork
 from miga_engine.models.layers import allows_tf32, set_tf32
 from miga_engine.models.loading import file_bytes, load_bundle
 from miga_engine.noise import CounterNoise
-from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
+from miga_engine.options import part, takes
+from miga_engine.presets import PRESETS, Preset
+from miga_engine.prompts import PromptTimeline
+from miga_engine.resolve import resolved, schedule_of
+from miga_engine.resuming import attention_choices, differences, request_and_state
 from miga_engine.runtime.denoise import Batch
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
-from miga_engine.runtime.session import Session, State, fingerprint, load_session, taking_apart
+from miga_engine.runtime.session import State, fingerprint, load_session, taking_apart
 from miga_engine.runtime.stages import RunLayout, VideoRun
-from miga_engine.runtime.stream import Chunk, Event, Events, Stream
-from miga_engine.schedule import Schedule, make_schedule
+from miga_engine.runtime.stream import Chunk, Events, Stream
 from miga_engine.tiny import WEIGHTS_DIR
-from miga_engine.video.rate import frame_rate, rate_text
 
 if TYPE_CHECKING:
     from miga_engine.memory import MemoryEstimate
@@ -87,91 +88,58 @@ class Engine:
 
     @classmethod
     @own_modes()
-    def from_pretrained(
-        cls,
-        model: str | os.PathLike[str] = "tiny",
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        *,
-        preset: str | None = None,
-        attention: str = "auto",
-        vae_dtype: str | torch.dtype = "float32",
-        compile: bool = False,
-        capture: bool = True,
-        ranks: Ranks | None = None,
-    ) -> Engine:
-        """Load ``"tiny"`` (the embedded model), a model folder, or a file inside one.
+    @takes(LoadOptions)
+    def from_pretrained(cls, given: LoadOptions) -> Engine:
+        """Load `"tiny"` (the embedded model), a model folder, or a file inside one.
 
-        Args:
-            model: name or path; official Wan2.1 folder and ``-Diffusers`` folder layouts are read.
-            device: default "cuda" where there is one, else "cpu".
-            dtype: of the transformer; default bfloat16 on CUDA, float32 on CPU.
-            preset: name of the defaults; None for those of the model's family, or of the embedded model.
-            attention: backend of the transformer's self-attention, one of `config.ATTENTION_BACKENDS`; "auto" times
-                what is installed at the real shape, once on each GPU. Any other is obeyed or refused.
-            vae_dtype: in which frames are decoded: "float32", "tf32" (on GPUs: float32, with convolutions that round to
-                TF32 as torch's own do), "bfloat16" or "float16". On "tiny" frames in bfloat16 have a PSNR of 54 dB
-                against those of float32 and differ by at most 4 of 255 levels; float16 64 dB, 1 level.
-            compile: run the transformer through torch.compile, which compiles at the first passes.
-            capture: replay forwards of one shape as CUDA graphs; without effect on CPUs.
-            ranks: the processes that share the windows of each pass (`runtime.ranks.Ranks`). All must ask for the same
-                video; rank 0 gives its frames, the others none.
-
-        Raises CheckpointError, ConfigError or DeviceError, each with one sentence.
+        On "tiny" frames decoded in bfloat16 have a PSNR of 54 dB against those of float32 and differ by at most 4 of
+        255 levels; float16 64 dB, 1 level. Raises CheckpointError, ConfigError or DeviceError, each with one sentence.
         """
-        target = _resolve_device(device)
-        compute = _resolve_dtype(dtype, target)
-        is_tiny = str(model) == "tiny"
-        folder = WEIGHTS_DIR if is_tiny else Path(model)
+        return cls._loaded(given, resolve_device(given.device))
+
+    @classmethod
+    def _loaded(cls, given: LoadOptions, target: torch.device) -> Engine:
+        name, compute = str(given.model), _compute_dtype(given, target)
+        is_tiny = name == "tiny"
+        folder = WEIGHTS_DIR if is_tiny else Path(name)
         if not os.path.exists(folder):
-            raise CheckpointError(f"there is no model at {str(model)!r}: give 'tiny', a model folder or a file")
-        if preset is not None and preset not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(preset)}")
-        is_tf32 = vae_dtype == "tf32"
+            raise CheckpointError(f"there is no model at {name!r}: give 'tiny', a model folder or a file")
+        if given.preset is not None and given.preset not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(given.preset)}")
+        is_tf32 = given.vae_dtype == "tf32"
         if is_tf32 and target.type == "cpu":
             raise ConfigError("vae_dtype 'tf32' is for GPUs, and the device is a CPU: use float32")
-        decoding = torch.float32 if is_tf32 else _resolve_dtype(vae_dtype, target, "vae_dtype")
-        bundle = load_bundle(folder, target, compute, decoding)
+        bundle = load_bundle(folder, target, compute, getattr(torch, "float32" if is_tf32 else str(given.vae_dtype)))
         set_tf32(bundle.vae, is_tf32)
-        ops.require_attention(attention, target, compute, bundle.transformer.config.head_dim)
-        bundle.transformer.attention = attention
-        if compile:
+        ops.require_attention(given.attention, target, compute, bundle.transformer.config.head_dim)
+        bundle.transformer.attention = given.attention
+        if given.compile:
             bundle.transformer.compile()
-        defaults = PRESETS[preset or ("tiny" if is_tiny else bundle.facts.default_preset)]
-        engine = cls(bundle, defaults, name="tiny" if is_tiny else str(model), device=target)
-        engine.capture, engine.ranks = capture, ranks
+        defaults = PRESETS[given.preset or ("tiny" if is_tiny else bundle.facts.default_preset)]
+        engine = cls(bundle, defaults, name=name, device=target)
+        engine.capture, engine.ranks = given.capture, given.ranks
         return engine
 
     @classmethod
     @own_modes()
-    def estimate(
-        cls,
-        model: str | os.PathLike[str] = "tiny",
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        preset: str | None = None,
-        vae_dtype: str | torch.dtype = "float32",
-        prompt: str | Mapping[int, str] = "any",
-        num_frames: int | None = 240,
-        miga: MigaConfig | None = None,
-        window_batch: int | None = None,
-        **options: Any,
-    ) -> MemoryEstimate:
+    @takes(EstimateCall)
+    def estimate(cls, given: EstimateCall) -> MemoryEstimate:
         """What a run of a model would need of memory, from its shapes: no weights are read.
 
-        Arguments are those of :meth:`from_pretrained` and :meth:`resolve`, and are checked as there, except that a GPU
+        Options are those of :meth:`from_pretrained` and :meth:`resolve`, and are checked as there, except that a GPU
         need not be here. Each text of the prompt counts as if it were as long as can be. window_batch takes precedence
         over that of `miga`. Call it before loading: what the process already holds counts as its libraries.
         """
         from miga_engine import memory
 
-        target = torch.device("cuda") if str(device).startswith("cuda") else _resolve_device(device)
-        shapes = cls.from_pretrained(model, "meta", _resolve_dtype(dtype, target), preset=preset, vae_dtype=vae_dtype)
-        config = miga or shapes.preset.miga
-        if window_batch is not None:
-            config = dataclasses.replace(config, window_batch=window_batch)
-        request = shapes.resolve(prompt, num_frames=num_frames, miga=config, **options)
+        target = torch.device("cuda") if str(given.device).startswith("cuda") else resolve_device(given.device)
+        dtype = str(_compute_dtype(given, target)).removeprefix("torch.")
+        on_meta = dataclasses.replace(part(given, LoadOptions), device="meta", dtype=dtype)
+        shapes = cls._loaded(on_meta, torch.device("meta"))
+        request = shapes._resolve(given)
+        if given.window_batch is not None:
+            config = dataclasses.replace(request.miga, window_batch=given.window_batch)
+            request = dataclasses.replace(request, miga=config)
 
         def start(bundle: ModelBundle) -> VideoRun:
             return cls(bundle, shapes.preset, name=shapes.name, device=shapes.device).start(request)
@@ -182,7 +150,7 @@ class Engine:
             device=target.type,
             height=request.height,
             width=request.width,
-            stored=file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(model)),
+            stored=file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(str(given.model))),
         )
 
     @own_modes()
@@ -203,194 +171,84 @@ class Engine:
         }
 
     @own_modes()
-    def resolve(
-        self,
-        prompt: str | Mapping[int, str],
-        *,
-        num_frames: int | None,
-        seed: int = 0,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        fps: float | str | Fraction | None = None,
-        miga: MigaConfig | None = None,
-        solver: str | None = None,
-        shift: float | None = None,
-        eta: float | None = None,
-        use_scale_array: bool | None = None,
-    ) -> Request:
+    @takes(Request)
+    def resolve(self, given: Request) -> Request:
         """Fill in the preset's defaults and refuse what cannot run, before any work is done.
 
         fps is taken as FFmpeg takes a rate, and kept exactly: 24, 29.97, "24000/1001".
         """
-        sampling = self.preset.sampling
-        request = Request(
-            prompt=check_prompt(prompt),
-            negative_prompt=_default(negative_prompt, self.bundle.default_negative_prompt),
-            num_frames=num_frames,
-            seed=seed,
-            height=_default(height, self.preset.height),
-            width=_default(width, self.preset.width),
-            fps=rate_text(frame_rate(_default(fps, self.preset.fps))),
-            solver=_default(solver, sampling.solver),
-            num_inference_steps=_default(num_inference_steps, sampling.num_inference_steps),
-            shift=_number("shift", _default(shift, sampling.shift)),
-            guidance_scale=_number("guidance_scale", _default(guidance_scale, sampling.guidance_scale)),
-            eta=_number("eta", _default(eta, sampling.eta)),
-            use_scale_array=bool(_default(use_scale_array, sampling.use_scale_array)),
-            miga=miga or self.preset.miga,
-        )
-        if num_frames is not None:
-            _check_count("num_frames", num_frames, "video frames")
-        _check_count("num_inference_steps", request.num_inference_steps, "steps", most=1000)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ConfigError(f"seed must be a whole number from 0 to 2^64 − 1, got {reprlib.repr(seed)}")
-        multiple = self.bundle.size_multiple
-        for name, size in (("height", request.height), ("width", request.width)):
-            _check_count(name, size, "pixels", most=16384)
-            if size % multiple:
-                below = size // multiple * multiple
-                nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
-                raise ConfigError(f"{name} must be a multiple of {multiple} pixels, got {size}; use {nearest}")
-        check_text("negative_prompt", request.negative_prompt)
-        request.miga.check(request.num_inference_steps, self.bundle.window_frames)
-        predicted = _schedule(request).coefficients.prediction_type
-        if (predicted == "flow") != (self.bundle.prediction_type == "velocity"):
-            raise ConfigError(
-                f"solver {request.solver!r} does not fit a model that predicts {self.bundle.prediction_type}"
-            )
-        return request
+        return resolved(given, self.preset, self.bundle)
 
-    def stream(
-        self,
-        prompt: str | Mapping[int, str],
-        num_frames: int | None = None,
-        *,
-        chunk_frames: int | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        is_cancelled: Callable[[], bool] | None = None,
-        overlap_decode: bool | None = None,
-        stop_on_drift: float | None = None,
-        **options: Any,
-    ) -> Stream:
-        """Chunks of video frames while the video is being made; ``num_frames`` None never ends.
+    @takes(StreamCall)
+    def stream(self, given: StreamCall) -> Stream:
+        """Chunks of video frames while the video is being made.
 
-        ``chunk_frames`` re-cuts the stream into chunks of that many frames (the last may be shorter); the frames
-        themselves do not depend on it. ``is_cancelled`` is asked between passes; True ends the stream after what was
-        already made. ``overlap_decode`` decodes in a second thread while the network computes the next frames: the
-        chunks are the same bit for bit, and all but the first come one pass later; None means on CUDA, and not on CPUs.
-        ``stop_on_drift`` ends the stream with DriftError once colours have moved further from the beginning than this
-        share of their range (`runtime.drift`). Other options are those of :meth:`resolve`; they are checked before the
-        first chunk is asked for.
+        Options are checked before the first chunk is asked for. The frames do not depend on how they leave.
         """
-        request = self.resolve(prompt, num_frames=num_frames, **options)
-        return self.run(
-            request,
-            chunk_frames=chunk_frames,
-            on_event=on_event,
-            is_cancelled=is_cancelled,
-            overlap_decode=overlap_decode,
-            stop_on_drift=stop_on_drift,
-        )
+        return self._run(self._resolve(given), part(given, StreamOptions))
 
     @own_modes()
-    def generate(
-        self,
-        prompt: str | Mapping[int, str],
-        num_frames: int = 240,
-        *,
-        callback: Callable[[Progress], bool | None] | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        overlap_decode: bool | None = None,
-        **options: Any,
-    ) -> Video:
-        """Generate exactly ``num_frames`` video frames and return them together.
+    @takes(GenerateCall)
+    def generate(self, given: GenerateCall) -> Video:
+        """Generate exactly `num_frames` video frames and return them together.
 
-        ``callback`` is called after each chunk; when it returns False the video so far is returned. The other options
-        are those of :meth:`stream` and :meth:`resolve`.
+        `callback` is called after each chunk; when it returns False the video so far is returned.
         """
-        request = self.resolve(prompt, num_frames=num_frames, **options)
-        frames = []
-        with self.run(request, on_event=on_event, overlap_decode=overlap_decode) as stream:
+        request, frames = self._resolve(given), []
+        with self._run(request, part(given, StreamOptions)) as stream:
             for chunk in stream:
                 frames.append(chunk.frames.cpu())
-                if callback is not None and callback(Progress(stream.num_frames_out, num_frames, chunk)) is False:
+                progress = Progress(stream.num_frames_out, request.num_frames, chunk)
+                if given.callback is not None and given.callback(progress) is False:
                     break
         return Video(torch.cat(frames), request.fps, request.metadata(self.name) | stream.metadata())
 
     @own_modes()
-    def resume(
-        self,
-        path: str | os.PathLike[str],
-        num_frames: int | None = None,
-        *,
-        chunk_frames: int | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        is_cancelled: Callable[[], bool] | None = None,
-        overlap_decode: bool | None = None,
-        stop_on_drift: float | None = None,
-    ) -> Stream:
+    @takes(ResumeCall)
+    def resume(self, given: ResumeCall) -> Stream:
         """Go on from a session file with the frames that come next, as if the run had never stopped.
 
-        ``num_frames`` is the length of the whole video, None for that of the saved run. A longer one gives what a
+        `num_frames` is the length of the whole video, None for that of the saved run. A longer one gives what a
         longer run from the start would have given: where the end of the saved run had already shaped it, its last
-        frames are made again, and the stream's ``num_frames_out`` says from which frame on. Other options are those of
-        :meth:`stream`. SessionError names what has changed where this engine is not the one of the session.
+        frames are made again, and the stream's `num_frames_out` says from which frame on. SessionError names what has
+        changed where this engine is not the one of the session.
         """
+        path = given.path
         session = load_session(path)
         warnings = [] if session.warning is None else [session.warning]
-        warnings += self._differences(path, session.model)
+        warnings += differences(path, session.model, self.identity(), self.name)
         with taking_apart(path):
-            request, state = self._resumed(path, session, num_frames)
+            request, state = request_and_state(path, session, given.num_frames, self._resolve)
             self._check_state(request, state)
-        stream = self.run(
-            request,
-            chunk_frames=chunk_frames,
-            on_event=on_event,
-            is_cancelled=is_cancelled,
-            overlap_decode=overlap_decode,
-            stop_on_drift=stop_on_drift,
-            attention=_attention_choices(path, session),
-        )
+        stream = self._run(request, part(given, StreamOptions), attention_choices(path, session))
         stream.load(path, state, has_extension=state is session.state and session.extension is not None)
         for warning in warnings:
             stream.warn(warning)
         return stream
 
-    @own_modes()
-    def run(
-        self,
-        request: Request,
-        *,
-        chunk_frames: int | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        is_cancelled: Callable[[], bool] | None = None,
-        overlap_decode: bool | None = None,
-        stop_on_drift: float | None = None,
-        attention: dict[str, str] | None = None,
-    ) -> Stream:
-        """Stream a resolved request; see :meth:`stream`.
+    @takes(RunCall)
+    def run(self, given: RunCall) -> Stream:
+        """Stream a resolved request; see :meth:`stream`."""
+        return self._run(given.request, part(given, StreamOptions), given.attention)
 
-        attention: see `ops.attention_choices`; those of a run that is to be repeated, to which this one adds its own.
-        """
+    def _resolve(self, given: Request) -> Request:
+        return resolved(part(given, Request), self.preset, self.bundle)
+
+    @own_modes()
+    def _run(self, request: Request, options: StreamOptions, attention: dict[str, str] | None = None) -> Stream:
         attention = {} if attention is None else attention
-        events = Events(on_event)
-        if chunk_frames is not None:
-            _check_count("chunk_frames", chunk_frames, "video frames")
-        if stop_on_drift is not None:
-            _number("stop_on_drift", stop_on_drift)
+        events = Events(options.on_event)
+        is_on_gpu = self.device.type == "cuda"
         return Stream(
             self.start(request, events, attention),
             self.bundle.vae.stream_decoder(),
             request,
             lambda: {**self.identity(), "attention_choices": dict(attention)},
-            chunk_frames=chunk_frames,
+            chunk_frames=options.chunk_frames,
             events=events,
-            is_cancelled=is_cancelled or (lambda: False),
-            overlap_decode=self.device.type == "cuda" if overlap_decode is None else overlap_decode,
-            stop_on_drift=stop_on_drift,
+            is_cancelled=options.is_cancelled or (lambda: False),
+            overlap_decode=is_on_gpu if options.overlap_decode is None else options.overlap_decode,
+            stop_on_drift=options.stop_on_drift,
             num_video_frames=self.bundle.num_video_frames,
             attention=attention,
         )
@@ -414,51 +272,11 @@ class Engine:
             "miga_engine": __version__,
         }
 
-    def _differences(self, path: str | os.PathLike[str], saved: Mapping[str, Any]) -> list[str]:
-        """What makes last bits differ from the saved run's; SessionError where more than that would."""
-        here = self.identity()
-        for name in ("dtype", "vae_dtype", "attention", "compile", "transformer", "VAE"):
-            if saved.get(name) != here[name]:
-                what = (
-                    f"other weights of the {name}"
-                    if name in ("transformer", "VAE")
-                    else f"{name} {reprlib.repr(saved.get(name))}"
-                )
-                raise SessionError(
-                    f"the session {path} was made with {what} ({self.name!r} has {here[name]!r} here): load the model "
-                    "as it was, or start a new run"
-                )
-        return [
-            f"the session {path} was made with {name} {saved[name][:100]}, and here it is {here[name]}: frames may "
-            "differ in their last bits"
-            for name in ("device", "CPU", "torch", "miga_engine")
-            if name in saved and name in here and saved[name] != here[name]
-        ]
-
-    def _resumed(self, path: str | os.PathLike[str], session: Session, num_frames: int | None) -> tuple[Request, State]:
-        """The request and the state to go on from, for a video of num_frames."""
-        saved = Request.from_record(session.request)
-        fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
-        asked = self.resolve(**fields)  # of the file, before what is asked for now
-        request = asked if num_frames is None else self.resolve(**{**fields, "num_frames": num_frames})
-        state = session.state
-        if state.has_parted and request.num_frames != asked.num_frames:
-            if session.extension is None:
-                raise SessionError(
-                    f"the session {path} can be finished, but not be made longer or shorter: its run had come near "
-                    "its end, and it was not saved to be extended"
-                )
-            state = session.extension
-        out = int(state.numbers["num_frames_out"])
-        if request.num_frames is not None and request.num_frames < out:
-            raise SessionError(f"the session {path} has {out} frames already: give --num-frames of at least {out}")
-        return request, state
-
     def _check_state(self, request: Request, state: State) -> None:
         """SessionError unless a saved state is one of a run of this request."""
         bundle, shape = self.bundle, self._frame_shape(request)
         run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
-        layout, uses_noise = self._layout(request), _schedule(request).uses_noise
+        layout, uses_noise = self._layout(request), schedule_of(request).uses_noise
         check_run_state(layout, shape, self._timeline(request).row, uses_noise, run, state.numbers["run"])
         check_stream_state(
             state.numbers,
@@ -493,7 +311,7 @@ class Engine:
     def _start(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> VideoRun:
         config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
         bundle = self.bundle
-        schedule = _schedule(request)
+        schedule = schedule_of(request)
         timeline = self._timeline(request)
         frame_shape = self._frame_shape(request)
         layout = self._layout(request)
@@ -529,7 +347,7 @@ class Engine:
         return self.bundle.latent_channels, request.height // factor, request.width // factor
 
     def _timeline(self, request: Request) -> PromptTimeline:
-        return PromptTimeline(request.prompt, request.miga.prompt_blend_frames, self.bundle.first_video_frame)
+        return PromptTimeline(request.timeline, request.miga.prompt_blend_frames, self.bundle.first_video_frame)
 
     def _window_batch(self, request: Request) -> int:
         """Windows that go together: as asked, or what the GPU's memory holds beside everything else; 1 on CPUs."""
@@ -578,15 +396,6 @@ class _BatchNetwork:
             return self._run(batch.latents, batch.steps, batch.prompt_rows, batch.keep)
 
 
-def _attention_choices(path: str | os.PathLike[str], session: Session) -> dict[str, str]:
-    """What "auto" took on the GPU of the saved run."""
-    choices = session.model.get("attention_choices", {})
-    known = [name for name in ATTENTION_BACKENDS if name != "auto"]
-    if not isinstance(choices, dict) or not all(choice in known for choice in choices.values()):
-        raise SessionError(f"{path} names attention that there is not: resume from another copy")
-    return dict(choices)
-
-
 def _refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int], device: torch.device) -> None:
     """DeviceError, before any of it is allocated, where the queue alone is more than there is memory."""
     if device.type == "meta":
@@ -601,51 +410,6 @@ def _refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int],
         )
 
 
-def _schedule(request: Request) -> Schedule:
-    return make_schedule(
-        request.solver,
-        request.num_inference_steps,
-        request.shift,
-        eta=request.eta,
-        use_scale_array=request.use_scale_array,
-    )
-
-
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-        raise ConfigError(f"{name} must be a finite number of at least 0, got {reprlib.repr(value)}")
-    return float(value)
-
-
-def _check_count(name: str, value: Any, unit: str, most: int = MAX_FRAME) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1 ({unit}), got {reprlib.repr(value)}")
-    if value > most:
-        raise ConfigError(f"{name} must be at most {most} ({unit}), got {reprlib.repr(value)}")
-
-
-def _resolve_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-        target = indexed(target)
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f"device {str(device)!r} is not available here: use 'cpu' or leave the option out") from error
-    return target
-
-
-def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, option: str = "dtype") -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    name = str(dtype).removeprefix("torch.")
-    if name not in choices:
-        names = ["float32", "tf32", *list(choices)[1:]] if option == "vae_dtype" else choices
-        raise ConfigError(f"{option} must be one of {', '.join(names)}, got {reprlib.repr(name)}")
-    return choices[name]
+def _compute_dtype(given: LoadOptions, device: torch.device) -> torch.dtype:
+    """Of the transformer, on that device where the options leave it open."""
+    return getattr(torch, str(given.dtype or ("float32" if device.type == "cpu" else "bfloat16")))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from miga_engine.config import MAX_FRAME
 from miga_engine.errors import ConfigError
 
 MAX_PROMPT_CHARS = 10_000  # several times what any text encoder reads
 MAX_PROMPTS = 1000
-MAX_FRAME = 10**9  # two years of video
 
 
 def check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:

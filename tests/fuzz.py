@@ -474,7 +474,8 @@ def break_request(data: bytes, rng: Random) -> bytes:
 
 def load_options(folder: Folder) -> None:
     """A --config file all the way to a request and the first steps of its run."""
-    from miga_engine import cli, config_file
+    from miga_engine import cli
+    from miga_engine.cli import config_file
 
     settings = config_file.read_config(str(folder / "run.yaml"))
     prompt = cli._prompt_timeline(settings)

@@ -21,10 +21,11 @@ import torch
 
 import miga_engine
 from miga_engine import ConfigError, DeviceError, Engine
-from miga_engine.config import PRESETS, MigaConfig, fifo_config, replace_options
-from miga_engine.engine import Chunk
+from miga_engine.config import MigaConfig, fifo_config, replace_options
 from miga_engine.models.bundle import WindowNetwork
+from miga_engine.presets import PRESETS
 from miga_engine.prompts import PromptTimeline
+from miga_engine.runtime.stream import Chunk
 
 
 class Model:

@@ -11,13 +11,16 @@ ROOT = Path(__file__).parents[1]
 # From low to high. A module may import its own layer and those below it.
 LAYERS = [
     ["errors", "_version", "files", "threads"],
-    ["config", "device", "schedule", "noise", "prompts"],
+    ["config", "device"],
+    ["presets"],
+    ["options", "schedule", "noise", "prompts"],
     ["kernels", "_extension"],
     ["ops"],
     ["weights"],
     ["models"],
     ["runtime"],
     ["tiny"],
+    ["calls", "resolve", "resuming"],
     ["memory"],
     ["engine"],
     ["measure"],
@@ -30,7 +33,7 @@ LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 # Stands beside the layers: the parts it may import, the only parts that may import it, and where a layer reaches up or
 # sideways inside a function (imported when called, never when loaded).
 STANDS_ALONE = {"video": {"errors", "_version", "files"}}
-USES_VIDEO = {"engine", "measure", "cli", "tiny"}
+USES_VIDEO = {"engine", "resolve", "measure", "cli", "tiny"}
 LAZY_UPWARD = {("tiny", "engine"), ("__init__", "config"), ("__init__", "engine")}
 BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version when loaded
 

@@ -21,9 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miga_engine import cli, render
-from miga_engine.config import PRESETS
+from miga_engine import cli
+from miga_engine.cli import render
 from miga_engine.errors import ConfigError
+from miga_engine.presets import PRESETS
 from miga_engine.runtime.session import load_session
 from miga_engine.video.reading import read_video
 

@@ -42,7 +42,9 @@ from miga_engine.files import open_own, path_written_whole, write_whole
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
-    from miga_engine.engine import Engine, Event, Request
+    from miga_engine.config import Request
+    from miga_engine.engine import Engine
+    from miga_engine.runtime.stream import Event
 
 SUFFIX = ".mkv"
 NUM_SEGMENTS = 16

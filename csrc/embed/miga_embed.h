@@ -51,11 +51,13 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  *
  * model: "tiny", a model folder, or a file inside one.
  * options: a JSON object. Only "prompt" is needed: a text, or a timeline {"0": text, "160": text} by first frame.
- *   Of the video: num_frames (absent or null = endless), seed, height, width (pixels), negative_prompt,
- *     guidance_scale, num_inference_steps, fps, solver, shift, eta, use_scale_array, method ("miga" or "fifo"), and
- *     miga: an object of MigaConfig's fields.
- *   Of the model: device ("cpu", "cuda", "cuda:1"), dtype ("float32", "bfloat16", "float16"), vae_dtype, attention,
- *     preset, compile, capture.
+ *   num_frames absent or null = endless. docs/options.md says what each option is.
+ *   Of the video: prompt, solver, num_inference_steps, shift, guidance_scale, eta, use_scale_array, num_frames, seed,
+ *     height, width, fps, negative_prompt, method.
+ *   Of the method, in an object of the name miga: zigzag_width, stage2_steps, refine_steps, guidance_frames,
+ *     guidance_offset, guidance_anchor, stride, moving_phase, commit, window_order, window_batch, warmup,
+ *     self_reflection, score_drop, judge_step, reference_groups, candidates, judge, channels, prompt_blend_frames.
+ *   Of the model: device, dtype, preset, attention, vae_dtype, compile, capture.
  *   Of the stream: overlap_decode, stop_on_drift.
  *   All mean what they mean in miga_engine.Engine.from_pretrained and Engine.stream; others are refused.
  */

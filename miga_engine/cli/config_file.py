@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 import reprlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miga_engine.config import MigaConfig, SamplingConfig
 from miga_engine.errors import ConfigError
+from miga_engine.options import Record, check_kinds, fields, plain
 
 _log = logging.getLogger("miga_engine")
 
@@ -68,33 +67,16 @@ _LEFT_OUT = {*_CHANGED, *IGNORED_NAMES, *_REFUSED} - {"long_iter_nums"}
 _SOLVERS = {"dpm++": "dpmpp_2m"}
 _FIFO_WINDOW = 16
 
-_SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(SamplingConfig))
-MIGA_FIELDS = {f.name: f for f in dataclasses.fields(MigaConfig)}
-REQUEST_OPTIONS = ("num_frames", "seed", "height", "width", "negative_prompt", "fps", *_SAMPLING_FIELDS)
-
 MAX_CONFIG_BYTES = 2**20
-_TEXT_OPTIONS = ("model", "preset", "device", "dtype", "vae_dtype", "attention", "method", "output", "events",
-                 "contact_sheet", "session", "solver", "negative_prompt")  # fmt: skip
-_OTHER_OPTIONS = ("checkpoint_every", "stop_on_drift")
-_FLAGS = ("overwrite", "overlap_decode", "compile", "capture", "quiet", "use_scale_array")
 
 
-def read_config(path: str) -> dict[str, Any]:
+def read_config(path: str, records: Sequence[Record]) -> dict[str, Any]:
     """Options of a YAML file, by our names; names of the releases are translated, unknown ones refused."""
     content = _read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a list of 'option: value' lines, got {type(content).__name__}")
     content = _flattened(path, content)
-    known = {
-        "prompt",
-        "prompt_at",
-        "long_iter_nums",
-        *_OTHER_OPTIONS,
-        *_TEXT_OPTIONS,
-        *_FLAGS,
-        *REQUEST_OPTIONS,
-        *MIGA_FIELDS,
-    }
+    known = {"prompt", "prompt_at", "long_iter_nums"}.union(*map(fields, records))
     settings: dict[str, Any] = {}
     for key, value in translated(content, f"--config {path}").items():
         name = str(key).replace("-", "_")
@@ -106,17 +88,12 @@ def read_config(path: str) -> dict[str, Any]:
         if name in settings:
             raise ConfigError(f"--config {path} gives {name} twice (as {key!r} again): keep one")
         settings[name] = value
-    for name, value in settings.items():
-        kind = "text" if name in _TEXT_OPTIONS else "true or false" if name in _FLAGS else None
-        if kind and value is not None and not isinstance(value, str if kind == "text" else bool):
-            raise ConfigError(f"--config {path} gives {name} as {reprlib.repr(value)}: give {kind}")
-    if settings.get("method") not in (None, "miga", "fifo"):
-        raise ConfigError(f"--config {path} gives method as {settings['method'][:80]!r}: give miga or fifo")
+    check_kinds(settings, records, lambda name, value, kind: f"--config {path} gives {name} as {value}: give {kind}")
     changes = settings.get("prompt_at")
     if changes is not None and not (isinstance(changes, list) and all(map(_is_prompt_change, changes))):
         raise ConfigError(f"--config {path} must give prompt_at as a list of [frame, prompt]")
-    unset = {name for name in (*_TEXT_OPTIONS, *_FLAGS, "prompt_at") if settings.get(name) is None}
-    return {name: value for name, value in settings.items() if name not in unset}
+    unset = {"prompt_at", *plain(records)}
+    return {name: value for name, value in settings.items() if value is not None or name not in unset}
 
 
 def _flattened(path: str, content: dict[Any, Any]) -> dict[Any, Any]:
@@ -178,9 +155,9 @@ def _is_prompt_change(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str)
 
 
-def read_value(name: str, text: str) -> Any:
+def read_value(name: str, text: str, records: Sequence[Record]) -> Any:
     """A flag's value as a --config file would have it: a number, true or false, or the text itself."""
-    if RELEASED_NAMES.get(name, name) in ("prompt", *_TEXT_OPTIONS):
+    if RELEASED_NAMES.get(name, name) in ("prompt", *plain(records, str)):
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

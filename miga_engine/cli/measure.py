@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miga_engine.cli.settings import load_engine, read_settings, video_options
 from miga_engine.cli.terminal import say
 from miga_engine.errors import ConfigError, MigaError, printable
 
@@ -16,18 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from miga_engine.engine import Engine
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def add_parsers(
-    commands: Any, run: argparse.ArgumentParser, load: Callable[[argparse.Namespace], tuple[Engine, dict[str, Any]]]
-) -> None:
-    """Registers `eval` and `eval export`.
-
-    run holds the options of a run; load makes of them the engine and its options of `Engine.generate`.
-    """
+def add_parsers(commands: Any, run: argparse.ArgumentParser) -> None:
+    """Registers `eval` and `eval export`; `run` holds the options of a run."""
     evaluate = commands.add_parser(
         "eval", help="measure videos: consistency, motion, drift, seams; `eval export` for VBench and NarrLV",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +60,7 @@ def add_parsers(
         "beside them. An interrupted export goes on where it stopped. --num-frames defaults to the paper's protocol: "
         "128 of VideoCrafter2, 161 of Wan2.1.",
     )  # fmt: skip
-    export.set_defaults(run=lambda options: _export(options, load))
+    export.set_defaults(run=_export)
     export.add_argument("out", metavar="OUT", help="folder to write")
     export.add_argument("--format", required=True, choices=["vbench", "narrlv"])
     export.add_argument("--prompts", required=True, metavar="FILE", help="vbench: a prompt a line, or "
@@ -221,7 +216,7 @@ def _load_vae(model: str, device: str) -> Any:
     return load_bundle(path, device).vae if is_videocrafter2(path) else load_vae(path, device)
 
 
-def _export(options: argparse.Namespace, load: Callable[[argparse.Namespace], tuple[Engine, dict[str, Any]]]) -> int:
+def _export(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from miga_engine.measure import export
@@ -234,7 +229,10 @@ def _export(options: argparse.Namespace, load: Callable[[argparse.Namespace], tu
         clips, files = export.plan_vbench(prompts, samples or 5)
     else:
         clips, files = export.plan_narrlv(prompts)
-    engine, request = load(options)
+    settings = read_settings(options)
+    engine, request = load_engine(settings), video_options(settings)
+    if "num_frames" not in settings and "long_iter_nums" not in settings:
+        del request["num_frames"]  # the paper's
     with tqdm(total=len(clips), unit="video", disable=None) as bar:
         made = export.export(engine, out, clips, files, on_clip=lambda clip: bar.update(), **request)
     say(f"{out}: {len(clips)} videos, {made} of them made now; sh {out}/run.sh measures them")

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from miga_engine.cli.event_log import EventLog
+from miga_engine.cli.settings import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.cli.terminal import Screen, say
 from miga_engine.errors import ConfigError, MigaError, OutputError
 from miga_engine.runtime.session import (
@@ -29,9 +30,6 @@ from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.contact_sheet import ContactSheet
 from miga_engine.video.paths import check_output
 from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
-
-CHECKPOINT_EVERY = 500
-"""Video frames between two session files."""
 
 OpenStream = Callable[[Callable[[Event], None], Callable[[], bool]], Stream]
 """(on_event, is_cancelled) → the stream to write."""
@@ -54,30 +52,22 @@ class Outputs:
     overwrite: bool = False
 
     @classmethod
-    def check(
-        cls,
-        video: str,
-        *,
-        sheet: str | None = None,
-        events: str | None = None,
-        session: str | None = None,
-        checkpoint_every: int | None = None,
-        overwrite: bool = False,
-    ) -> Outputs:
+    def check(cls, asked: WriteOptions) -> Outputs:
         """The outputs of a new run, each known to be writable before a model is loaded; OutputError otherwise."""
+        video, overwrite = asked.output, asked.overwrite
         open_sink(video, 16, 16, 16, overwrite=overwrite).abort()  # sinks touch nothing before their first frame
         sheet_path, events_path = (
             check_output(name, suffixes, overwrite=overwrite) if name else None
-            for name, suffixes in ((sheet, (".png",)), (events, (".jsonl",)))
+            for name, suffixes in ((asked.contact_sheet, (".png",)), (asked.events, (".jsonl",)))
         )
-        session_path = check_session_path(session) if session else session_beside(video)
+        session_path = check_session_path(asked.session) if asked.session else session_beside(video)
         if session_path is not None and session_path.exists() and not overwrite:
             raise OutputError(
                 f"cannot write {session_path}: it is the session file of another run; go on with it (miga resume "
                 f"{session_path}), or give --overwrite"
             )
-        every = CHECKPOINT_EVERY if checkpoint_every is None else checkpoint_every or None
-        keeps = session is not None or checkpoint_every is not None
+        every = CHECKPOINT_EVERY if asked.checkpoint_every is None else asked.checkpoint_every or None
+        keeps = asked.session is not None or asked.checkpoint_every is not None
         return cls(video, sheet_path, events_path, session_path, every, keeps, overwrite)
 
 

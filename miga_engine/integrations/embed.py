@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -14,19 +13,19 @@ from typing import Any
 
 import torch
 
-from miga_engine.config import fifo_config, replace_options
+from miga_engine.config import LoadOptions, Request, StreamOptions
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
+from miga_engine.options import as_recorded, check_kinds, fields
 from miga_engine.runtime.session import load_session, model_of_session
 from miga_engine.runtime.stream import Stream
 
 ABI = 1
 """MIGA_ABI of the header that this module answers to."""
 
-_OF_MODEL = set(inspect.signature(Engine.from_pretrained).parameters) - {"model", "ranks"}
-_OF_STREAM = {"overlap_decode", "stop_on_drift"}
-_OF_VIDEO = set(inspect.signature(Engine.resolve).parameters) - {"self"} | {"method"} | _OF_STREAM
-_FLAGS = {"compile", "capture", "overlap_decode", "use_scale_array"}
+_OF_MODEL = set(fields(LoadOptions)) - {"model"}
+_OF_STREAM = set(fields(StreamOptions))
+_OF_VIDEO = {"prompt", "miga", *fields(Request), *_OF_STREAM}
 _FRAME = re.compile("0|[1-9][0-9]{0,17}")
 
 
@@ -102,16 +101,8 @@ def open_run(model: bytes, options: bytes) -> Run:
         raise ConfigError('the options have no "prompt": describe the video, as in {"prompt": "a red kite"}')
     engine = Engine.from_pretrained(os.fsdecode(model), **_take(given, _OF_MODEL))
     _named_models.add(os.path.abspath(os.fsdecode(model)))
-    config = engine.preset.miga
-    method = given.pop("method", "miga")
-    if method not in ("miga", "fifo"):
-        raise ConfigError(f"method must be miga or fifo, got {reprlib.repr(method)}")
-    if method == "fifo":
-        config = fifo_config(config, engine.bundle.window_frames)
-    changes = given.pop("miga", {})
-    if not isinstance(changes, dict):
-        raise ConfigError(f"miga must be an object of options of the method, got {reprlib.repr(changes)}")
-    given["miga"] = replace_options(config, changes)
+    if not isinstance(given.get("miga", {}), dict):
+        raise ConfigError(f"miga must be an object of options of the method, got {reprlib.repr(given['miga'])}")
     prompt = _timeline(given.pop("prompt"))
     return Run(lambda is_cancelled: engine.stream(prompt, chunk_frames=1, is_cancelled=is_cancelled, **given))
 
@@ -125,12 +116,12 @@ def resume_run(path: bytes, options: bytes) -> Run:
     given = _parse(options, _OF_MODEL | _OF_STREAM | {"model", "num_frames"})
     session = load_session(file)
     saved = session.model
-    recorded = {name: saved.get(name) for name in ("device", "dtype", "vae_dtype", "attention", "compile", "preset")}
+    as_saved = {"device": saved["device"], **as_recorded(saved)}
     model = given.pop("model", None)
     if model is None:
         model = saved["name"] if saved["name"] in _named_models else model_of_session(file, session)
     _named_models.add(os.path.abspath(model))
-    engine = Engine.from_pretrained(model, **{**recorded, **_take(given, _OF_MODEL)})
+    engine = Engine.from_pretrained(model, **{**as_saved, **_take(given, _OF_MODEL)})
     return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
 
 
@@ -154,11 +145,8 @@ def _parse(options: bytes, known: set[str]) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"unknown option {reprlib.repr(unknown[0])}; the options are {', '.join(sorted(known))}")
     given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if name in _FLAGS and not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, got {reprlib.repr(value)}")
-        if name in {*_OF_MODEL, "model"} - _FLAGS and not isinstance(value, str):
-            raise ConfigError(f"{name} must be a text, got {reprlib.repr(value)}")
+    refusal = "{} must be {}, got {}".format
+    check_kinds(given, (LoadOptions, Request), lambda name, value, kind: refusal(name, kind, value))
     return given
 
 

@@ -381,7 +381,8 @@ class Stream(Iterator[Chunk]):
         if not is_heard and self._stop_on_drift is None:
             return
         where = {"index": chunk.index, "first_frame": chunk.first_frame, "num_frames": len(chunk.frames)}
-        starts = [0, *(start + self.request.miga.prompt_blend_frames for start in sorted(self.request.prompt) if start)]
+        blend = self.request.miga.prompt_blend_frames
+        starts = [0, *(start + blend for start in sorted(self.request.timeline) if start)]
         entry = bisect_right(starts, chunk.first_frame) - 1
         drift = self._meters.setdefault(entry, DriftMeter()).measure(chunk.frames)
         if is_heard:

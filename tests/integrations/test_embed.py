@@ -18,9 +18,10 @@ import pytest
 import torch
 
 import miga_engine
-from miga_engine import Engine, embed
+from miga_engine import Engine
 from miga_engine.config import fifo_config
 from miga_engine.errors import ConfigError, DriftError, MigaError, SessionError
+from miga_engine.integrations import embed
 
 HERE = places.ROOT / "csrc" / "embed"
 NUM_FRAMES = 30
@@ -305,7 +306,7 @@ def test_timeline_and_method_are_those_of_the_engine(run, engine):
         ('{"prompt": "a", "preset": ["tiny"]}', "preset must be a text, got"),
         ('{"prompt": "a", "device": 0}', "device must be a text, got 0"),
         ('{"prompt": "a", "capture": "no"}', "capture must be true or false, got 'no'"),
-        ('{"prompt": "a", "method": ["fifo"]}', "method must be miga or fifo"),
+        ('{"prompt": "a", "method": ["fifo"]}', "method must be 'miga' or 'fifo'"),
         ('{"prompt": "a", "miga": 7}', "miga must be an object of options of the method, got 7"),
         ('{"prompt": "a", "miga": {"saw_width": 7}}', "unknown option 'saw_width'"),
         ('{"prompt": "a", "ranks": 2}', "unknown option 'ranks'"),

@@ -20,11 +20,12 @@ from torch import Tensor
 from miga_engine import Engine, ops
 from miga_engine import memory as estimates
 from miga_engine.cli import main
-from miga_engine.config import ATTENTION_BACKENDS, PRESETS
+from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.device import is_out_of_memory, to_device
 from miga_engine.errors import ConfigError, DeviceError, SessionError
 from miga_engine.noise import Purpose, frame_noise
 from miga_engine.ops import attention
+from miga_engine.presets import PRESETS
 from miga_engine.runtime import denoise
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.stages import DONE

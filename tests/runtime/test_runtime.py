@@ -13,9 +13,10 @@ import torch
 from oracle import Oracle, counter_noise, pseudo_network
 from safetensors.torch import load_file
 
-from miga_engine.config import PRESETS, MigaConfig, fifo_config
+from miga_engine.config import MigaConfig, fifo_config
 from miga_engine.errors import ConfigError
 from miga_engine.noise import Purpose
+from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Denoiser, Window
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.reflection import Reflection

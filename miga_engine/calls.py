@@ -1,0 +1,59 @@
+"""What the methods of `Engine` are asked for: the records of `config` put together, and what only Python can give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass
+from typing import TYPE_CHECKING
+
+from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions, option
+from miga_engine.options import with_default
+
+if TYPE_CHECKING:
+    from miga_engine.engine import Progress
+
+
+@dataclass(frozen=True)
+class StreamCall(Request, StreamOptions):
+    """What `stream` is asked for."""
+
+
+@dataclass(frozen=True)
+class GenerateCall(StreamCall):
+    """What `generate` is asked for."""
+
+    num_frames: int = with_default(Request, "num_frames", 240)
+    _: KW_ONLY
+    callback: Callable[[Progress], bool | None] | None = option(
+        None, "is called after each chunk; False ends the run", kind=object, is_hosted=False
+    )
+
+
+@dataclass(frozen=True)
+class ResumeCall(StreamOptions):
+    """What `resume` is asked for."""
+
+    path: str | os.PathLike[str] = option(MISSING, "the session file", kind=object, is_hosted=False)
+    num_frames: int | None = with_default(Request, "num_frames", None)
+
+
+@dataclass(frozen=True)
+class RunCall(StreamOptions):
+    """What `run` is asked for."""
+
+    request: Request = option(MISSING, "as `resolve` gives it", kind=object, is_hosted=False)
+    attention: dict[str, str] | None = option(
+        None, "see `ops.attention_choices`; those of a run that is to be repeated, to which this one adds its own",
+        kind=object, is_hosted=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EstimateCall(Request, LoadOptions):
+    """What `estimate` is asked for."""
+
+    prompt: str | Mapping[int, str] = with_default(Request, "prompt", "any")
+    num_frames: int | None = with_default(Request, "num_frames", 240)
+    _: KW_ONLY
+    window_batch: int | None = with_default(MigaConfig, "window_batch", None)

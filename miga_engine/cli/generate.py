@@ -1,0 +1,185 @@
+"""`miga generate`, `miga resume` and `miga estimate`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miga_engine.cli.settings import (
+    CHECKPOINT_EVERY,
+    WriteOptions,
+    load_engine,
+    prompt_timeline,
+    read_settings,
+    video_options,
+)
+from miga_engine.cli.terminal import say
+from miga_engine.config import LoadOptions, StreamOptions
+from miga_engine.errors import ConfigError, MigaError
+from miga_engine.options import as_recorded, picked
+
+if TYPE_CHECKING:
+    import torch
+
+    from miga_engine.cli.render import Outputs
+    from miga_engine.engine import Engine
+    from miga_engine.memory import MemoryEstimate
+    from miga_engine.runtime.stream import Event, Stream
+
+
+def generate(options: argparse.Namespace) -> int:
+    """The command: check, estimate, load, write."""
+    settings = read_settings(options)
+    prompt, writing = prompt_timeline(settings), WriteOptions(**picked(settings, WriteOptions))
+    from miga_engine.cli.render import Outputs
+    from miga_engine.runtime.ranks import Ranks
+
+    with Ranks.from_environment(settings.get("device")) as ranks:
+        outputs = Outputs.check(writing) if ranks is None or ranks.rank == 0 else None
+        asked = video_options(settings)
+        estimate = _estimate_memory(settings, prompt, asked)
+        _refuse_the_impossible(estimate)
+        engine = load_engine(settings, ranks)
+        request = engine.resolve(prompt, **asked)
+        batches: list[int] = []
+
+        def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+            stream = engine.run(
+                request, on_event=on_event, is_cancelled=is_cancelled, **picked(settings, StreamOptions)
+            )
+            batches.append(stream.window_batch)
+            return stream
+
+        def expected() -> tuple[int, int]:
+            on_device = (
+                engine.running_bytes(request, batches[0]) if engine.device.type == "cuda" else estimate.device_total
+            )
+            return estimate.host_total, on_device
+
+        return _write(engine, open_stream, outputs, expected, quiet=writing.quiet)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """The command: what the session leaves open comes from the flags."""
+    from miga_engine.cli.render import Outputs
+    from miga_engine.engine import Engine
+    from miga_engine.runtime.ranks import Ranks
+    from miga_engine.runtime.session import load_session, model_of_session, video_of_session
+    from miga_engine.video.paths import check_output
+
+    settings = vars(options)
+    writing = WriteOptions(**picked(settings, WriteOptions))
+    path = Path(settings["session"])
+    session = load_session(path)
+    video = settings.get("output") or video_of_session(path, session)
+    model = settings.get("model") or model_of_session(path, session)
+    saved: dict[str, Any] = as_recorded(session.model)
+    with Ranks.from_environment(settings.get("device")) as ranks:
+        engine = Engine.from_pretrained(model, settings.get("device"), **saved, ranks=ranks)
+        every = writing.checkpoint_every
+        outputs = Outputs(
+            str(video),
+            events=check_output(writing.events, (".jsonl",), overwrite=True) if writing.events else None,
+            session=path,
+            checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
+            keeps_session=every is not None or session.state.numbers["keeps_extension"],
+            overwrite=writing.overwrite,
+        )
+
+        def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+            return engine.resume(
+                path,
+                settings.get("num_frames"),
+                on_event=on_event,
+                is_cancelled=is_cancelled,
+                **picked(settings, StreamOptions),
+            )
+
+        is_writer = ranks is None or ranks.rank == 0
+        return _write(engine, open_stream, outputs if is_writer else None, None, quiet=writing.quiet)
+
+
+def estimate(options: argparse.Namespace) -> int:
+    """The command: print what a run will need of memory."""
+    import miga_engine.video.sinks  # noqa: F401 - part of what a run loads
+    from miga_engine.video.pyav import require_av
+
+    with contextlib.suppress(MigaError):  # another part
+        require_av("write a video")
+
+    settings = read_settings(options)
+    has_prompt = not settings.keys().isdisjoint(("prompt", "sample_prompt", "prompt_at"))
+    print(_estimate_memory(settings, prompt_timeline(settings) if has_prompt else "any", video_options(settings)))
+    return 0
+
+
+def _write(
+    engine: Engine,
+    open_stream: Callable[[Callable[[Event], None] | None, Callable[[], bool] | None], Stream],
+    outputs: Outputs | None,
+    expected: Callable[[], tuple[int, int]] | None,
+    *,
+    quiet: bool,
+) -> int:
+    """Render on the rank that writes; the others compute beside it.
+
+    expected: bytes of the process and of the GPU, as estimated for the batch that the run began with.
+    """
+    import torch
+
+    from miga_engine.cli.render import render, stop_signals
+
+    code = 0
+    if outputs is None:
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals()}
+        with open_stream(None, None) as stream:
+            for _ in stream:
+                pass
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    else:
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        code = render(open_stream, outputs, model=engine.name, quiet=quiet)
+        say(_peak_memory(engine.device, expected))
+    return code
+
+
+def _refuse_the_impossible(estimate: MemoryEstimate) -> None:
+    """ConfigError where a run needs more than twice the memory there is: no estimate is that wrong."""
+    import torch
+
+    from miga_engine.device import total_bytes
+    from miga_engine.memory import amount
+
+    total = total_bytes(torch.device("cpu"))
+    if estimate.host_total > 2 * total:
+        raise ConfigError(
+            f"the run would need {amount(estimate.host_total)} of memory and this machine has {amount(total)}: "
+            "make the picture smaller (see: miga estimate)"
+        )
+
+
+def _estimate_memory(settings: dict[str, Any], prompt: str | dict[int, str], asked: dict[str, Any]) -> MemoryEstimate:
+    from miga_engine.engine import Engine
+
+    return Engine.estimate(**picked(settings, LoadOptions), prompt=prompt, **asked)
+
+
+def _peak_memory(device: torch.device, expected: Callable[[], tuple[int, int]] | None) -> str:
+    """The measured peaks beside the estimated ones, in a line."""
+    import torch
+
+    from miga_engine.memory import amount, peak_resident_bytes
+
+    peak = peak_resident_bytes()
+    on_host, on_device = ("", "") if expected is None else (f" (estimated {amount(size)})" for size in expected())
+    line = f"memory: {amount(peak)} at most{on_host}"
+    if device.type != "cuda":
+        return line
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return f"{line}; on {device} {amount(allocated)} allocated, {amount(reserved)} reserved at most{on_device}"

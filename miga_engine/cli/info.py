@@ -1,0 +1,83 @@
+"""`miga info` and `miga convert`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from miga_engine._version import __version__
+from miga_engine.cli.terminal import say
+from miga_engine.errors import CheckpointError, printable
+
+
+def info(options: argparse.Namespace) -> int:
+    """The command: versions, devices, kernels, and what a model, video or session is."""
+    import torch
+
+    from miga_engine import _extension
+    from miga_engine.runtime.session import describe_session, is_session, load_session
+
+    rows = [
+        ("miga_engine", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("devices", ", ".join(_devices())),
+        ("C++ kernels", _extension.status()),
+        *_kernels(),
+    ]
+    if options.path and os.path.isfile(options.path) and Path(options.path).suffix in (".mp4", ".mkv"):
+        from miga_engine.video.sinks import read_metadata
+
+        rows += [(key, value) for key, value in read_metadata(options.path).items()]
+    elif options.path and options.path.endswith(".safetensors") and is_session(options.path):
+        rows += describe_session(load_session(options.path))
+    elif options.path:
+        from miga_engine.engine import Engine
+
+        engine = Engine.from_pretrained(options.path, "cpu")
+        rows += [(key, value) for key, value in engine.describe().items()]
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        print(f"{printable(key):<{width}}  {printable(value)}")
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """The command: a weights file as safetensors."""
+    import torch
+
+    from miga_engine.models import convert as conversion
+    from miga_engine.video.paths import check_output
+
+    source, target = Path(options.model), check_output(options.output, (".safetensors",), overwrite=options.overwrite)
+    if not source.is_file():
+        raise CheckpointError(f"{source} is not a file: give a weights file such as model.ckpt")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    num_tensors, num_bytes = conversion.convert(source, target, dtype)
+    say(f"{target}: {num_tensors} tensors, {num_bytes / 1e9:.2f} GB")
+    return 0
+
+
+def _kernels() -> list[tuple[str, str]]:
+    """Who computes what on the default device, and why the others do not."""
+    import torch
+
+    from miga_engine import ops
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        triton = f"{version('triton')} (GPUs only)"
+    except PackageNotFoundError:
+        triton = "not installed: on a GPU the ops would run in eager PyTorch"
+    backends = ops.attention_backends(device, dtype).items()
+    return [("Triton kernels", triton), *((f"attention {name}", reason or "available") for name, reason in backends)]
+
+
+def _devices() -> list[str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [*gpus, f"cpu ({torch.get_num_threads()} threads)"]

@@ -1,0 +1,49 @@
+"""Numbers of papers and releases, and ours, as data (docs/method.md §8)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from miga_engine.config import MigaConfig, SamplingConfig, fifo_config
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that has a default: sampling, method, picture."""
+
+    sampling: SamplingConfig
+    miga: MigaConfig
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+
+
+_UNIPC = SamplingConfig(
+    solver="unipc", num_inference_steps=54, shift=5.0, guidance_scale=5.0, eta=1.0, use_scale_array=False
+)
+_DDIM = dataclasses.replace(_UNIPC, solver="ddim", num_inference_steps=64, guidance_scale=12.0)
+_DDIM_SCALED = dataclasses.replace(_DDIM, use_scale_array=True)
+_WAN_PAPER = MigaConfig(stage2_steps=9, stride=10, window_order="sequential")
+_WAN_RELEASED = MigaConfig(refine_steps=10, stride=10, guidance_offset=3)
+_WAN = MigaConfig(stride=10)
+_VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
+                        reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
+# The release counts DDIM indices: it judges at index 50 of 63 and refines from index 10 on, the identity at 0 included.
+_VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
+                                    self_reflection=False, score_drop=0.001)  # fmt: skip
+_TINY_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=24, shift=3.0, guidance_scale=3.0)
+_TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, guidance_anchor=True, stride=6, judge_step=8,
+                   reference_groups=2, judge="x0", channels="all", score_drop=0.2)  # fmt: skip
+
+PRESETS: Mapping[str, Preset] = {
+    "wan2.1": Preset(_UNIPC, _WAN),
+    "wan2.1-paper": Preset(_UNIPC, _WAN_PAPER),
+    "wan2.1-released": Preset(_UNIPC, _WAN_RELEASED),
+    "videocrafter2": Preset(_DDIM_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
+    "videocrafter2-paper": Preset(_DDIM, _VC2_PAPER, 320, 512, 10),
+    "videocrafter2-released": Preset(_DDIM, _VC2_RELEASED, 320, 512, 10),
+    "videocrafter2-fifo": Preset(_DDIM, fifo_config(MigaConfig(), 16), 320, 512, 10),
+    "tiny": Preset(_TINY_SAMPLING, _TINY, 64, 96, 12),
+}
