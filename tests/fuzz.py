@@ -474,13 +474,13 @@ def break_request(data: bytes, rng: Random) -> bytes:
 
 def load_options(folder: Folder) -> None:
     """A --config file all the way to a request and the first steps of its run."""
-    from miga_engine import cli
-    from miga_engine.cli import config_file
+    from miga_engine.cli.config_file import read_config
+    from miga_engine.cli.settings import prompt_timeline, video_options
 
-    settings = config_file.read_config(str(folder / "run.yaml"))
-    prompt = cli._prompt_timeline(settings)
+    settings = read_config(str(folder / "run.yaml"))
+    prompt = prompt_timeline(settings)
     settings.pop("model", None)
-    start(tiny(), {"prompt": prompt, **cli._request_options(tiny(), settings)})
+    start(tiny(), {"prompt": prompt, **video_options(settings)})
 
 
 def start(engine: Any, options: dict[str, Any]) -> None:
@@ -488,7 +488,7 @@ def start(engine: Any, options: dict[str, Any]) -> None:
     from miga_engine.prompts import PromptTimeline
 
     request = engine.resolve(**options)
-    PromptTimeline(request.prompt, request.miga.prompt_blend_frames, engine.bundle.first_video_frame)
+    PromptTimeline(request.timeline, request.miga.prompt_blend_frames, engine.bundle.first_video_frame)
     json.dumps(request.metadata("x"))
 
 

@@ -24,8 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+from miga_engine.cli import main
 from miga_engine.cli.config_file import read_config
-from miga_engine.cli.main import _prompt_timeline, _request_options, main
+from miga_engine.cli.settings import prompt_timeline, video_options
 from miga_engine.engine import Engine
 from miga_engine.errors import CheckpointError, ConfigError, MigaError, OutputError, SessionError
 from miga_engine.models import load_bundle, load_transformer, load_vae
@@ -390,10 +391,10 @@ ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\nprompt: [*b, *b]"
         ("a\0b", "is not valid YAML"),
         ("\udcff", "is not valid YAML"),
         ("- a", "must be a list of 'option: value' lines, got list"),
-        ("model: [a]", "gives model as ['a']: give text"),
-        ("attention: {a: b}", "gives attention as {'a': 'b'}: give text"),
+        ("model: [a]", "gives model as ['a']: give a text"),
+        ("attention: {a: b}", "gives attention as {'a': 'b'}: give one of auto, triton"),
         ("quiet: 3", "gives quiet as 3: give true or false"),
-        ("method: paint", "gives method as 'paint': give miga or fifo"),
+        ("method: paint", "gives method as 'paint': give 'miga' or 'fifo'"),
         ("prompt_at: 0", "must give prompt_at as a list of [frame, prompt]"),
         ("prompt_at: [[.inf, x]]", "must give prompt_at as a list of [frame, prompt]"),
         ("prompt: 3", "prompt is empty at frame 0"),
@@ -416,7 +417,7 @@ def test_config_files(tiny: Engine, tmp_path: Path, text: str, sentence: str) ->
 
     def read() -> None:
         options = read_config(str(path))
-        tiny.resolve(_prompt_timeline(options), **_request_options(tiny, options))
+        tiny.resolve(prompt_timeline(options), **video_options(options))
 
     assert sentence in refusal(read, ConfigError)
     assert not (tmp_path / "ran").exists()
@@ -440,7 +441,7 @@ def test_any_config_file(tiny: Engine, tmp_path: Path, content: dict[str, Any]) 
 
     def read() -> None:
         options = read_config(str(path))
-        tiny.resolve(_prompt_timeline(options), **_request_options(tiny, options))
+        tiny.resolve(prompt_timeline(options), **video_options(options))
 
     passes_or_is_refused(read)
 

@@ -12,9 +12,9 @@ import pytest
 from places import ROOT
 
 from miga_engine import ConfigError, Engine, calls, options
-from miga_engine.cli import settings
 from miga_engine.cli.config_file import read_config
 from miga_engine.cli.main import _build_parser
+from miga_engine.cli.write_options import RECORDS
 from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions, option
 from miga_engine.integrations import embed
 from miga_engine.presets import PRESETS
@@ -54,11 +54,11 @@ def test_every_option_is_a_flag_a_key_of_a_file_and_one_of_the_c_interface(tmp_p
     parser = next(a for a in _build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices["generate"]
     flags = {flag for action in parser._actions for flag in action.option_strings}
     file = tmp_path / "options.yaml"
-    for record in settings.RECORDS:
+    for record in RECORDS:
         for name in options.fields(record):
             assert "--" + name.replace("_", "-") in flags
             file.write_text(f"{name}:\n")
-            read_config(str(file), settings.RECORDS)
+            read_config(str(file))
             if record in options.TITLES and record is not MigaConfig and name != "model":
                 embed._parse(json.dumps({name: None}).encode(), embed._OF_MODEL | embed._OF_VIDEO)
 

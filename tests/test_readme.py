@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from miga_engine import cli
 from miga_engine.cli import render
+from miga_engine.cli.main import _build_parser
 from miga_engine.errors import ConfigError
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.session import load_session
@@ -118,12 +119,8 @@ def _check_command(line: str) -> None:
 
 
 def _check_miga(arguments: list[str]) -> None:
-    if arguments[:2] in (["eval", "ablation"], ["eval", "judge"]):
-        parser, arguments = cli._build_study_parser(), arguments[1:]
-    else:
-        parser = cli._build_parser()
     try:
-        parser.parse_args(arguments)
+        _build_parser().parse_args(arguments)
     except SystemExit as exit:  # --help
         if exit.code:
             raise

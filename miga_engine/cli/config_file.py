@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miga_engine.cli.write_options import RECORDS
 from miga_engine.errors import ConfigError
 from miga_engine.options import Record, check_kinds, fields, plain
 
@@ -70,7 +71,7 @@ _FIFO_WINDOW = 16
 MAX_CONFIG_BYTES = 2**20
 
 
-def read_config(path: str, records: Sequence[Record]) -> dict[str, Any]:
+def read_config(path: str, records: Sequence[Record] = RECORDS) -> dict[str, Any]:
     """Options of a YAML file, by our names; names of the releases are translated, unknown ones refused."""
     content = _read_yaml(path)
     if not isinstance(content, dict):
@@ -155,9 +156,9 @@ def _is_prompt_change(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str)
 
 
-def read_value(name: str, text: str, records: Sequence[Record]) -> Any:
+def read_value(name: str, text: str) -> Any:
     """A flag's value as a --config file would have it: a number, true or false, or the text itself."""
-    if RELEASED_NAMES.get(name, name) in ("prompt", *plain(records, str)):
+    if RELEASED_NAMES.get(name, name) in ("prompt", *plain(RECORDS, str)):
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

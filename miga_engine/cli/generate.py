@@ -9,15 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miga_engine.cli.settings import (
-    CHECKPOINT_EVERY,
-    WriteOptions,
-    load_engine,
-    prompt_timeline,
-    read_settings,
-    video_options,
-)
+from miga_engine.cli.settings import load_engine, prompt_timeline, read_settings, video_options
 from miga_engine.cli.terminal import say
+from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.config import LoadOptions, StreamOptions
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.options import as_recorded, picked

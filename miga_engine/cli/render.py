@@ -13,8 +13,8 @@ from types import FrameType
 from typing import Any
 
 from miga_engine.cli.event_log import EventLog
-from miga_engine.cli.settings import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.cli.terminal import Screen, say
+from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.errors import ConfigError, MigaError, OutputError
 from miga_engine.runtime.session import (
     SUFFIX,

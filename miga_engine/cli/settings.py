@@ -1,13 +1,13 @@
-"""What a command was given: the option records, and what a --config file and the flags say of them."""
+"""What a command was given: what the --config file says, overridden by the flags."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.config_file import RELEASED_NAMES, read_config, read_value, translated
-from miga_engine.config import Checked, LoadOptions, MigaConfig, Request, StreamOptions, option
+from miga_engine.cli.write_options import NUM_FRAMES
+from miga_engine.config import LoadOptions, MigaConfig, Request
 from miga_engine.errors import ConfigError
 from miga_engine.options import picked
 
@@ -15,41 +15,14 @@ if TYPE_CHECKING:
     from miga_engine.engine import Engine
     from miga_engine.runtime.ranks import Ranks
 
-NUM_FRAMES = 240
-CHECKPOINT_EVERY = 500
-"""Video frames between two session files."""
-
-
-@dataclass(frozen=True)
-class WriteOptions(Checked):
-    """What `miga generate` writes, and says."""
-
-    output: str = option("miga.mp4", ".mp4, .mkv (lossless), folder/%06d.png, .rgb", flags=("-o",), metavar="FILE")
-    overwrite: bool = option(False, "replace files that exist", flags=("-y",))
-    contact_sheet: str | None = option(None, "frames evenly spaced over the video in one picture", metavar="PNG")
-    events: str | None = option(None, "scores, searches and chunks as JSON lines", metavar="JSONL")
-    checkpoint_every: int | None = option(
-        None, "video frames between two writings of the session file, 0 = only when stopped; given, the file is kept "
-        "at the end, and the video can be made longer", shown=f"{CHECKPOINT_EVERY}", unit="video frames, 0 for never",
-    )  # fmt: skip
-    session: str | None = option(
-        None, "where the session file lies; given, it is kept at the end", shown="beside the video, "
-        "NAME.session.safetensors", metavar="FILE",
-    )  # fmt: skip
-    quiet: bool = option(False, "no progress bar", flags=("-q",))
-
-
-RECORDS = (LoadOptions, Request, MigaConfig, StreamOptions, WriteOptions)
-"""Whose options `miga generate` takes."""
-
 
 def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the --config file says, overridden by the flags."""
     given = vars(options)
-    settings = read_config(given.pop("config"), RECORDS) if "config" in given else {}
+    settings = read_config(given.pop("config")) if "config" in given else {}
     start = "released "
     released = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
-    released = {name: read_value(name, value, RECORDS) for name, value in released.items()}
+    released = {name: read_value(name, value) for name, value in released.items()}
     given = {name: value for name, value in given.items() if not name.startswith(start)}
     if released:
         for name, value in translated(released, "the command line").items():

@@ -19,9 +19,11 @@ import golden_model
 import numpy as np
 import pytest
 
-from miga_engine import ConfigError, cli
+from miga_engine import ConfigError
 from miga_engine.cli import main
 from miga_engine.cli.config_file import RELEASED_NAMES, read_config
+from miga_engine.cli.main import _build_parser, _hyphenate
+from miga_engine.cli.settings import read_settings, video_options
 from miga_engine.video.reading import read_metadata, read_video
 
 SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "10", "--zigzag-width", "2", "--stage2-steps", "3",
@@ -273,7 +275,7 @@ def _free_port() -> int:
 
 
 def _settings_of(*arguments: object) -> dict[str, object]:
-    return cli._settings(cli._build_parser().parse_args([cli._hyphenate(str(a)) for a in ("generate", *arguments)]))
+    return read_settings(_build_parser().parse_args([_hyphenate(str(a)) for a in ("generate", *arguments)]))
 
 
 def test_the_command_lines_of_the_releases_are_understood(caplog) -> None:
@@ -357,9 +359,8 @@ def test_configurations_of_the_releases_are_read(tmp_path: Path, caplog) -> None
 
 
 def test_the_length_in_groups_is_that_of_the_release(folder) -> None:
-    from miga_engine import Engine
 
-    options = cli._request_options(Engine.from_pretrained(folder, "meta"), {"long_iter_nums": 5, "zigzag_width": 2})
+    options = video_options({"model": str(folder), "long_iter_nums": 5, "zigzag_width": 2})
     assert options["num_frames"] == 1 + 4 * 9  # ten latent frames
 
 

@@ -1,0 +1,34 @@
+"""What `miga generate` writes, as a record of options beside those of `config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from miga_engine.config import Checked, LoadOptions, MigaConfig, Request, StreamOptions, option
+
+NUM_FRAMES = 240
+CHECKPOINT_EVERY = 500
+"""Video frames between two session files."""
+
+
+@dataclass(frozen=True)
+class WriteOptions(Checked):
+    """What `miga generate` writes, and says."""
+
+    output: str = option("miga.mp4", ".mp4, .mkv (lossless), folder/%06d.png, .rgb", flags=("-o",), metavar="FILE")
+    overwrite: bool = option(False, "replace files that exist", flags=("-y",))
+    contact_sheet: str | None = option(None, "frames evenly spaced over the video in one picture", metavar="PNG")
+    events: str | None = option(None, "scores, searches and chunks as JSON lines", metavar="JSONL")
+    checkpoint_every: int | None = option(
+        None, "video frames between two writings of the session file, 0 = only when stopped; given, the file is kept "
+        "at the end, and the video can be made longer", shown=f"{CHECKPOINT_EVERY}", unit="video frames, 0 for never",
+    )  # fmt: skip
+    session: str | None = option(
+        None, "where the session file lies; given, it is kept at the end", shown="beside the video, "
+        "NAME.session.safetensors", metavar="FILE",
+    )  # fmt: skip
+    quiet: bool = option(False, "no progress bar", flags=("-q",))
+
+
+RECORDS = (LoadOptions, Request, MigaConfig, StreamOptions, WriteOptions)
+"""Whose options `miga generate` takes."""
