@@ -28,10 +28,11 @@ from miga_engine.noise import CounterNoise
 from miga_engine.prompts import MAX_FRAME, PromptTimeline, check_prompt, check_text
 from miga_engine.runtime.denoise import Batch
 from miga_engine.runtime.frame_store import FrameStore
+from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
 from miga_engine.runtime.session import Session, State, fingerprint, load_session, taking_apart
-from miga_engine.runtime.stages import RunLayout, VideoRun
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.stream import Chunk, Event, Events, Stream
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.tiny import WEIGHTS_DIR

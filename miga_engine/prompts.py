@@ -20,7 +20,7 @@ MAX_FRAME = 10**9  # two years of video
 
 
 def check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
-    """A text or a timeline ``{first video frame: text}`` as a timeline in order. Raises ConfigError."""
+    """A text or a timeline `{first video frame: text}` as a timeline in order. Raises ConfigError."""
     timeline = {0: prompt} if isinstance(prompt, str) else prompt
     if not isinstance(timeline, Mapping):
         raise ConfigError(f"prompt must be a text or a timeline {{first_frame: text}}, got {type(prompt).__name__}")
@@ -53,12 +53,12 @@ def check_text(name: str, text: object) -> None:
 class PromptTimeline:
     """Maps latent frames to rows of text embeddings: row 0 is the negative prompt, row 1 the first prompt.
 
-    A prompt holds from its first video frame on; over ``blend_frames`` video frames after a change the embedding runs
+    A prompt holds from its first video frame on; over `blend_frames` video frames after a change the embedding runs
     linearly from the old text to the new one, in one row per latent frame concerned. What is held does not grow with
     the blends.
 
     Args:
-        prompts: ``{first video frame: text}``, containing frame 0.
+        prompts: `{first video frame: text}`, containing frame 0.
         blend_frames: 0 = a hard cut.
         first_video_frame: maps a latent frame number to the first video frame it decodes to.
     """
@@ -99,7 +99,7 @@ class PromptTimeline:
         return TextRows(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
 
     def contexts(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> Tensor:
-        """All rows as a table ``[rows, T, D]``, zero rows behind each text."""
+        """All rows as a table `[rows,T,D]`, zero rows behind each text."""
         rows = self.encode(negative_prompt, encode)
         return torch.stack([pad(row, (0, 0, 0, rows.num_tokens - len(row))) for row in rows])
 
@@ -126,7 +126,7 @@ class _Change(NamedTuple):
 
 
 class TextRows:
-    """Text embeddings ``[T, D]`` by row of a timeline, held on the host and blended when they are asked for."""
+    """Text embeddings `[T,D]` by row of a timeline, held on the host and blended when they are asked for."""
 
     def __init__(self, timeline: PromptTimeline, texts: list[Tensor]) -> None:
         self._timeline = timeline

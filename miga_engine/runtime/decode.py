@@ -23,7 +23,7 @@ from miga_engine.device import indexed, own_modes
 from miga_engine.runtime.interrupts import uninterrupted
 
 Push = Callable[[Tensor], Tensor]
-"""A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]. A push that fails
+"""A streaming decoder: the next latents `[1,C,1,h,w]` → their frames `[1,3,t,H,W]` in [−1, 1]. A push that fails
 must leave the decoder as it was."""
 
 MOST_PENDING = 2
@@ -33,12 +33,12 @@ MOST_PENDING = 2
 class Decoding:
     """Groups of latents in, their frames out, in order and on the latents' device.
 
-    With ``overlap`` a second thread decodes: the frames are the same bit for bit. What was put and not yet decoded is
-    never lost: where ``push`` fails, the frames of all latents before come out first, then the error with its own type,
-    and ``undecoded`` is the rest. An interrupt (KeyboardInterrupt, or what else a signal handler raises) is no failure:
+    With `overlap` a second thread decodes: the frames are the same bit for bit. What was put and not yet decoded is
+    never lost: where `push` fails, the frames of all latents before come out first, then the error with its own type,
+    and `undecoded` is the rest. An interrupt (KeyboardInterrupt, or what else a signal handler raises) is no failure:
     the next call goes on.
 
-    ``state`` and ``load_state`` are those of the decoder behind ``push``: a latent frame whose picture is not kept
+    `state` and `load_state` are those of the decoder behind `push`: a latent frame whose picture is not kept
     leaves it as it was before.
     """
 
@@ -53,7 +53,7 @@ class Decoding:
         self.num_pending = 0
         """Groups that were put and not decoded."""
         self.ready: deque[Tensor] = deque()
-        """Frames uint8 ``[t,H,W,3]`` that came out and were not taken, group by group."""
+        """Frames uint8 `[t,H,W,3]` that came out and were not taken, group by group."""
         self._push, self._state, self._load_state = push, state, load_state
         self._most_pending = 0
         self._failure: BaseException | None = None
@@ -91,7 +91,7 @@ class Decoding:
             atexit.unregister(self.close)
 
     def put(self, latents: Tensor) -> None:
-        """Hand over the next latents ``[n,C,h,w]``.
+        """Hand over the next latents `[n,C,h,w]`.
 
         On CUDA they need only be queued on the current stream. They must not be written into afterwards.
         """
@@ -131,7 +131,7 @@ class Decoding:
         return self.num_pending > most_pending and self._failure is None and not self._is_stopped.is_set()
 
     def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
-        """`put` the next latents, or none, and take the frames uint8 ``[t,H,W,3]`` that leave meanwhile."""
+        """`put` the next latents, or none, and take the frames uint8 `[t,H,W,3]` that leave meanwhile."""
         if latents is not None:
             self.put(latents)
         yield from self._taken(None)
@@ -208,7 +208,7 @@ class Decoding:
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Frames ``[3,T,H,W]`` in [−1, 1] → uint8 ``[T,H,W,3]``, contiguous."""
+    """Frames `[3,T,H,W]` in [−1, 1] → uint8 `[T,H,W,3]`, contiguous."""
     return frames.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 

@@ -1,7 +1,7 @@
 """THE denoising pass: gather → forward → scatter → one fused update → commit.
 
 Every stage and every method is this pass over other windows. All windows read the state before the pass (Jacobi), so
-they are independent: they batch freely, are captured, and are shared out over ranks. ``order="sequential"`` lets later
+they are independent: they batch freely, are captured, and are shared out over ranks. `order="sequential"` lets later
 windows see earlier commits, as the paper's pseudocode and parts of the release do, for parity tests.
 """
 
@@ -44,7 +44,7 @@ class BatchNetwork(Protocol):
     """What the runtime asks of a model: the output [G·B,C,K,H,W] of a batch.
 
     One that says how many rows of prompts it has, `num_prompts`, is never given another.
-    One that does not hold all prompts at once also has ``place_prompts``, which is asked before every batch by what
+    One that does not hold all prompts at once also has `place_prompts`, which is asked before every batch by what
     int64 numbers to name prompt rows in it, and keeps NEGATIVE_ROW.
     """
 
@@ -58,7 +58,7 @@ class Network(Protocol):
 
 
 class NoiseSource(Protocol):
-    """Where Gaussian noise comes from: ``[n,C,H,W]`` float32 for the given frames. Tests replay tapes through it."""
+    """Where Gaussian noise comes from: `[n,C,H,W]` float32 for the given frames. Tests replay tapes through it."""
 
     def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> Tensor: ...
 
@@ -105,10 +105,10 @@ class _Check(NamedTuple):
 class Denoiser:
     """Runs passes over a FrameStore.
 
-    ``network`` returns the model output in the schedule's prediction type; ``guidance_scale`` None or 1 skips the
-    unconditional branch. ``window_batch`` windows go through the network together (twice that with guidance); where
-    memory runs out it is halved, once reported through ``emit``, and the batch repeated. ``capture`` replays small
-    forwards as CUDA graphs. ``ranks`` shares the windows of a pass out over processes.
+    `network` returns the model output in the schedule's prediction type; `guidance_scale` None or 1 skips the
+    unconditional branch. `window_batch` windows go through the network together (twice that with guidance); where
+    memory runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small
+    forwards as CUDA graphs. `ranks` shares the windows of a pass out over processes.
     """
 
     def __init__(
@@ -151,10 +151,10 @@ class Denoiser:
     def run(
         self, windows: Sequence[Window], *, solver_stream: int = 0, then: Callable[[], None] = lambda: None
     ) -> None:
-        """Advance every committed frame of ``windows`` by one step.
+        """Advance every committed frame of `windows` by one step.
 
-        ``solver_stream`` separates the noise of a stochastic solver between stages that visit the same level twice.
-        ``then`` notes that the pass is done, as one with its last update: broken off anywhere, the pass is either still
+        `solver_stream` separates the noise of a stochastic solver between stages that visit the same level twice.
+        `then` notes that the pass is done, as one with its last update: broken off anywhere, the pass is either still
         to do or done, and so is each window of a sequential one.
         """
         parts = [[window] for window in windows] if self.order == "sequential" else [windows] if windows else []
@@ -217,7 +217,7 @@ class Denoiser:
         )
 
     def _forward_all(self, windows: Sequence[Window]) -> None:
-        """Model output of all committed frames, in the windows' order, into the first rows of ``_outputs``."""
+        """Model output of all committed frames, in the windows' order, into the first rows of `_outputs`."""
         rows = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
         batches = _split(windows, self._share_windows)
         mine = range(len(batches)) if self.ranks is None else self.ranks.share(len(batches))
@@ -247,7 +247,7 @@ class Denoiser:
             self.ranks.exchange(self._outputs, [int(rows[batch.start]) for batch in batches] + [int(rows[-1])])
 
     def _shrink(self, too_many: int) -> None:
-        """Halve ``window_batch``, to below what did not fit; nothing computed so far is lost."""
+        """Halve `window_batch`, to below what did not fit; nothing computed so far is lost."""
         while self.window_batch >= too_many:
             self.window_batch //= 2
         self.emit("window_batch", window_batch=self.window_batch, reason="out of memory")
@@ -257,7 +257,7 @@ class Denoiser:
             torch.cuda.empty_cache()
 
     def _forward(self, windows: Sequence[Window], first_row: int) -> None:
-        """One batch through the network; its committed frames go to rows first_row, … of ``_outputs``.
+        """One batch through the network; its committed frames go to rows first_row, … of `_outputs`.
 
         Small batches on a GPU keep all frames, so that one graph serves whatever is committed; captured or not, for the
         same bits.
@@ -365,7 +365,7 @@ def _check_table(name: str, table: np.ndarray, end: int) -> None:
 
 
 def _split(windows: Sequence[Window], limit: int) -> list[range]:
-    """Runs of neighbouring windows of equal length, at most ``limit`` together."""
+    """Runs of neighbouring windows of equal length, at most `limit` together."""
     batches: list[range] = []
     for i, window in enumerate(windows):
         last = batches[-1] if batches else range(0)
@@ -399,7 +399,7 @@ class _Graphs:
 
     The first forward of a shape runs as it is, which compiles kernels and chooses attention; the second is captured.
     All share one stream and one pool of memory: only one of them runs at a time. Where the pool cannot be had, forwards
-    run as they are from then on, once reported through ``emit``.
+    run as they are from then on, once reported through `emit`.
     """
 
     def __init__(self, device: torch.device, emit: Callable[..., None]) -> None:

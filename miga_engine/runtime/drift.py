@@ -14,16 +14,16 @@ _LUMA = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 class DriftMeter:
     """Compares each chunk's colours with those of the first chunk.
 
-    ``drift`` is the mean over the three colour channels of the Wasserstein-1 distance between the two histograms: by
+    `drift` is the mean over the three colour channels of the Wasserstein-1 distance between the two histograms: by
     how many levels, as a share of the whole range, a value has moved on average; 0 is unchanged, 1 black turned white.
-    ``reference`` is the first chunk's cumulative histogram ``[3, 256]``, None before it; it goes into session files.
+    `reference` is the first chunk's cumulative histogram `[3,256]`, None before it; it goes into session files.
     """
 
     def __init__(self, reference: list[list[float]] | None = None) -> None:
         self.reference = reference
 
     def measure(self, frames: Tensor) -> dict[str, Any]:
-        """Statistics of frames uint8 ``[n,H,W,3]``: luminance and saturation (means, 0 … 1), contrast (standard
+        """Statistics of frames uint8 `[n,H,W,3]`: luminance and saturation (means, 0 … 1), contrast (standard
         deviation of luminance), and drift."""
         values = frames.reshape(-1, 3)
         counts = torch.stack([torch.bincount(values[:, c], minlength=NUM_LEVELS) for c in range(3)]).double().cpu()

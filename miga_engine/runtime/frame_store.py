@@ -21,9 +21,9 @@ from miga_engine.runtime.interrupts import uninterrupted
 class FrameStore:
     """State of the latent frames of a run.
 
-    ``sample``, ``last_sample`` (last corrected sample), ``x0`` and ``x0_previous`` (the solver's last two x0
-    predictions): float32 ``[capacity + scratch, C, H, W]``. ``step_index``, ``history_length``, ``prompt_row``,
-    ``frame_number``: int64 ``[capacity + scratch]`` on the host. The ``scratch`` slots behind the ring hold the
+    `sample`, `last_sample` (last corrected sample), `x0` and `x0_previous` (the solver's last two x0
+    predictions): float32 `[capacity + scratch, C, H, W]`. `step_index`, `history_length`, `prompt_row`,
+    `frame_number`: int64 `[capacity + scratch]` on the host. The `scratch` slots behind the ring hold the
     candidates of a reflection search.
     """
 
@@ -68,7 +68,7 @@ class FrameStore:
         return np.asarray(frame_numbers, dtype=np.int64) % self.capacity
 
     def scratch_slots(self, first: int, count: int) -> np.ndarray:
-        """``count`` scratch slots from the ``first``-th on."""
+        """`count` scratch slots from the `first`-th on."""
         return self.capacity + first + np.arange(count, dtype=np.int64)
 
     def index(self, slots: np.ndarray) -> torch.Tensor:
@@ -78,7 +78,7 @@ class FrameStore:
     def put(
         self, slots: np.ndarray, sample: torch.Tensor, *, step_index: int | np.ndarray, numbers: Sequence[int] | range
     ) -> None:
-        """Write ``sample [n,C,H,W]`` into ``slots`` with an empty solver history."""
+        """Write `sample [n,C,H,W]` into `slots` with an empty solver history."""
         self.sample[self.index(slots)] = sample
         self.step_index[slots] = step_index
         self.history_length[slots] = 0
@@ -95,7 +95,7 @@ class FrameStore:
             array[target] = array[source]
 
     def rows(self, slots: np.ndarray) -> dict[str, torch.Tensor]:
-        """All that is known of the frames in ``slots``, by name, on the host."""
+        """All that is known of the frames in `slots`, by name, on the host."""
         index = self.index(slots)
         tensors = {name: getattr(self, name)[index].cpu() for name in self.TENSORS}
         return tensors | {name: torch.from_numpy(getattr(self, name)[slots]) for name in self.INTEGERS}

@@ -1,4 +1,4 @@
-"""Self-reflection: watch the consistency score of the queue, and search again where it falls (DCE, ALGORITHM §4)."""
+"""Self-reflection (DCE): watch the consistency score of the queue, search again where it falls (docs/method.md §4)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_SLOTS = np.empty(0, np.int64)
 class Reflection:
     """Judges one group of latent frames per iteration and replaces the tail by the best of several continuations.
 
-    State: ``previous_score`` C₀ (None before the first judgement) and ``num_searches``.
+    State: `previous_score` C₀ (None before the first judgement) and `num_searches`.
     """
 
     def __init__(
@@ -43,15 +43,10 @@ class Reflection:
         self.previous_score: float | None = None
         self.num_searches = 0
 
-    @staticmethod
-    def scratch_frames(config: MigaConfig) -> int:
-        """Scratch slots a search needs: every candidate ends with judge_step groups."""
-        return config.candidates * config.judge_step * config.zigzag_width if config.self_reflection else 0
-
     def after_pass(self, head: int, tail: int, then: Callable[[], None] = lambda: None) -> None:
-        """Judge the queue of frames ``head … tail − 1`` after a pass, before anything is popped or pushed.
+        """Judge the queue of frames `head … tail − 1` after a pass, before anything is popped or pushed.
 
-        ``then`` notes that it is done, as one with what it changes.
+        `then` notes that it is done, as one with what it changes.
         """
         config, store = self.config, self.denoiser.store
         self.denoiser.forget_parts()
@@ -73,7 +68,7 @@ class Reflection:
         self._search(reference, judged.start, score, then)
 
     def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
-        """Scores ``[k]`` of the candidate groups ``slots [k, m]`` against the reference ``slots [n]``."""
+        """Scores `[k]` of the candidate groups `slots [k,m]` against the reference `slots [n]`."""
         store = self.denoiser.store
         values = store.x0 if self.config.judge == "x0" else store.sample
         return ops.consistency_score(
@@ -81,7 +76,7 @@ class Reflection:
         )
 
     def _search(self, reference: np.ndarray, first: int, score: float, then: Callable[[], None]) -> None:
-        """Try ``candidates`` continuations of the reference; C₀ becomes the score of the one that stays.
+        """Try `candidates` continuations of the reference; C₀ becomes the score of the one that stays.
 
         A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on.
         """

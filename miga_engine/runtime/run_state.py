@@ -18,19 +18,8 @@ from miga_engine.config import MAX_OPTION
 from miga_engine.errors import SessionError
 from miga_engine.prompts import MAX_FRAME
 from miga_engine.runtime.frame_store import FrameStore
-from miga_engine.runtime.stages import (
-    DONE,
-    FLUSH,
-    JUDGE,
-    POP,
-    PUSH,
-    QUEUE,
-    SEED_CLIP,
-    STAGE1,
-    UNIFIED,
-    WARMUP,
-    RunLayout,
-)
+from miga_engine.runtime.layout import RunLayout
+from miga_engine.runtime.stages import DONE, FLUSH, JUDGE, POP, PUSH, QUEUE, SEED_CLIP, STAGE1, UNIFIED, WARMUP
 
 _NEXT = {
     SEED_CLIP: (PUSH, QUEUE),
@@ -51,9 +40,9 @@ def check_run_state(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """SessionError unless ``(tensors, numbers)`` is what `VideoRun.state` may give of a run of this layout.
+    """SessionError unless `(tensors, numbers)` is what `VideoRun.state` may give of a run of this layout.
 
-    ``uses_noise``: whether the solver is stochastic; ``frame_shape``, ``prompt_row``: as of `VideoRun`. The content of
+    `uses_noise`: whether the solver is stochastic; `frame_shape`, `prompt_row`: as of `VideoRun`. The content of
     the latents is free: it may be anything that a network can have made.
     """
     _Check(layout, uses_noise, numbers).all_of(frame_shape, prompt_row, tensors)
@@ -70,7 +59,7 @@ def check_stream_state(
 ) -> None:
     """SessionError unless what a stream keeps beside its run fits it, and no frame is missing or there twice.
 
-    ``picture_shape`` is (H, W) of the video, ``num_video_frames`` what a number of latent frames decodes to.
+    `picture_shape` is (H, W) of the video, `num_video_frames` what a number of latent frames decodes to.
     """
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     lengths = {name: len(tensors[name]) for name in ("undecoded", "frames", "output_frames") if name in tensors}

@@ -1,7 +1,7 @@
 """The session file: everything a run needs to go on, in one safetensors file, written atomically.
 
-The tensors' names begin with ``state/`` or ``extension/``; the metadata hold the format's version, the record (JSON)
-and a SHA-256 of record and tensors. A file that is replaced stays beside it as ``name.previous.safetensors``; it is
+The tensors' names begin with `state/` or `extension/`; the metadata hold the format's version, the record (JSON)
+and a SHA-256 of record and tensors. A file that is replaced stays beside it as `name.previous.safetensors`; it is
 read where the newer one is damaged. Nothing else is ever replaced.
 
 A session file may be a stranger's. Reading it checks the types of all that it holds, and `run_state` the values, before
@@ -58,8 +58,8 @@ class State:
 class Session:
     """What a session file holds.
 
-    ``request`` and ``model`` say what was asked for and what computed it; ``extension`` is the last moment from which
-    the run could still be made longer, where ``state`` is past it. ``warning`` says what was amiss with the file.
+    `request` and `model` say what was asked for and what computed it; `extension` is the last moment from which
+    the run could still be made longer, where `state` is past it. `warning` says what was amiss with the file.
     """
 
     request: dict[str, Any]
@@ -70,7 +70,7 @@ class Session:
 
 
 def previous_path(path: Path) -> Path:
-    """Where the file is kept that ``path`` replaced."""
+    """Where the file is kept that `path` replaced."""
     return path.with_name(f"{path.name.removesuffix(SUFFIX)}.previous{SUFFIX}")
 
 
@@ -199,7 +199,7 @@ def is_session(path: str | os.PathLike[str]) -> bool:
 
 
 def describe_session(session: Session) -> list[tuple[str, str]]:
-    """What a session is, in a few lines, for ``miga info``."""
+    """What a session is, in a few lines, for `miga info`."""
     request, numbers = session.request, session.state.numbers
     run, output = numbers["run"], numbers["output"] or {}
     prompts = " / ".join(text if frame == "0" else f"{frame}: {text}" for frame, text in request["prompt"].items())

@@ -34,9 +34,9 @@ _log = logging.getLogger("miga_engine")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames that left the decoder together: ``frames`` uint8 ``[n, H, W, 3]`` on the engine's device.
+    """Frames that left the decoder together: `frames` uint8 `[n,H,W,3]` on the engine's device.
 
-    ``index`` counts chunks from 0, ``first_frame`` is the video frame number of ``frames[0]``.
+    `index` counts chunks from 0, `first_frame` is the video frame number of `frames[0]`.
     """
 
     index: int
@@ -46,8 +46,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run: ``kind`` is stage, score, search_started, search_finished, window_batch,
-    capture, chunk, drift, saved or warning. ``number`` counts a run's events from 1, on from a session file's."""
+    """Something that happened in a run: `kind` is stage, score, search_started, search_finished, window_batch,
+    capture, chunk, drift, saved or warning. `number` counts a run's events from 1, on from a session file's."""
 
     kind: str
     data: Mapping[str, Any]
@@ -96,10 +96,10 @@ class Output(Protocol):
 class Stream(Iterator[Chunk]):
     """The chunks of one run, made as they are asked for.
 
-    Iterate over it, or call ``next``. ``close``, or leaving it as a context manager, ends its threads and releases its
+    Iterate over it, or call `next`. `close`, or leaving it as a context manager, ends its threads and releases its
     memory; so do dropping it and the end of the program. Where the network or the decoder fails, the frames made before
     come first, then the error; after that `save` still writes all that was made. An interrupt (KeyboardInterrupt, or
-    what else a signal handler raises) and an error of ``on_event`` change nothing: `next` goes on, and `save` saves.
+    what else a signal handler raises) and an error of `on_event` change nothing: `next` goes on, and `save` saves.
 
     One thread at a time may ask for the next chunk. `save` and `close` wait for it, `cancel` does not.
     """
@@ -407,7 +407,7 @@ class Stream(Iterator[Chunk]):
     ) -> None:
         """Write a session file now and after every `num_frames` video frames (None: only at the end).
 
-        ``output`` is where the caller has written every chunk by the time it asks for the next. ``keep_extension``:
+        `output` is where the caller has written every chunk by the time it asks for the next. `keep_extension`:
         keep in it the last moment from which the run could be made longer, so that a finished run can.
         """
         self._autosave = _Autosave(Path(path), num_frames, output, keep_extension, self.num_frames_out)
