@@ -1,4 +1,4 @@
-"""Prompts over time: which text embedding each latent frame is given (ALGORITHM §7)."""
+"""Prompts over time: which text embedding each latent frame is given (docs/method.md §7)."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ class PromptTimeline:
             before = self._changes[-1]
             self._changes.append(_Change(first, num_blends, before.first_row + before.num_blends))
 
-    def row(self, latent_frame: int) -> int:
+    def prompt_row(self, latent_frame: int) -> int:
         """Row of the embedding that this latent frame is denoised with."""
         entry = bisect_right(self.starts, self.first_video_frame(latent_frame)) - 1
         change = self._changes[entry]
         position = latent_frame - change.first_latent
         return change.first_row + position if position < change.num_blends else 1 + entry
 
-    def most_rows(self, num_latents: int) -> int:
+    def most_prompt_rows(self, num_latents: int) -> int:
         """The most rows that so many latent frames in a row can name."""
         most, end, rows = 0, 0, 0
         for change in self._changes:  # those that begin within num_latents of this one, and the prompt before it
@@ -94,22 +94,17 @@ class PromptTimeline:
             rows -= 1 + change.num_blends
         return min(most, num_latents, len(self.starts) + sum(change.num_blends for change in self._changes))
 
-    def encode(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> TextRows:
+    def encode(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> PromptEmbeddings:
         """The rows themselves. Each text is encoded alone, so that the embedding of one does not depend on others."""
-        return TextRows(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
+        return PromptEmbeddings(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
 
-    def contexts(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> Tensor:
-        """All rows as a table `[rows,T,D]`, zero rows behind each text."""
-        rows = self.encode(negative_prompt, encode)
-        return torch.stack([pad(row, (0, 0, 0, rows.num_tokens - len(row))) for row in rows])
-
-    def blend(self, row: int) -> tuple[int, float] | None:
+    def blend(self, prompt_row: int) -> tuple[int, float] | None:
         """Of a row between two prompts: (row of the earlier one, share of the later); None of another."""
-        entry = bisect_right(self._changes, row, key=lambda change: change.first_row) - 1
+        entry = bisect_right(self._changes, prompt_row, key=lambda change: change.first_row) - 1
         change = self._changes[entry]
-        if row < self._changes[0].first_row:
+        if prompt_row < self._changes[0].first_row:
             return None
-        frame = self.first_video_frame(change.first_latent + row - change.first_row)
+        frame = self.first_video_frame(change.first_latent + prompt_row - change.first_row)
         return entry, (frame - self.starts[entry] + 1) / (self.blend_frames + 1)
 
     def __len__(self) -> int:
@@ -125,7 +120,7 @@ class _Change(NamedTuple):
     first_row: int
 
 
-class TextRows:
+class PromptEmbeddings:
     """Text embeddings `[T,D]` by row of a timeline, held on the host and blended when they are asked for."""
 
     def __init__(self, timeline: PromptTimeline, texts: list[Tensor]) -> None:
@@ -138,12 +133,12 @@ class TextRows:
     def __len__(self) -> int:
         return len(self._timeline)
 
-    def __getitem__(self, row: int) -> Tensor:
-        if not 0 <= row < len(self):
-            raise IndexError(f"there is no text of row {row}, only of {len(self)}")
-        blend = self._timeline.blend(row)
+    def __getitem__(self, prompt_row: int) -> Tensor:
+        if not 0 <= prompt_row < len(self):
+            raise IndexError(f"there is no text of prompt row {prompt_row}, only of {len(self)}")
+        blend = self._timeline.blend(prompt_row)
         if blend is None:
-            return self._texts[row]
+            return self._texts[prompt_row]
         earlier, share = blend
         texts = self._texts[earlier : earlier + 2]
         length = max(map(len, texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from miga_engine import ops
 from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose, normal
+from miga_engine.prompts import PromptTimeline
+from miga_engine.runtime.network import Batch
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
 from miga_engine.schedule import Schedule, add_noise
 
@@ -24,9 +27,37 @@ def pseudo_network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.T
     return torch.tanh(0.6 * latents + 0.3 * mean + 0.5 * level + 0.1 * position) + 0.05 * conditional
 
 
+class PlainNetwork:
+    """The `WindowNetwork` of a function: latents `[B,C,F,H,W]`, timesteps `[B,F]`, prompt rows `[B]`, `[B,F]` → output.
+
+    Every guidance branch is computed whole, then the frames wanted are taken.
+    """
+
+    num_prompts = np.iinfo(np.int64).max
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.function = function
+
+    def place_prompts(self, prompt_rows: np.ndarray) -> np.ndarray:
+        return prompt_rows
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        num_branches = batch.prompt_rows.shape[0] // batch.latents.shape[0]
+        latents = torch.cat([batch.latents] * num_branches)
+        output = self.function(latents, torch.cat([batch.timesteps] * num_branches), batch.prompt_rows)
+        keep = torch.cat([batch.keep] * num_branches)
+        return torch.stack([frames[:, index] for frames, index in zip(output, keep, strict=True)])
+
+
+def prompt_table(timeline: PromptTimeline, encode: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+    """All rows of embeddings of a timeline with an empty negative prompt, `[P,T,D]`, zeros behind each text."""
+    texts = timeline.encode("", encode)
+    return torch.stack([torch.nn.functional.pad(text, (0, 0, 0, texts.num_tokens - len(text))) for text in texts])
+
+
 def counter_noise(seed: int, shape: tuple[int, ...]):
-    def draw(purpose: Purpose, frames: np.ndarray, *, stream: int | np.ndarray = 0) -> torch.Tensor:
-        return normal(seed, purpose, torch.from_numpy(frames), shape, stream=torch.as_tensor(stream))
+    def draw(purpose: Purpose, frames: np.ndarray, *, series: int | np.ndarray = 0) -> torch.Tensor:
+        return normal(seed, purpose, torch.from_numpy(frames), shape, series=torch.as_tensor(series))
 
     return draw
 

@@ -617,7 +617,7 @@ def pretended_cuda() -> Iterator[Machine]:
     assert guard is not None
     here = Machine(guard)
     _machines.append(here)
-    decode._decode_stream.cache_clear()
+    decode._side_stream.cache_clear()
 
     def pinned(tensor: Tensor, *_: Any) -> Tensor:
         copy = tensor.clone()
@@ -678,6 +678,6 @@ def pretended_cuda() -> Iterator[Machine]:
             with OnMachine():
                 yield here
         finally:
-            decode._decode_stream.cache_clear()
+            decode._side_stream.cache_clear()
             _machines.pop()
             guard.set_current_device(0)

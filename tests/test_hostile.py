@@ -488,8 +488,8 @@ def test_any_prompt(tiny: Engine, text: str) -> None:
 def test_a_late_prompt_costs_nothing() -> None:
     """Rows are found where prompts change, not by counting up to there."""
     timeline = PromptTimeline({0: "a", 10**9: "b"}, 8, lambda latent: 1 + 4 * (latent - 1) if latent else 0)
-    assert timeline.row(0) == timeline.row(10**8) == 1
-    rows = [timeline.row(10**9 // 4 + i) for i in range(4)]
+    assert timeline.prompt_row(0) == timeline.prompt_row(10**8) == 1
+    rows = [timeline.prompt_row(10**9 // 4 + i) for i in range(4)]
     assert rows == [1, 3, 4, 2]
 
 

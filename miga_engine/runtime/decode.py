@@ -1,7 +1,7 @@
 """Clean latents → uint8 video frames, in order: in the caller's thread, or beside the network in a thread of its own.
 
 Beside the network, a thread takes groups of latents and gives their frames back while the caller computes the next
-ones; on CUDA it works on a stream of its own. The caller waits for it only when `MOST_PENDING` groups are under way,
+ones; on CUDA its work goes to a side stream. The caller waits for it only when `MOST_PENDING` groups are under way,
 which bounds both queues, and for the first frames of a video, which are not held back for a pass.
 """
 
@@ -120,7 +120,7 @@ class Decoding:
             with uninterrupted():
                 while self._decoded:
                     frames = self._decoded[0]
-                    if frames.is_cuda:  # allocated on the decoder's stream, used on the caller's
+                    if frames.is_cuda:  # allocated on the side stream, used on the caller's
                         frames.record_stream(torch.cuda.current_stream(frames.device))
                     self.ready.append(self._decoded.popleft())
                     self._most_pending = MOST_PENDING if self._thread is not None else 0
@@ -130,26 +130,9 @@ class Decoding:
     def _is_to_wait(self, most_pending: int) -> bool:
         return self.num_pending > most_pending and self._failure is None and not self._is_stopped.is_set()
 
-    def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
-        """`put` the next latents, or none, and take the frames uint8 `[t,H,W,3]` that leave meanwhile."""
-        if latents is not None:
-            self.put(latents)
-        yield from self._taken(None)
-
-    def drain(self) -> Iterator[Tensor]:
-        """The frames of all groups that were handed over, waited for."""
-        yield from self._taken(0)
-
-    def _taken(self, most_pending: int | None) -> Iterator[Tensor]:
-        try:
-            self.settle(most_pending)
-        finally:
-            while self.ready:
-                yield self.ready.popleft()
-
     @property
     def undecoded(self) -> list[Tensor]:
-        """Latents that were handed over and not decoded, once `settle` or `drain` has ended or failed."""
+        """Latents that were handed over and not decoded, once `settle` has ended or failed."""
         groups = [latents for latents, _ in self._undecoded]
         return [groups[0][len(self._parts) :], *groups[1:]] if self._parts else groups
 
@@ -167,7 +150,7 @@ class Decoding:
         try:
             # Handed on only when finished: a caller that waited in its stream would hold up the network, and the number
             # of pending groups would not bound the work. The latents live until then: their memory is not reused early.
-            with decoding_stream(latents.device, after=queued):
+            with on_side_stream(latents.device, after=queued):
                 try:
                     self._decode(latents[len(self._parts) :])
                 finally:
@@ -213,28 +196,28 @@ def to_uint8(frames: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def decoding_stream(device: torch.device, *, after: torch.cuda.Event | None = None) -> Iterator[None]:
-    """On CUDA, the decoder's stream: begun behind `after`, finished on the device when this ends.
+def on_side_stream(device: torch.device, *, after: torch.cuda.Event | None = None) -> Iterator[None]:
+    """On CUDA, the decoder's own CUDA stream: begun behind `after`, finished on the device when this ends.
 
-    All of a decoder's memory is to be allocated in it. What another stream allocated would go back to that stream's
+    All of a decoder's memory is to be allocated in it. What another CUDA stream allocated would go back to that one's
     pool as soon as the decoder drops it, with the decoder's work on it still under way.
     """
     if device.type != "cuda":
         yield
         return
-    stream = _decode_stream(indexed(device))
-    with torch.cuda.stream(stream):
+    side_stream = _side_stream(indexed(device))
+    with torch.cuda.stream(side_stream):
         if after is not None:
-            stream.wait_event(after)
+            side_stream.wait_event(after)
         try:
             yield
         finally:
             done = torch.cuda.Event(blocking=True)
-            done.record(stream)
+            done.record(side_stream)
             done.synchronize()
 
 
 @functools.cache
-def _decode_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all runs: memory that the allocator holds for a stream serves no other."""
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs: memory that the allocator holds for a CUDA stream serves no other."""
     return torch.cuda.Stream(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,3 +44,27 @@ class DriftMeter:
             "contrast": float(luminance.std(correction=0)),
             "saturation": float(saturation.mean()),
         }
+
+
+class DriftMeters:
+    """One meter a prompt: colours are compared with those of the first chunk that shows the same prompt.
+
+    `starts`: the first frame of each prompt, in order.
+    """
+
+    def __init__(self, starts: Sequence[int]) -> None:
+        self._starts = starts
+        self._meters: dict[int, DriftMeter] = {}
+
+    def measure(self, first_frame: int, frames: Tensor) -> dict[str, Any]:
+        """What `DriftMeter.measure` says of frames, the first of which is number `first_frame` of the video."""
+        entry = bisect_right(self._starts, first_frame) - 1
+        return self._meters.setdefault(entry, DriftMeter()).measure(frames)
+
+    def references(self) -> dict[str, list[list[float]] | None]:
+        """What a session file must know."""
+        return {str(entry): meter.reference for entry, meter in self._meters.items()}
+
+    def load_references(self, references: Mapping[str, list[list[float]]]) -> None:
+        """Go on from `references`."""
+        self._meters = {int(entry): DriftMeter(reference) for entry, reference in references.items()}

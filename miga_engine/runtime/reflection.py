@@ -13,8 +13,8 @@ from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
 from miga_engine.runtime.window_plan import plan_windows
 
-CANDIDATE_SOLVER_STREAM = 0x100
-"""Solver noise of candidate c in search n uses stream CANDIDATE_SOLVER_STREAM + n·candidates + c."""
+FIRST_CANDIDATE_SERIES = 0x100
+"""Solver noise of candidate c in search n is of the series FIRST_CANDIDATE_SERIES + n·candidates + c."""
 
 _NO_SLOTS = np.empty(0, np.int64)
 
@@ -89,15 +89,15 @@ class Reflection:
         for step in range(config.judge_step):
             fresh = slice(step * width, (step + 1) * width)
             for c in range(count):
-                stream = self.num_searches * count + c
-                noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], stream=stream)
+                series = self.num_searches * count + c
+                noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], series=series)
                 store.put(slots[c, fresh], noise, step_index=0, numbers=numbers[fresh].tolist())
                 store.prompt_row[slots[c, fresh]] = store.prompt_row[store.slots(numbers[fresh])]
             # A stochastic solver draws noise of its own for each candidate; otherwise all share one pass.
             shares = [slots[c : c + 1] for c in range(count)] if self.denoiser.schedule.uses_noise else [slots]
             for c, share in enumerate(shares):
-                stream = CANDIDATE_SOLVER_STREAM + self.num_searches * count + c
-                self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), solver_stream=stream)
+                series = FIRST_CANDIDATE_SERIES + self.num_searches * count + c
+                self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), noise_series=series)
         scores = self._score(reference, slots[:, :width])
         best = int(scores.argmax())
         best_score = float(scores[best])

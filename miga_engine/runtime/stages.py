@@ -17,9 +17,10 @@ import torch
 from miga_engine.config import MigaConfig
 from miga_engine.errors import SessionError
 from miga_engine.noise import Purpose
-from miga_engine.runtime.denoise import BatchNetwork, Denoiser, Network, NoiseSource, Window
+from miga_engine.runtime.denoise import Denoiser, NoiseSource, Window
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
+from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.wavefront import Block
@@ -30,8 +31,8 @@ SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush
 PUSH, QUEUE, JUDGE, POP, UNIFIED = "push", "queue", "judge", "pop", "unified"
 """What a tick does next; it moves on as one with the change of the state that it names."""
 
-_STREAMS = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
-"""Solver-noise streams: stages that visit the same (frame, step) twice must not draw the same noise."""
+_NOISE_SERIES = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
+"""Of the solver's noise: stages that visit the same (frame, step) twice must not draw the same."""
 
 
 class CleanLatents(NamedTuple):
@@ -56,7 +57,7 @@ class VideoRun:
 
     def __init__(
         self,
-        network: Network | BatchNetwork,
+        network: WindowNetwork,
         schedule: Schedule,
         config: MigaConfig,
         *,
@@ -170,7 +171,7 @@ class VideoRun:
             "num_searches": 0 if reflection is None else reflection.num_searches,
             **self.denoiser.progress(),
         }
-        return self.store.rows(self._kept_slots(range(first, self.tail))), numbers
+        return self.store.state(self._kept_slots(range(first, self.tail))), numbers
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer.
@@ -178,7 +179,7 @@ class VideoRun:
         What comes out of a file is first to go through `run_state.check_run_state`.
         """
         frames = range(numbers["first"], numbers["tail"])
-        self.store.put_rows(self._kept_slots(frames), tensors)
+        self.store.load_state(self._kept_slots(frames), tensors)
         self.stage, self._next = numbers["stage"], numbers["next"]
         self.head, self.tail = numbers["head"], numbers["tail"]
         self.num_passes, self.emitted = numbers["num_passes"], numbers["emitted"]
@@ -199,7 +200,7 @@ class VideoRun:
             self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)), then=QUEUE)
         slots = self.store.slots(frames)
         if self.store.step_index[slots[0]] < self.schedule.num_steps:
-            self.denoiser.run([Window(slots, 0, len(slots))], solver_stream=_STREAMS[SEED_CLIP])
+            self.denoiser.run([Window(slots, 0, len(slots))], noise_series=_NOISE_SERIES[SEED_CLIP])
         if self.store.step_index[slots[0]] == self.schedule.num_steps:
             self._start_queue(self.store.sample[self.store.index(slots)])
 
@@ -275,7 +276,7 @@ class VideoRun:
     def _queue_pass(self, stage: str, *, then: str) -> None:
         if self._next == QUEUE:
             windows = self._queue_windows(None if stage == WARMUP else self.num_passes)
-            self.denoiser.run(windows, solver_stream=_STREAMS[stage], then=lambda: self._go_to(JUDGE))
+            self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=lambda: self._go_to(JUDGE))
         if self.reflection is None:
             self._go_to(then)
         else:
@@ -294,8 +295,8 @@ class VideoRun:
             length = self.window_frames - len(guidance)
             slots = np.concatenate([queue[guidance], queue[start : start + length]])
             if guidance and config.guidance_anchor:
-                rows = self.store.prompt_row[slots[len(guidance) :]]
-                if (rows == self.store.prompt_row[self._anchor]).all():
+                prompt_rows = self.store.prompt_row[slots[len(guidance) :]]
+                if (prompt_rows == self.store.prompt_row[self._anchor]).all():
                     slots[0] = self._anchor[0]
             offset = len(guidance) - start
             windows.append(Window(slots, commit_start + offset, commit_stop + offset))
@@ -310,10 +311,10 @@ class VideoRun:
 
     def _push(self, numbers: range, sample: torch.Tensor, step_index: int | np.ndarray = 0, *, then: str) -> None:
         slots = self.store.slots(numbers)
-        rows = [self.prompt_row(max(number, 0)) for number in numbers]
+        prompt_rows = [self.prompt_row(max(number, 0)) for number in numbers]
         with self.store.changing():
             self.store.put(slots, sample, step_index=step_index, numbers=numbers)
-            self.store.prompt_row[slots] = rows
+            self.store.prompt_row[slots] = prompt_rows
             self.tail, self._next = numbers.stop, then
 
     def _finish(self) -> None:
@@ -344,7 +345,7 @@ class VideoRun:
             for slots, noise in zip(refined, noises, strict=True):
                 self._renoise(slots, noise)
 
-        self.denoiser.run(windows, solver_stream=_STREAMS[stage], then=finish)
+        self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=finish)
 
     def _refine_noise(self, slots: np.ndarray) -> torch.Tensor:
         """The noise of `_renoise`: it belongs to the frames' numbers."""

@@ -25,7 +25,7 @@ from miga_engine.device import is_out_of_memory, to_device
 from miga_engine.errors import ConfigError, DeviceError, SessionError
 from miga_engine.noise import Purpose, frame_noise
 from miga_engine.ops import attention
-from miga_engine.runtime import denoise
+from miga_engine.runtime import capture, denoise
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.stages import DONE
 from miga_engine.video.reading import read_metadata
@@ -149,7 +149,7 @@ def test_a_gpu_without_a_number_is_the_current_one(gpu) -> None:
 
 
 def test_noise_and_indices_are_drawn_without_a_wait(gpu) -> None:
-    noise = frame_noise(0, Purpose.PUSH, torch.arange(5), stream=torch.arange(5), device="cuda")
+    noise = frame_noise(0, Purpose.PUSH, torch.arange(5), series=torch.arange(5), device="cuda")
     assert noise.draw((4, 2, 3)).is_cuda
     assert to_device(torch.arange(3), "cuda").tolist() == [0, 1, 2]
     assert [wait for wait in gpu.waits if not wait.startswith("tolist")] == []
@@ -160,7 +160,7 @@ def test_noise_and_indices_are_drawn_without_a_wait(gpu) -> None:
 
 def test_large_batches_are_not_captured(gpu, monkeypatch) -> None:
     expected = _frames(Engine.from_pretrained("tiny", "cuda", "float32"), "tiny")
-    monkeypatch.setattr(denoise, "CAPTURE_POSITIONS", 0)
+    monkeypatch.setattr(capture, "CAPTURE_POSITIONS", 0)
     num_captures = len(gpu.graphs)
     assert _levels_apart(_frames(Engine.from_pretrained("tiny", "cuda", "float32"), "tiny"), expected) <= 1
     assert len(gpu.graphs) == num_captures
@@ -176,11 +176,11 @@ def test_graphs_are_few_whatever_is_committed(gpu, batch: int) -> None:
 def test_one_capture_at_a_time(gpu) -> None:
     """As torch asks of a process, in which two engines may run in two threads."""
     seen = []
-    gpu.before = lambda name, args: seen.append(denoise._one_capture.locked()) if gpu.capturing else None
+    gpu.before = lambda name, args: seen.append(capture._one_capture.locked()) if gpu.capturing else None
     _frames(Engine.from_pretrained("tiny", "cuda", "float32"), "tiny")
     assert seen
     assert all(seen)
-    assert not denoise._one_capture.locked()
+    assert not capture._one_capture.locked()
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

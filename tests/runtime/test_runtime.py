@@ -10,7 +10,7 @@ import numpy as np
 import places
 import pytest
 import torch
-from oracle import Oracle, counter_noise, pseudo_network
+from oracle import Oracle, PlainNetwork, counter_noise, pseudo_network
 from safetensors.torch import load_file
 
 from miga_engine.config import PRESETS, MigaConfig, fifo_config
@@ -123,7 +123,9 @@ class ReleaseReplay:
         self.schedule = make_schedule("unipc", config["T"], config.get("shift", 5.0))
         self.store = FrameStore(2048, tuple(initial.shape[1:]), CPU, scratch=512)
         scale = config.get("guide", 5.0)
-        self.denoiser = Denoiser(network, self.store, self.schedule, self.candidate_noise, guidance_scale=scale)
+        self.denoiser = Denoiser(
+            PlainNetwork(network), self.store, self.schedule, self.candidate_noise, guidance_scale=scale
+        )
         self.queue: list[int] = []
         self.next_slot = 0
         self.cursor = 0
@@ -153,10 +155,10 @@ class ReleaseReplay:
         self.cursor += count
         return self.tape[self.cursor - count : self.cursor]
 
-    def candidate_noise(self, purpose: Purpose, numbers: np.ndarray, *, stream: int = 0) -> torch.Tensor:
+    def candidate_noise(self, purpose: Purpose, numbers: np.ndarray, *, series: int = 0) -> torch.Tensor:
         """The tape runs candidate by candidate, the search round by round."""
         length = 10 * self.config["saw"]
-        first = self.cursor + stream % 3 * length + int(numbers[0]) - self.reports[-1]["frame"]
+        first = self.cursor + series % 3 * length + int(numbers[0]) - self.reports[-1]["frame"]
         return self.tail_noise(self.tape[first : first + len(numbers)])
 
     def tail_noise(self, noise: torch.Tensor) -> torch.Tensor:
@@ -335,7 +337,7 @@ def _run(
     config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network
 ):
     return VideoRun(
-        network, make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
+        PlainNetwork(network), make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
         noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=CPU,
         emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
     )  # fmt: skip
@@ -387,7 +389,7 @@ def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, refine_st
         assert run.emitted == num_frames
 
 
-def _count_steps(self, windows, *, solver_stream=0, then=lambda: None):
+def _count_steps(self, windows, *, noise_series=0, then=lambda: None):
     """A pass in integers alone."""
     for window in windows:
         self.trace.append(window.committed.tolist())
@@ -420,7 +422,7 @@ def test_streamed_equals_whole_sequence_over_configurations(options):
 def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt():
     changed_at = 23
     run = VideoRun(
-        pseudo_network, make_schedule("unipc", 16, 5.0), _config(guidance_anchor=True), window_frames=9,
+        PlainNetwork(pseudo_network), make_schedule("unipc", 16, 5.0), _config(guidance_anchor=True), window_frames=9,
         frame_shape=SHAPE, noise=counter_noise(5, SHAPE), num_frames=90, guidance_scale=5.0, device=CPU,
         prompt_row=lambda frame: 1 if frame < changed_at else 2,
     )  # fmt: skip
@@ -522,7 +524,7 @@ def test_candidates_batch_without_changing_the_result():
 def test_searches_read_the_anchor_of_their_own_prompt(has_anchor):
     config = _config(self_reflection=True, judge_step=4, score_drop=0.0, guidance_anchor=has_anchor)
     run = VideoRun(
-        pseudo_network, make_schedule("unipc", 16, 5.0), config, window_frames=9, frame_shape=SHAPE,
+        PlainNetwork(pseudo_network), make_schedule("unipc", 16, 5.0), config, window_frames=9, frame_shape=SHAPE,
         noise=counter_noise(5, SHAPE), num_frames=60, guidance_scale=5.0, device=CPU,
         prompt_row=lambda frame: 1 if frame < 33 else 2,
     )  # fmt: skip
@@ -590,7 +592,7 @@ def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
     stride = window - padding
     num_windows = steps // stride
 
-    def noise(purpose: Purpose, numbers: np.ndarray, *, stream=0) -> torch.Tensor:
+    def noise(purpose: Purpose, numbers: np.ndarray, *, series=0) -> torch.Tensor:
         if purpose == Purpose.WARMUP:
             return tape[padding : padding + len(numbers)]
         iteration_start = padding + steps + run.num_passes * (num_windows * window + 1)
@@ -602,8 +604,8 @@ def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
         return tape[iteration_start + index]
 
     run = VideoRun(
-        _fifo_network, make_schedule("ddim", steps, eta=preset.sampling.eta), config, window_frames=window,
-        frame_shape=tuple(video.shape[1:]), noise=noise, num_frames=6, device=CPU,
+        PlainNetwork(_fifo_network), make_schedule("ddim", steps, eta=preset.sampling.eta), config,
+        window_frames=window, frame_shape=tuple(video.shape[1:]), noise=noise, num_frames=6, device=CPU,
         guidance_scale=preset.sampling.guidance_scale,
     )  # fmt: skip
     run._start_queue(video)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracle import pseudo_network
+from oracle import PlainNetwork, pseudo_network
 from places import GOLDENS
 from safetensors.torch import load_file
 
@@ -17,7 +17,7 @@ from miga_engine.models.videocrafter2.loading import load_unet, load_vae
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
 from miga_engine.runtime.frame_store import FrameStore
-from miga_engine.runtime.reflection import CANDIDATE_SOLVER_STREAM, Reflection
+from miga_engine.runtime.reflection import FIRST_CANDIDATE_SERIES, Reflection
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
 from miga_engine.schedule import add_noise, make_schedule
 
@@ -108,13 +108,13 @@ class TapeDenoiser(Denoiser):
 
     replay: ReleaseReplay
 
-    def run(self, windows: list[Window], *, solver_stream: int = 0) -> None:
-        if solver_stream >= CANDIDATE_SOLVER_STREAM:
-            self.replay.enter_search_pass(solver_stream - CANDIDATE_SOLVER_STREAM, len(windows))
+    def run(self, windows: list[Window], *, noise_series: int = 0) -> None:
+        if noise_series >= FIRST_CANDIDATE_SERIES:
+            self.replay.enter_search_pass(noise_series - FIRST_CANDIDATE_SERIES, len(windows))
         for window in windows:
             drawn = self.replay.draw(len(window.slots))
             self.replay.solver_noise = drawn[window.commit_start : window.commit_stop]
-            super().run([window], solver_stream=solver_stream)
+            super().run([window], noise_series=noise_series)
 
 
 class ReleaseReflection(Reflection):
@@ -134,7 +134,7 @@ class ReleaseReplay:
         self.schedule = make_schedule("ddim", config["T"], eta=1.0)
         self.store = FrameStore(512, tuple(clip.shape[1:]), CPU, scratch=128)
         scale = config.get("cfg", 12.0)
-        self.denoiser = TapeDenoiser(network, self.store, self.schedule, self.noise, guidance_scale=scale)
+        self.denoiser = TapeDenoiser(PlainNetwork(network), self.store, self.schedule, self.noise, guidance_scale=scale)
         self.denoiser.replay = self
         self.searches = {tuple(event["iter"]): event for event in events if event["phase"] == "reflect"}
         self.queue: list[int] = []
@@ -157,12 +157,12 @@ class ReleaseReplay:
         self.cursor += count
         return self.tape[self.cursor - count : self.cursor]
 
-    def noise(self, purpose: Purpose, numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> torch.Tensor:
+    def noise(self, purpose: Purpose, numbers: np.ndarray, *, series: int | np.ndarray = 0) -> torch.Tensor:
         if purpose == Purpose.SOLVER:
             return self.solver_noise
         assert purpose == Purpose.CANDIDATE
-        assert isinstance(stream, int)
-        first = self._search_event(stream, (int(numbers[0]) - self.reports[-1]["frame"]) // self.config["saw"])
+        assert isinstance(series, int)
+        first = self._search_event(series, (int(numbers[0]) - self.reports[-1]["frame"]) // self.config["saw"])
         return self.tail_noise(self.tape[first["noise_draws_before"] - len(numbers) : first["noise_draws_before"]])
 
     def tail_noise(self, noise: torch.Tensor) -> torch.Tensor:
@@ -301,7 +301,9 @@ def test_whole_line_with_a_network_equals_the_release():
     store = FrameStore(config["F"], (4, *config["hw"]), CPU)
     noises = iter(tensors["base_noises"][:, 0].transpose(1, 2))
     schedule = make_schedule("ddim", config["T"], use_scale_array=True)
-    denoiser = Denoiser(network, store, schedule, lambda *_, **__: next(noises), guidance_scale=config["cfg"])
+    denoiser = Denoiser(
+        PlainNetwork(network), store, schedule, lambda *_, **__: next(noises), guidance_scale=config["cfg"]
+    )
     store.put(slots, tensors["base_xT"][0].transpose(0, 1), step_index=0, numbers=slots.tolist())
     store.prompt_row[:] = 1
     for _ in range(config["T"]):
