@@ -313,7 +313,8 @@ def _resume(options: argparse.Namespace) -> int:
     from miga_engine.cli.render import CHECKPOINT_EVERY, Outputs
     from miga_engine.engine import Engine
     from miga_engine.runtime.ranks import Ranks
-    from miga_engine.runtime.session import load_session, model_of_session, video_of_session
+    from miga_engine.runtime.session import load_session
+    from miga_engine.runtime.session_info import model_of_session, video_of_session
     from miga_engine.video.paths import check_output
 
     settings = vars(options)
@@ -514,7 +515,8 @@ def _info(options: argparse.Namespace) -> int:
     import torch
 
     from miga_engine import _extension
-    from miga_engine.runtime.session import describe_session, is_session, load_session
+    from miga_engine.runtime.session import is_session, load_session
+    from miga_engine.runtime.session_info import describe_session
 
     rows = [
         ("miga_engine", __version__),

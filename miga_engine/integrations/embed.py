@@ -17,7 +17,8 @@ import torch
 from miga_engine.config import fifo_config, replace_options
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
-from miga_engine.runtime.session import load_session, model_of_session
+from miga_engine.runtime.session import load_session
+from miga_engine.runtime.session_info import model_of_session
 from miga_engine.runtime.stream import Stream
 
 ABI = 1

@@ -93,7 +93,7 @@ class Decoding:
     def put(self, latents: Tensor) -> None:
         """Hand over the next latents `[n,C,h,w]`.
 
-        On CUDA they need only be queued on the current stream. They must not be written into afterwards.
+        On CUDA they need only be queued on the current CUDA stream. They must not be written into afterwards.
         """
         queued = None
         if latents.is_cuda:
@@ -148,7 +148,7 @@ class Decoding:
         failure: BaseException | None = None
         parts = self._parts
         try:
-            # Handed on only when finished: a caller that waited in its stream would hold up the network, and the number
+            # Handed on only when finished: a caller that waited on its queue would hold up the network, and the number
             # of pending groups would not bound the work. The latents live until then: their memory is not reused early.
             with on_side_stream(latents.device, after=queued):
                 try:
