@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from miga_engine import ops
 from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
+from miga_engine.runtime.judges import JUDGES
 from miga_engine.runtime.window_plan import plan_windows
 
 FIRST_CANDIDATE_SERIES = 0x100
@@ -36,6 +35,7 @@ class Reflection:
     ) -> None:
         self.denoiser = denoiser
         self.config = config
+        self.judge = JUDGES[config.judge]
         self.window_frames = window_frames
         self.stride = stride
         self.emit = emit
@@ -58,7 +58,7 @@ class Reflection:
             then()
             return
         reference = store.slots(range(judged.start - config.reference_groups * width, judged.start))
-        score = float(self._score(reference, store.slots(judged)[None])[0])
+        score = float(self.judge(store, reference, store.slots(judged)[None], config)[0])
         self.emit("score", frame=judged.start, score=score, previous=self.previous_score)
         if self.previous_score is None or self.previous_score - score <= config.score_drop:
             with store.changing():
@@ -66,14 +66,6 @@ class Reflection:
                 then()
             return
         self._search(reference, judged.start, score, then)
-
-    def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
-        """Scores `[k]` of the candidate groups `slots [k,m]` against the reference `slots [n]`."""
-        store = self.denoiser.store
-        values = store.x0 if self.config.judge == "x0" else store.sample
-        return ops.consistency_score(
-            values[store.index(reference)], values[store.index(candidates)], channels=self.config.channels
-        )
 
     def _search(self, reference: np.ndarray, first: int, score: float, then: Callable[[], None]) -> None:
         """Try `candidates` continuations of the reference; C₀ becomes the score of the one that stays.
@@ -98,7 +90,7 @@ class Reflection:
             for c, share in enumerate(shares):
                 series = FIRST_CANDIDATE_SERIES + self.num_searches * count + c
                 self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), noise_series=series)
-        scores = self._score(reference, slots[:, :width])
+        scores = self.judge(store, reference, slots[:, :width], config)
         best = int(scores.argmax())
         best_score = float(scores[best])
         adopted = best_score > score

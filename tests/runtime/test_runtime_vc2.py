@@ -117,13 +117,11 @@ class TapeDenoiser(Denoiser):
             super().run([window], noise_series=noise_series)
 
 
-class ReleaseReflection(Reflection):
-    def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
-        """One cosine of the maps that remain when channels and frames of a group are averaged."""
-        frames = self.denoiser.store.sample
-        mean = frames[torch.from_numpy(reference)].mean(dim=(0, 1))[None, None]
-        groups = frames[torch.from_numpy(candidates)].mean(dim=(1, 2))[:, None, None]
-        return ops.consistency_score(mean, groups, channels="mean")
+def release_judge(store: FrameStore, reference: np.ndarray, candidates: np.ndarray, config: MigaConfig) -> torch.Tensor:
+    """One cosine of the maps that remain when channels and frames of a group are averaged."""
+    mean = store.sample[torch.from_numpy(reference)].mean(dim=(0, 1))[None, None]
+    groups = store.sample[torch.from_numpy(candidates)].mean(dim=(1, 2))[:, None, None]
+    return ops.consistency_score(mean, groups, channels="mean")
 
 
 class ReleaseReplay:
@@ -148,7 +146,8 @@ class ReleaseReplay:
                 zigzag_width=config["saw"], judge_step=config["T"] - 1 - config["judged"], reference_groups=3,
                 candidates=5, score_drop=config["thr"],
             )  # fmt: skip
-            self.reflection = ReleaseReflection(self.denoiser, options, config["F"], config["slide"], self.report)
+            self.reflection = Reflection(self.denoiser, options, config["F"], config["slide"], self.report)
+            self.reflection.judge = release_judge
 
     def report(self, kind: str, **data) -> None:
         self.reports.append({"kind": kind, **data})
