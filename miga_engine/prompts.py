@@ -23,26 +23,30 @@ def check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
     """A text or a timeline `{first video frame: text}` as a timeline in order. Raises ConfigError."""
     timeline = {0: prompt} if isinstance(prompt, str) else prompt
     if not isinstance(timeline, Mapping):
-        raise ConfigError(f"prompt must be a text or a timeline {{first_frame: text}}, got {type(prompt).__name__}")
+        raise ConfigError(f"prompt is of type {type(prompt).__name__}: give a text or a timeline {{first_frame: text}}")
     if len(timeline) > MAX_PROMPTS:
-        raise ConfigError(f"a prompt timeline may have {MAX_PROMPTS} entries, got {len(timeline)}")
+        raise ConfigError(f"the prompt timeline has {len(timeline)} entries: give at most {MAX_PROMPTS}")
     for frame, text in timeline.items():
         if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
-            raise ConfigError(f"a prompt timeline's keys are video frame numbers from 0 on, got {reprlib.repr(frame)}")
+            raise ConfigError(
+                f"the prompt timeline has the key {reprlib.repr(frame)}: give video frame numbers from 0 on"
+            )
         if frame > MAX_FRAME:
-            raise ConfigError(f"a prompt timeline may reach frame {MAX_FRAME}, got {reprlib.repr(frame)}")
+            raise ConfigError(f"the prompt timeline reaches frame {reprlib.repr(frame)}: give frames up to {MAX_FRAME}")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"the prompt is empty at frame {frame}: describe the video in a few words")
         check_text(f"the prompt at frame {frame}", text)
     if 0 not in timeline:
-        raise ConfigError(f"a prompt timeline must start at frame 0, got frames {reprlib.repr(sorted(timeline))}")
+        raise ConfigError(
+            f"the prompt timeline has frames {reprlib.repr(sorted(timeline))}: give a text for frame 0, too"
+        )
     return {frame: timeline[frame] for frame in sorted(timeline)}
 
 
 def check_text(name: str, text: object) -> None:
     """ConfigError unless `text` is a text that a tokenizer can be given; it may be empty."""
     if not isinstance(text, str):
-        raise ConfigError(f"{name} must be a text, got {type(text).__name__}")
+        raise ConfigError(f"{name} is of type {type(text).__name__}: give a text")
     if len(text) > MAX_PROMPT_CHARS:
         raise ConfigError(f"{name} has {len(text)} characters: shorten it to {MAX_PROMPT_CHARS}")
     for character in text:
@@ -57,10 +61,9 @@ class PromptTimeline:
     linearly from the old text to the new one, in one row per latent frame concerned. What is held does not grow with
     the blends.
 
-    Args:
-        prompts: `{first video frame: text}`, containing frame 0.
-        blend_frames: 0 = a hard cut.
-        first_video_frame: maps a latent frame number to the first video frame it decodes to.
+    prompts: `{first video frame: text}`, containing frame 0.
+    blend_frames: 0 = a hard cut.
+    first_video_frame: maps a latent frame number to the first video frame it decodes to.
     """
 
     def __init__(self, prompts: Mapping[int, str], blend_frames: int, first_video_frame: Callable[[int], int]) -> None:

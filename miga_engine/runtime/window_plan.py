@@ -51,18 +51,20 @@ def plan_windows(
     Raises ConfigError where the numbers contradict each other.
     """
     if num_frames < 1:
-        raise ConfigError(f"num_frames must be at least 1 latent frame, got {num_frames}")
+        raise ConfigError(f"num_frames is {num_frames}: give at least 1 latent frame")
     if not 1 <= stride <= window:
-        raise ConfigError(f"stride must lie between 1 and the window of {window} latent frames, got {stride}")
+        raise ConfigError(f"stride is {stride}: give a number between 1 and the window of {window} latent frames")
     if not 0 <= phase < stride:
-        raise ConfigError(f"phase must lie between 0 and stride − 1 = {stride - 1}, got {phase}")
+        raise ConfigError(f"phase is {phase}: give a number between 0 and stride − 1 = {stride - 1}")
     if commit == "leading":
         return list(iter_windows(num_frames, window, stride, phase))
     if commit != "trailing":
-        raise ConfigError(f"commit must be 'leading' or 'trailing', got {commit!r}")
+        raise ConfigError(f"commit is {commit!r}: give 'leading' or 'trailing'")
     padding = window - stride
     if num_frames <= padding:
-        raise ConfigError(f"a trailing commit needs more than its {padding} frames of padding, got {num_frames} frames")
+        raise ConfigError(
+            f"num_frames is {num_frames}: give more than the {padding} frames of padding of a trailing commit"
+        )
     plan = []
     for commit_start in range(padding, num_frames, stride):
         commit_stop = min(commit_start + stride, num_frames)

@@ -69,11 +69,11 @@ def test_endless_cuts_are_those_of_a_long_finite_sequence():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((0, 9, 4), "num_frames must be at least 1"),
-        ((5, 4, 5), "stride must lie between 1 and the window"),
-        ((5, 4, 2, 2), "phase must lie between 0 and stride"),
-        ((5, 4, 2, 0, "middle"), "commit must be 'leading' or 'trailing'"),
-        ((2, 4, 2, 0, "trailing"), "more than its 2 frames of padding"),
+        ((0, 9, 4), "num_frames is 0: give at least 1"),
+        ((5, 4, 5), "stride is 5: give a number between 1 and the window"),
+        ((5, 4, 2, 2), "phase is 2: give a number between 0 and stride"),
+        ((5, 4, 2, 0, "middle"), "commit is 'middle': give 'leading' or 'trailing'"),
+        ((2, 4, 2, 0, "trailing"), "more than the 2 frames of padding"),
     ],
 )
 def test_plan_refuses(arguments, sentence):
