@@ -13,8 +13,12 @@ from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose, normal
 from miga_engine.prompts import PromptTimeline
 from miga_engine.runtime.network import Batch
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
-from miga_engine.schedule import Schedule, add_noise
+from miga_engine.schedule import Schedule, add_noise, make_schedule
+
+SHAPE = (4, 2, 3)
+"""Of a latent frame of the toy runs."""
 
 
 def pseudo_network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -162,3 +166,29 @@ class Oracle:
             for level in range(config.refine_steps):
                 frames = self.one_pass(frames, self.window, level % self.stride, guided=False)
         return torch.stack([f.sample for f in frames[:num_frames]])
+
+
+def toy_config(**options) -> MigaConfig:
+    """Of a run of 16 steps and windows of 9 frames."""
+    defaults = {"zigzag_width": 3, "stage2_steps": 5, "guidance_frames": 2, "stride": 4, "self_reflection": False}
+    return MigaConfig(**(defaults | options))
+
+
+def toy_run(
+    config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network
+):
+    return VideoRun(
+        PlainNetwork(network), make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
+        noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=torch.device("cpu"),
+        emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
+    )  # fmt: skip
+
+
+def collect(run: VideoRun) -> torch.Tensor:
+    """All latents of a run, each once and in order."""
+    parts, expected = [], 0
+    for clean in run:
+        assert clean.first_frame == expected
+        expected += len(clean.latents)
+        parts.append(clean.latents)
+    return torch.cat(parts)

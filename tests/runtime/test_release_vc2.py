@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 NAMES = ("small", "small_break", "official", "reflect_force")
 STRIDE = 8  # the release's, where a golden names none
 
-# Where ALGORITHM.md departs from the release on purpose, and how the replays below switch to the release's way.
+# Where docs/method.md departs from the release on purpose, and how the replays below switch to the release's way.
 RELEASE_DIFFERENCES = {
     "in_place": "every pass of the release commits window by window; here windows read the state before the pass",
     "warmup_tail": "the release's warm-up pushes the last clean seed frame re-noised to σ≈1; here Gaussian noise",
