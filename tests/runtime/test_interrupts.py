@@ -39,11 +39,6 @@ def _interrupts_are_heard() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.from_pretrained(golden_model.build(tmp_path_factory.mktemp("model")), "cpu")
-
-
-@pytest.fixture(scope="module")
 def whole(engine: Engine) -> Tensor:
     return torch.cat([chunk.frames for chunk in _stream(engine)])
 

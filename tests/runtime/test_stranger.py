@@ -32,16 +32,6 @@ NUM_FRAMES = 33
 OPTIONS = {**golden_model.OPTIONS, "seed": 3, "miga": golden_model.MIGA}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return golden_model.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
-    return Engine.from_pretrained(model, "cpu")
-
-
 @pytest.fixture
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the user's own files, which must stay as they are."""
