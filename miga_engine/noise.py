@@ -54,7 +54,7 @@ class FrameNoise(NamedTuple):
     counters: Tensor  # [n,3] int64: words 1, 2 and 3 of each frame's counters, 0 … 2³² − 1
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
-        """[n, *shape] float32 on the device of the counters."""
+        """`[n,*shape]` float32 on the device of the counters."""
         target = self.counters.device
         num_elements = math.prod(shape)
         counters_per_frame = -(-num_elements // 4)
@@ -80,7 +80,7 @@ def normal(
     series: int | Sequence[int] | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise [n, *shape] float32, one frame of `shape` per number; ranges as in `frame_noise`."""
+    """Standard normal noise `[n,*shape]` float32, one frame of `shape` per number; ranges as in `frame_noise`."""
     return frame_noise(seed, purpose, frame_numbers, series=series, device=device).draw(shape)
 
 
@@ -120,7 +120,7 @@ class CounterNoise:
         self.seed, self.shape, self.device = seed, shape, device
 
     def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, series: int | np.ndarray = 0) -> Tensor:
-        """[n, *shape] float32."""
+        """`[n,*shape]` float32."""
         return self.undrawn(purpose, frame_numbers, series=series).draw(self.shape)
 
     def undrawn(self, purpose: Purpose, frame_numbers: np.ndarray, *, series: int | np.ndarray = 0) -> FrameNoise:

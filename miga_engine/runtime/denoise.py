@@ -90,7 +90,7 @@ class Denoiser:
         self._num_branches = 1 if self.guidance_scale == 1.0 else 2
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
-        # No pass commits more frames than there are slots; what else a batch computes lands in the last row.
+        # No pass commits more frames than there are slots; what else a batch computes lands in the last place.
         num_outputs = store.capacity + store.scratch + 1
         self._outputs = store.sample.new_empty(self._num_branches, num_outputs, *store.frame_shape)
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
@@ -163,8 +163,8 @@ class Denoiser:
         )
 
     def _forward_all(self, windows: Sequence[Window]) -> None:
-        """Model output of all committed frames, in the windows' order, into the first rows of `_outputs`."""
-        rows = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
+        """Model output of all committed frames, in the windows' order, to the beginning of `_outputs`."""
+        bounds = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
         batches = _split(windows, self._share_windows)
         mine = range(len(batches)) if self.ranks is None else self.ranks.share(len(batches))
         for batch in batches[mine.start : mine.stop]:
@@ -173,7 +173,7 @@ class Denoiser:
                 part = range(start, min(start + self.window_batch, batch.stop))
                 is_done = False
                 try:
-                    self._forward([windows[i] for i in part], int(rows[start]))
+                    self._forward([windows[i] for i in part], int(bounds[start]))
                     is_done = True
                 except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
@@ -190,7 +190,7 @@ class Denoiser:
                     self._shrink(len(part))
         self.num_forwards += len(windows)
         if self.ranks is not None:
-            self.ranks.exchange(self._outputs, [int(rows[batch.start]) for batch in batches] + [int(rows[-1])])
+            self.ranks.exchange(self._outputs, [int(bounds[batch.start]) for batch in batches] + [int(bounds[-1])])
 
     def _shrink(self, too_many: int) -> None:
         """Halve `window_batch`, to below what did not fit; nothing computed so far is lost."""
@@ -202,8 +202,8 @@ class Denoiser:
         if self.store.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward(self, windows: Sequence[Window], first_row: int) -> None:
-        """One batch through the network; its committed frames go to rows first_row, … of `_outputs`.
+    def _forward(self, windows: Sequence[Window], first_output: int) -> None:
+        """One batch through the network; its committed frames go to `_outputs`, from `first_output` on.
 
         Small batches on a GPU keep all frames, so that one graph serves whatever is committed; captured or not, for the
         same bits.
@@ -220,7 +220,7 @@ class Denoiser:
             keep = starts + np.minimum(np.arange(lengths.max())[None], lengths - 1)
         place = keep - starts
         is_committed = (place >= 0) & (place < lengths) & (np.diff(keep, prepend=-1) != 0)
-        target = np.where(is_committed, first_row + np.cumsum(lengths)[:, None] - lengths + place, -1)
+        target = np.where(is_committed, first_output + np.cumsum(lengths)[:, None] - lengths + place, -1)
         target[target < 0] = self._outputs.shape[1] - 1
         prompts = store.prompt_row[slots]
         _check_table("prompt row", prompts, self.network.num_prompts)
