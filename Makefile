@@ -26,7 +26,7 @@ lint: $(VENV)/.test $(VENV)/.installed
 
 # Whole runs on a pretended GPU, watched for unordered work; part of the tests.
 fake-cuda: $(VENV)/.test $(VENV)/.installed
-	$(BIN)/python -m pytest tests/runtime/test_pretended_cuda.py --numprocesses logical --maxprocesses 4
+	$(BIN)/python -m pytest tests/runtime/test_pretended_*.py --numprocesses logical --maxprocesses 4
 
 aot: $(VENV)/.installed
 	$(BIN)/python bench/aot.py

@@ -28,7 +28,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -42,7 +41,8 @@ from miga_engine.models.wan.vae import StreamDecoder
 from miga_engine.noise import CounterNoise
 from miga_engine.presets import PRESETS
 from miga_engine.prompts import PromptTimeline
-from miga_engine.runtime import denoise
+from miga_engine.runtime import capture
+from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import make_schedule
 
@@ -286,10 +286,7 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
     shape = (config.in_dim, options.height // 8, options.width // 8)
     timeline = PromptTimeline({0: PROMPT}, 0, bundle.first_video_frame)
     texts = timeline.encode("", lambda _: torch.randn(1, 64, config.text_dim, device=device))
-    windows = bundle.window_network(texts, schedule.timesteps)
-    network = SimpleNamespace(
-        forward_batch=lambda b: windows(b.latents, b.steps, b.prompt_rows, b.keep), place_prompts=windows.place
-    )
+    network = PromptedTransformer(bundle, texts, schedule.timesteps, {})
     stage = ""
 
     def emit(kind: str, **fields: Any) -> None:
@@ -339,8 +336,8 @@ def iteration(device: str, dtype: str, options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def captured_at_any_size(is_wanted: bool) -> Iterator[None]:
     """Lift the bound above which the engine captures nothing, to see what it saves or costs."""
-    bound = sys.maxsize if is_wanted else denoise.CAPTURE_POSITIONS
-    with mock.patch.object(denoise, "CAPTURE_POSITIONS", bound):
+    bound = sys.maxsize if is_wanted else capture.CAPTURE_POSITIONS
+    with mock.patch.object(capture, "CAPTURE_POSITIONS", bound):
         yield
 
 

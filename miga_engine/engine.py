@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from miga_engine import ops
@@ -20,7 +19,7 @@ from miga_engine.calls import EstimateCall, GenerateCall, ResumeCall, RunCall, S
 from miga_engine.config import LoadOptions, Request, StreamOptions
 from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
-from miga_engine.models.bundle import ModelBundle, WindowNetwork
+from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.layers import allows_tf32, set_tf32
 from miga_engine.models.loading import file_bytes, load_bundle
 from miga_engine.noise import CounterNoise
@@ -29,12 +28,13 @@ from miga_engine.presets import PRESETS, Preset
 from miga_engine.prompts import PromptTimeline
 from miga_engine.resolve import resolved, schedule_of
 from miga_engine.resuming import attention_choices, differences, request_and_state
-from miga_engine.runtime.denoise import Batch
 from miga_engine.runtime.frame_store import FrameStore
+from miga_engine.runtime.layout import RunLayout
+from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
 from miga_engine.runtime.session import State, fingerprint, load_session, taking_apart
-from miga_engine.runtime.stages import RunLayout, VideoRun
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.stream import Chunk, Events, Stream
 from miga_engine.tiny import WEIGHTS_DIR
 
@@ -277,7 +277,7 @@ class Engine:
         bundle, shape = self.bundle, self._frame_shape(request)
         run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
         layout, uses_noise = self._layout(request), schedule_of(request).uses_noise
-        check_run_state(layout, shape, self._timeline(request).row, uses_noise, run, state.numbers["run"])
+        check_run_state(layout, shape, self._timeline(request).prompt_row, uses_noise, run, state.numbers["run"])
         check_stream_state(
             state.numbers,
             state.tensors,
@@ -317,9 +317,8 @@ class Engine:
         layout = self._layout(request)
         _refuse_the_impossible(layout, frame_shape, self.device)
         texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
-        num_slots = 1 + layout.num_anchors + timeline.most_rows(layout.capacity)  # the negative prompt's, and these
-        windows = bundle.window_network(texts, schedule.timesteps, min(num_slots, len(texts)))
-        network = _BatchNetwork(windows, len(texts), attention)
+        num_slots = 1 + layout.num_anchors + timeline.most_prompt_rows(layout.capacity)  # 1: of the negative prompt
+        network = PromptedTransformer(bundle, texts, schedule.timesteps, attention, min(num_slots, len(texts)))
         return VideoRun(
             network,
             schedule,
@@ -330,7 +329,7 @@ class Engine:
             num_frames=layout.num_frames,
             guidance_scale=request.guidance_scale,
             device=self.device,
-            prompt_row=timeline.row,
+            prompt_row=timeline.prompt_row,
             emit=emit,
             capture=self.capture,
             ranks=self.ranks,
@@ -378,22 +377,6 @@ class Engine:
             need = memory.running_bytes(self.bundle, start, height=request.height, width=request.width)
             self._estimates[key] = need
         return self._estimates[key]
-
-
-class _BatchNetwork:
-    """A model's network as the runtime calls it."""
-
-    def __init__(self, run: WindowNetwork, num_prompts: int, attention: dict[str, str]) -> None:
-        self.num_prompts = num_prompts
-        self._run = run
-        self._attention = attention
-
-    def place_prompts(self, rows: np.ndarray) -> np.ndarray:
-        return self._run.place(rows)
-
-    def forward_batch(self, batch: Batch) -> torch.Tensor:
-        with ops.attention_choices(self._attention):
-            return self._run(batch.latents, batch.steps, batch.prompt_rows, batch.keep)
 
 
 def _refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int], device: torch.device) -> None:

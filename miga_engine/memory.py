@@ -308,7 +308,13 @@ def _device_needs(
         decoder.push(torch.empty(1, shape[0], 2, *shape[1:], device="meta"))
         features = _num_bytes(decoder.state().values())
         latent = torch.empty(1, *shape, device="meta")
-        decoding = ledger.peak_of(lambda: list(Decoding(decoder.push, overlap=False).exchange(latent)))
+
+        def decode() -> None:
+            frames = Decoding(decoder.push, overlap=False)
+            frames.put(latent)
+            frames.settle()
+
+        decoding = ledger.peak_of(decode)
     # The most latent frames that become clean together; their frames wait for the last of them.
     chunk = run.window_frames * bundle.frame_ratio * 3 * height * width
     decoding += chunk

@@ -1,11 +1,11 @@
 """Counter-based Gaussian noise: Philox4x32-10 (Salmon et al. 2011) and Box–Muller.
 
     key     = (seed mod 2³², seed div 2³²)
-    counter = (element div 4, frame mod 2³², stream, purpose + 2⁸·(⌊frame/2³²⌋ mod 2²⁴))
+    counter = (element div 4, frame mod 2³², series, purpose + 2⁸·(⌊frame/2³²⌋ mod 2²⁴))
     u_i     = (word_i + ½)·2⁻³²                                  in (0, 1)
     normals = √(−2 ln u_0)·(cos 2πu_1, sin 2πu_1), √(−2 ln u_2)·(cos 2πu_3, sin 2πu_3)
 
-One counter yields four normals, for elements 4j … 4j+3 of a frame in row-major order. Distinct (seed, purpose, stream,
+One counter yields four normals, for elements 4j … 4j+3 of a frame in row-major order. Distinct (seed, purpose, series,
 frame, element) never share a counter: the noise of a frame does not depend on what else is drawn, on batch, device or
 thread count. The integers are the same bits everywhere (also `tl.philox`). ln, cos, sin and √ are taken in float64 and
 rounded once to float32: libraries that differ in the last bit of float64 then agree, but for one value in some 2²⁸ that
@@ -37,14 +37,14 @@ _BLOCK_COUNTERS_GPU = 1 << 22
 
 
 class Purpose(IntEnum):
-    """What noise is for; part of the counter, so values are never renumbered. Tell further draws apart by `stream`."""
+    """What noise is for; part of the counter, so values are never renumbered. Tell further draws apart by `series`."""
 
     SEED_CLIP = 0
     WARMUP = 1  # re-noising of the seed clip
     PUSH = 2
-    CANDIDATE = 3  # stream: search and candidate
+    CANDIDATE = 3  # series: search and candidate
     REFINE = 4
-    SOLVER = 5  # noise that a stochastic solver adds; stream: stage and step_index
+    SOLVER = 5  # noise that a stochastic solver adds; series: stage and step_index
 
 
 class FrameNoise(NamedTuple):
@@ -54,7 +54,7 @@ class FrameNoise(NamedTuple):
     counters: Tensor  # [n,3] int64: words 1, 2 and 3 of each frame's counters, 0 … 2³² − 1
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
-        """[n, *shape] float32 on the device of the counters."""
+        """`[n,*shape]` float32 on the device of the counters."""
         target = self.counters.device
         num_elements = math.prod(shape)
         counters_per_frame = -(-num_elements // 4)
@@ -65,8 +65,8 @@ class FrameNoise(NamedTuple):
         normals = torch.empty((num_counters, 4), dtype=torch.float32, device=target)
         for start in range(0, num_counters, block):
             index = torch.arange(start, min(start + block, num_counters), device=target)
-            frame, stream, high = self.counters[index // counters_per_frame].unbind(1)
-            counter = (index % counters_per_frame, frame, stream, high)
+            frame, series, high = self.counters[index // counters_per_frame].unbind(1)
+            counter = (index % counters_per_frame, frame, series, high)
             _box_muller(philox4x32(key, counter), normals[start : start + block])
         return normals.view(num_frames, counters_per_frame * 4)[:, :num_elements].reshape(-1, *shape)
 
@@ -77,11 +77,11 @@ def normal(
     frame_numbers: Sequence[int] | Tensor,
     shape: tuple[int, ...],
     *,
-    stream: int | Sequence[int] | Tensor = 0,
+    series: int | Sequence[int] | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise [n, *shape] float32, one frame of `shape` per number; ranges as in `frame_noise`."""
-    return frame_noise(seed, purpose, frame_numbers, stream=stream, device=device).draw(shape)
+    """Standard normal noise `[n,*shape]` float32, one frame of `shape` per number; ranges as in `frame_noise`."""
+    return frame_noise(seed, purpose, frame_numbers, series=series, device=device).draw(shape)
 
 
 def frame_noise(
@@ -89,12 +89,12 @@ def frame_noise(
     purpose: Purpose,
     frame_numbers: Sequence[int] | Tensor,
     *,
-    stream: int | Sequence[int] | Tensor = 0,
+    series: int | Sequence[int] | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> FrameNoise:
     """The noise of n frames by its counters, for `ops.sampler_update` to draw where it is used.
 
-    seed: any 64-bit integer, signed or not (−1 and 2⁶⁴ − 1 are the same key); stream: 0 … 2³² − 1, one for all
+    seed: any 64-bit integer, signed or not (−1 and 2⁶⁴ − 1 are the same key); series: 0 … 2³² − 1, one for all
     frames or one a frame; frame numbers: −2⁵⁵ … 2⁵⁵ − 1 (frames before the video's first are numbered from −1 down).
     Ranges are not checked where the numbers come as a tensor on a GPU, which would wait for it.
     """
@@ -104,13 +104,13 @@ def frame_noise(
         raise ConfigError(f"purpose is {purpose}: give a member of Purpose")
     frames = torch.as_tensor(frame_numbers, dtype=torch.int64)
     _check_range("frame numbers", frames, -_FRAME_LIMIT, _FRAME_LIMIT - 1)
-    streams = torch.as_tensor(stream, dtype=torch.int64)
-    _check_range("stream", streams, 0, _MASK)
+    numbers = torch.as_tensor(series, dtype=torch.int64)
+    _check_range("series", numbers, 0, _MASK)
     target = torch.device(device) if device is not None else frames.device
-    streams = streams.to(frames.device).expand(frames.shape[0])
+    numbers = numbers.to(frames.device).expand(frames.shape[0])
     high = (frames >> 32 << _PURPOSE_BITS) & _MASK | int(purpose)
     signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    return FrameNoise(signed_seed, to_device(torch.stack([frames & _MASK, streams, high], dim=1), target))
+    return FrameNoise(signed_seed, to_device(torch.stack([frames & _MASK, numbers, high], dim=1), target))
 
 
 class CounterNoise:
@@ -119,14 +119,14 @@ class CounterNoise:
     def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device | str) -> None:
         self.seed, self.shape, self.device = seed, shape, device
 
-    def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> Tensor:
-        """[n, *shape] float32."""
-        return self.undrawn(purpose, frame_numbers, stream=stream).draw(self.shape)
+    def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, series: int | np.ndarray = 0) -> Tensor:
+        """`[n,*shape]` float32."""
+        return self.undrawn(purpose, frame_numbers, series=series).draw(self.shape)
 
-    def undrawn(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> FrameNoise:
+    def undrawn(self, purpose: Purpose, frame_numbers: np.ndarray, *, series: int | np.ndarray = 0) -> FrameNoise:
         """The same by its counters."""
-        frames, streams = torch.from_numpy(frame_numbers), torch.as_tensor(stream)
-        return frame_noise(self.seed, purpose, frames, stream=streams, device=self.device)
+        frames = torch.from_numpy(frame_numbers)
+        return frame_noise(self.seed, purpose, frames, series=torch.as_tensor(series), device=self.device)
 
 
 def _check_range(name: str, values: Tensor, least: int, most: int) -> None:

@@ -1,4 +1,4 @@
-"""Prompts over time: which text embedding each latent frame is given (ALGORITHM §7)."""
+"""Prompts over time: which text embedding each latent frame is given (docs/method.md §7)."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ MAX_PROMPTS = 1000
 
 
 def check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
-    """A text or a timeline ``{first video frame: text}`` as a timeline in order. Raises ConfigError."""
+    """A text or a timeline `{first video frame: text}` as a timeline in order. Raises ConfigError."""
     timeline = {0: prompt} if isinstance(prompt, str) else prompt
     if not isinstance(timeline, Mapping):
-        raise ConfigError(f"prompt must be a text or a timeline {{first_frame: text}}, got {type(prompt).__name__}")
+        raise ConfigError(f"prompt is of type {type(prompt).__name__}: give a text or a timeline {{first_frame: text}}")
     if len(timeline) > MAX_PROMPTS:
-        raise ConfigError(f"a prompt timeline may have {MAX_PROMPTS} entries, got {len(timeline)}")
+        raise ConfigError(f"the prompt timeline has {len(timeline)} entries: give at most {MAX_PROMPTS}")
     for frame, text in timeline.items():
         if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
-            raise ConfigError(f"a prompt timeline's keys are video frame numbers from 0 on, got {reprlib.repr(frame)}")
+            raise ConfigError(
+                f"the prompt timeline has the key {reprlib.repr(frame)}: give video frame numbers from 0 on"
+            )
         if frame > MAX_FRAME:
-            raise ConfigError(f"a prompt timeline may reach frame {MAX_FRAME}, got {reprlib.repr(frame)}")
+            raise ConfigError(f"the prompt timeline reaches frame {reprlib.repr(frame)}: give frames up to {MAX_FRAME}")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"the prompt is empty at frame {frame}: describe the video in a few words")
         check_text(f"the prompt at frame {frame}", text)
     if 0 not in timeline:
-        raise ConfigError(f"a prompt timeline must start at frame 0, got frames {reprlib.repr(sorted(timeline))}")
+        raise ConfigError(
+            f"the prompt timeline has frames {reprlib.repr(sorted(timeline))}: give a text for frame 0, too"
+        )
     return {frame: timeline[frame] for frame in sorted(timeline)}
 
 
 def check_text(name: str, text: object) -> None:
     """ConfigError unless `text` is a text that a tokenizer can be given; it may be empty."""
     if not isinstance(text, str):
-        raise ConfigError(f"{name} must be a text, got {type(text).__name__}")
+        raise ConfigError(f"{name} is of type {type(text).__name__}: give a text")
     if len(text) > MAX_PROMPT_CHARS:
         raise ConfigError(f"{name} has {len(text)} characters: shorten it to {MAX_PROMPT_CHARS}")
     for character in text:
@@ -53,14 +57,13 @@ def check_text(name: str, text: object) -> None:
 class PromptTimeline:
     """Maps latent frames to rows of text embeddings: row 0 is the negative prompt, row 1 the first prompt.
 
-    A prompt holds from its first video frame on; over ``blend_frames`` video frames after a change the embedding runs
+    A prompt holds from its first video frame on; over `blend_frames` video frames after a change the embedding runs
     linearly from the old text to the new one, in one row per latent frame concerned. What is held does not grow with
     the blends.
 
-    Args:
-        prompts: ``{first video frame: text}``, containing frame 0.
-        blend_frames: 0 = a hard cut.
-        first_video_frame: maps a latent frame number to the first video frame it decodes to.
+    prompts: `{first video frame: text}`, containing frame 0.
+    blend_frames: 0 = a hard cut.
+    first_video_frame: maps a latent frame number to the first video frame it decodes to.
     """
 
     def __init__(self, prompts: Mapping[int, str], blend_frames: int, first_video_frame: Callable[[int], int]) -> None:
@@ -76,14 +79,14 @@ class PromptTimeline:
             before = self._changes[-1]
             self._changes.append(_Change(first, num_blends, before.first_row + before.num_blends))
 
-    def row(self, latent_frame: int) -> int:
+    def prompt_row(self, latent_frame: int) -> int:
         """Row of the embedding that this latent frame is denoised with."""
         entry = bisect_right(self.starts, self.first_video_frame(latent_frame)) - 1
         change = self._changes[entry]
         position = latent_frame - change.first_latent
         return change.first_row + position if position < change.num_blends else 1 + entry
 
-    def most_rows(self, num_latents: int) -> int:
+    def most_prompt_rows(self, num_latents: int) -> int:
         """The most rows that so many latent frames in a row can name."""
         most, end, rows = 0, 0, 0
         for change in self._changes:  # those that begin within num_latents of this one, and the prompt before it
@@ -94,22 +97,17 @@ class PromptTimeline:
             rows -= 1 + change.num_blends
         return min(most, num_latents, len(self.starts) + sum(change.num_blends for change in self._changes))
 
-    def encode(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> TextRows:
+    def encode(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> PromptEmbeddings:
         """The rows themselves. Each text is encoded alone, so that the embedding of one does not depend on others."""
-        return TextRows(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
+        return PromptEmbeddings(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
 
-    def contexts(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> Tensor:
-        """All rows as a table ``[rows, T, D]``, zero rows behind each text."""
-        rows = self.encode(negative_prompt, encode)
-        return torch.stack([pad(row, (0, 0, 0, rows.num_tokens - len(row))) for row in rows])
-
-    def blend(self, row: int) -> tuple[int, float] | None:
+    def blend(self, prompt_row: int) -> tuple[int, float] | None:
         """Of a row between two prompts: (row of the earlier one, share of the later); None of another."""
-        entry = bisect_right(self._changes, row, key=lambda change: change.first_row) - 1
+        entry = bisect_right(self._changes, prompt_row, key=lambda change: change.first_row) - 1
         change = self._changes[entry]
-        if row < self._changes[0].first_row:
+        if prompt_row < self._changes[0].first_row:
             return None
-        frame = self.first_video_frame(change.first_latent + row - change.first_row)
+        frame = self.first_video_frame(change.first_latent + prompt_row - change.first_row)
         return entry, (frame - self.starts[entry] + 1) / (self.blend_frames + 1)
 
     def __len__(self) -> int:
@@ -125,8 +123,8 @@ class _Change(NamedTuple):
     first_row: int
 
 
-class TextRows:
-    """Text embeddings ``[T, D]`` by row of a timeline, held on the host and blended when they are asked for."""
+class PromptEmbeddings:
+    """Text embeddings `[T,D]` by row of a timeline, held on the host and blended when they are asked for."""
 
     def __init__(self, timeline: PromptTimeline, texts: list[Tensor]) -> None:
         self._timeline = timeline
@@ -138,12 +136,12 @@ class TextRows:
     def __len__(self) -> int:
         return len(self._timeline)
 
-    def __getitem__(self, row: int) -> Tensor:
-        if not 0 <= row < len(self):
-            raise IndexError(f"there is no text of row {row}, only of {len(self)}")
-        blend = self._timeline.blend(row)
+    def __getitem__(self, prompt_row: int) -> Tensor:
+        if not 0 <= prompt_row < len(self):
+            raise IndexError(f"there is no text of prompt row {prompt_row}, only of {len(self)}")
+        blend = self._timeline.blend(prompt_row)
         if blend is None:
-            return self._texts[row]
+            return self._texts[prompt_row]
         earlier, share = blend
         texts = self._texts[earlier : earlier + 2]
         length = max(map(len, texts))

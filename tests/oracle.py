@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,8 +11,14 @@ import torch
 from miga_engine import ops
 from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose, normal
+from miga_engine.prompts import PromptTimeline
+from miga_engine.runtime.network import Batch
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
-from miga_engine.schedule import Schedule, add_noise
+from miga_engine.schedule import Schedule, add_noise, make_schedule
+
+SHAPE = (4, 2, 3)
+"""Of a latent frame of the toy runs."""
 
 
 def pseudo_network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -24,9 +31,37 @@ def pseudo_network(latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.T
     return torch.tanh(0.6 * latents + 0.3 * mean + 0.5 * level + 0.1 * position) + 0.05 * conditional
 
 
+class PlainNetwork:
+    """The `WindowNetwork` of a function: latents `[B,C,F,H,W]`, timesteps `[B,F]`, prompt rows `[B]`, `[B,F]` → output.
+
+    Every guidance branch is computed whole, then the frames wanted are taken.
+    """
+
+    num_prompts = np.iinfo(np.int64).max
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.function = function
+
+    def place_prompts(self, prompt_rows: np.ndarray) -> np.ndarray:
+        return prompt_rows
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        num_branches = batch.prompt_rows.shape[0] // batch.latents.shape[0]
+        latents = torch.cat([batch.latents] * num_branches)
+        output = self.function(latents, torch.cat([batch.timesteps] * num_branches), batch.prompt_rows)
+        keep = torch.cat([batch.keep] * num_branches)
+        return torch.stack([frames[:, index] for frames, index in zip(output, keep, strict=True)])
+
+
+def prompt_table(timeline: PromptTimeline, encode: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+    """All rows of embeddings of a timeline with an empty negative prompt, `[P,T,D]`, zeros behind each text."""
+    texts = timeline.encode("", encode)
+    return torch.stack([torch.nn.functional.pad(text, (0, 0, 0, texts.num_tokens - len(text))) for text in texts])
+
+
 def counter_noise(seed: int, shape: tuple[int, ...]):
-    def draw(purpose: Purpose, frames: np.ndarray, *, stream: int | np.ndarray = 0) -> torch.Tensor:
-        return normal(seed, purpose, torch.from_numpy(frames), shape, stream=torch.as_tensor(stream))
+    def draw(purpose: Purpose, frames: np.ndarray, *, series: int | np.ndarray = 0) -> torch.Tensor:
+        return normal(seed, purpose, torch.from_numpy(frames), shape, series=torch.as_tensor(series))
 
     return draw
 
@@ -131,3 +166,29 @@ class Oracle:
             for level in range(config.refine_steps):
                 frames = self.one_pass(frames, self.window, level % self.stride, guided=False)
         return torch.stack([f.sample for f in frames[:num_frames]])
+
+
+def toy_config(**options) -> MigaConfig:
+    """Of a run of 16 steps and windows of 9 frames."""
+    defaults = {"zigzag_width": 3, "stage2_steps": 5, "guidance_frames": 2, "stride": 4, "self_reflection": False}
+    return MigaConfig(**(defaults | options))
+
+
+def toy_run(
+    config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network
+):
+    return VideoRun(
+        PlainNetwork(network), make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
+        noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=torch.device("cpu"),
+        emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
+    )  # fmt: skip
+
+
+def collect(run: VideoRun) -> torch.Tensor:
+    """All latents of a run, each once and in order."""
+    parts, expected = [], 0
+    for clean in run:
+        assert clean.first_frame == expected
+        expected += len(clean.latents)
+        parts.append(clean.latents)
+    return torch.cat(parts)

@@ -10,39 +10,29 @@ do wrong without an error:
 - waits of the host and copies from memory that is not pinned, counted everywhere and forbidden under graph capture;
 - graphs: a capture runs nothing, its results are NaN until it is replayed, memory from outside must outlive it, a pool
   whose last graph is gone cannot be used again.
-
-What is ordered is known by vector clocks: a stream's clock says which work of every stream is finished when its own
-next work begins. Host threads count as one: whatever one of them has waited for is done for all. There are no times.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import functools
 import importlib
 import subprocess
-import sys
 import tempfile
-import threading
-import traceback
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo  # before anything of torch is replaced: it keeps tables of it
+from pretended_device import CudaTensor, Devices, Event, Graph, OnDevice, OnMachine, Stream, leaves, machines, mapped
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from miga_engine.ops import _registry, attention, reference
 from miga_engine.runtime import decode
 
-_ROOT = f"{Path(__file__).parents[1]}/"
-_PRODUCT = (f"{_ROOT}miga_engine/", f"{_ROOT}kernels/")
 HOST = torch.device("cpu")
 
 HOST_WAITS = {
@@ -88,324 +78,15 @@ def guard_library() -> ctypes.CDLL | None:
     return library
 
 
-class Stream:
-    """A queue of work on one device. `clock`: how much work of every stream is finished when its next begins."""
-
-    def __init__(self, device: Any = None, priority: int = 0, *, name: str = "") -> None:
-        self.device = machine().device(device)
-        self.name = name or f"stream {len(machine().streams)} of {self.device}"
-        self.clock: collections.Counter[str] = collections.Counter(machine().host_clock)
-        machine().streams.append(self)
-
-    def tick(self) -> int:
-        self.clock[self.name] += 1
-        return self.clock[self.name]
-
-    def wait_event(self, event: Event) -> None:
-        self.clock |= event.clock
-
-    def wait_stream(self, stream: Stream) -> None:
-        self.clock |= stream.clock
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        machine().host_waits_for(self.clock)
-
-    def query(self) -> bool:
-        return True
-
-
-class Event:
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, **_: Any) -> None:
-        self.clock: collections.Counter[str] = collections.Counter()
-
-    def record(self, stream: Stream | None = None) -> None:
-        stream = stream or machine().current_stream()
-        stream.tick()
-        self.clock = collections.Counter(stream.clock)
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or machine().current_stream()).wait_event(self)
-
-    def synchronize(self) -> None:
-        machine().host_waits_for(self.clock)
-
-    def elapsed_time(self, stop: Event) -> float:
-        return 1.0
-
-    def query(self) -> bool:
-        return True
-
-
-class OnDevice:
-    """Stands for torch.cuda.device, a class that torch asks for by isinstance."""
-
-    def __init__(self, device: Any) -> None:
-        self.idx = machine().device(device).index
-
-    def __enter__(self) -> None:
-        self._before = machine().guard.current_device()
-        machine().guard.set_current_device(self.idx)
-
-    def __exit__(self, *_: Any) -> None:
-        machine().guard.set_current_device(self._before)
-
-
-class Graph:
-    """Records what runs while it captures, without effect; replays it."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.pool_handle: int | None = None
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-        self.outside: dict[Block, bool] = {}
-        """Memory that is not the graph's: whether it is written."""
-        self.num_replays = 0
-        machine().graphs.append(weakref.ref(self))
-
-    def pool(self) -> int | None:
-        return self.pool_handle
-
-    def replay(self) -> None:
-        self.num_replays += 1
-        here, stream = machine(), machine().current_stream()
-        with here.lock:
-            time = stream.tick()
-            for block, is_write in self.outside.items():
-                if not block.tensors:
-                    here.report("a graph uses memory that was freed since its capture", f"allocated at {block.born}")
-                here.note_use(block, stream, time, is_write=is_write, what="a replay")
-            for func, args, kwargs, results in self.operations:
-                again = func(*args, **kwargs)
-                for old, new in zip(_leaves(results), _leaves(again), strict=True):
-                    if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                        old.copy_(new)
-
-
-class CudaTensor(torch.Tensor):
-    """A tensor of device cuda over a tensor of the host."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, host: Tensor, device: torch.device) -> CudaTensor:
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            host.size(),
-            strides=host.stride(),
-            storage_offset=host.storage_offset(),
-            dtype=host.dtype,
-            device=device,
-        )
-        tensor.host = host
-        machine().block_of(host.untyped_storage(), device).tensors.add(tensor)
-        return tensor
-
-    def __repr__(self) -> str:
-        return f"CudaTensor({self.host!r})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CudaTensor:
-        return self.clone()
-
-    def data_ptr(self) -> int:
-        return self.host.data_ptr()
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self.host.untyped_storage()
-
-    def record_stream(self, stream: Stream) -> None:
-        machine().block_of(self.host.untyped_storage()).recorded.add(stream.name)
-
-    def tolist(self) -> Any:
-        machine().note_wait("tolist")
-        machine().host_waits_for(machine().current_stream(self.device).clock)
-        return self.host.tolist()
-
-    def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("can't convert cuda device type tensor to numpy")
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return machine().run(func, args, kwargs or {})
-
-
-class OnMachine(TorchDispatchMode):
-    """Sends operators that make tensors of device cuda to the machine."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return machine().run(func, args, kwargs or {})
-
-
-class Block:
-    """A piece of memory, freed to the stream it was allocated on."""
-
-    def __init__(self, stream: Stream, graph: Graph | None, size: int, born: str) -> None:
-        self.stream, self.size, self.born = stream, size, born
-        self.graph = None if graph is None else weakref.ref(graph)  # which holds the memory, and not the other way
-        self.tensors: weakref.WeakSet[CudaTensor] = weakref.WeakSet()
-        self.uses: dict[str, int] = {}
-        self.recorded: set[str] = set()
-        self.writer: tuple[str, int] | None = None
-
-
-class Machine:
-    """What was seen. `hazards` are faults; `waits` of the host may be meant."""
-
-    def __init__(self, guard: ctypes.CDLL) -> None:
-        self.guard = guard
-        self.lock = threading.RLock()
-        self.hazards: collections.Counter[str] = collections.Counter()
-        self.traces: dict[str, str] = {}
-        self.waits: collections.Counter[str] = collections.Counter()
-        self.host_clock: collections.Counter[str] = collections.Counter()
-        self.streams: list[Stream] = []
-        self.graphs: list[weakref.ref[Graph]] = []
-        self.pools: collections.Counter[int] = collections.Counter()
-        self.live_bytes = self.peak_bytes = 0
-        self.live_at_empty_cache: list[int] = []
-        self.before: Callable[[str, tuple[Any, ...]], None] = lambda name, args: None
-        """Called before every operator with its name and arguments; what it raises is the operator's failure."""
-        self._blocks: weakref.WeakKeyDictionary[torch.UntypedStorage, Block] = weakref.WeakKeyDictionary()
-        self._thread = threading.local()
-        self._defaults: dict[int, Stream] = {}
-        self._capture_stream: Stream | None = None
-
-    # Devices, streams and the host ---------------------------------------------------------------------------------
-
-    def device(self, device: Any = None) -> torch.device:
-        """With its index; the current one where none is named."""
-        device = torch.device("cuda" if device is None else device if not isinstance(device, int) else f"cuda:{device}")
-        return torch.device("cuda", self.guard.current_device() if device.index is None else device.index)
-
-    def current_stream(self, device: Any = None) -> Stream:
-        index = self.device(device).index
-        chosen = getattr(self._thread, "streams", {}).get(index)
-        if chosen is None and index not in self._defaults:
-            self._defaults[index] = Stream(torch.device("cuda", index), name=f"default of cuda:{index}")
-        return chosen or self._defaults[index]
-
-    @contextlib.contextmanager
-    def on_stream(self, stream: Stream) -> Iterator[None]:
-        before = dict(getattr(self._thread, "streams", {}))
-        self._thread.streams = {**before, stream.device.index: stream}
-        try:
-            with OnDevice(stream.device):
-                yield
-        finally:
-            self._thread.streams = before
-
-    def set_stream(self, stream: Stream) -> None:
-        self._thread.streams = {**getattr(self._thread, "streams", {}), stream.device.index: stream}
-
-    def host_waits_for(self, clock: collections.Counter[str]) -> None:
-        with self.lock:
-            self.host_clock |= clock
-            for stream in self.streams:
-                stream.clock |= self.host_clock
-
-    def synchronize(self, device: Any = None) -> None:
-        for stream in list(self.streams):
-            self.host_waits_for(stream.clock)
-
-    # Graphs --------------------------------------------------------------------------------------------------------
-
-    @property
-    def capturing(self) -> Graph | None:
-        return getattr(self._thread, "graph", None)
-
-    @property
-    def num_graphs(self) -> int:
-        return sum(reference() is not None for reference in self.graphs)
-
-    @contextlib.contextmanager
-    def capture(
-        self, graph: Graph, pool: Any = None, stream: Stream | None = None, capture_error_mode: str = "global"
-    ) -> Iterator[None]:
-        pool = len(self.pools) + 1000 if pool is None else pool
-        if pool in self.pools and self.pools[pool] == 0:
-            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED: the pool's last graph is gone")
-        if capture_error_mode != "thread_local":
-            self.report("a capture forbids what other threads do meanwhile", capture_error_mode)
-        self.pools[pool] += 1
-        weakref.finalize(graph, self.pools.subtract, {pool: 1})
-        graph.pool_handle = pool
-        if stream is None:
-            self._capture_stream = self._capture_stream or Stream()
-            stream = self._capture_stream
-        self.synchronize()
-        before = self.current_stream(stream.device)
-        self.set_stream(stream)
-        self._thread.graph = graph
-        try:
-            yield
-        except BaseException:  # torch then leaves the stream of the capture behind
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
-        else:
-            self.set_stream(before)
-        finally:
-            self._thread.graph = None
-
-    # Memory --------------------------------------------------------------------------------------------------------
-
-    def block_of(self, storage: torch.UntypedStorage, device: torch.device | None = None) -> Block:
-        block = self._blocks.get(storage)
-        if block is None:
-            block = Block(self.current_stream(device), self.capturing, storage.nbytes(), _where())
-            self._blocks[storage] = block
-            self.live_bytes += block.size
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._freed, block)
-        return block
-
-    def _freed(self, block: Block) -> None:
-        with self.lock:
-            self.live_bytes -= block.size
-            for name, time in block.uses.items():
-                if name not in (block.stream.name, *block.recorded) and block.stream.clock[name] < time:
-                    self.report(
-                        f"memory is freed to {block.stream.name} while {name} may still use it",
-                        f"allocated at {block.born}",
-                    )
-
-    def reset_peak(self, device: Any = None) -> None:
-        self.peak_bytes = self.live_bytes
-
-    def empty_cache(self) -> None:
-        self.live_at_empty_cache.append(self.live_bytes)
-
-    def note_use(self, block: Block, stream: Stream, time: int, *, is_write: bool, what: str) -> None:
-        if block.writer is not None and stream.clock[block.writer[0]] < block.writer[1]:
-            self.report(f"{what} on {stream.name} reads what {block.writer[0]} may not have written", block.born)
-        if is_write:
-            for name, used in block.uses.items():
-                if stream.clock[name] < used:
-                    self.report(f"{what} on {stream.name} writes over what {name} may still use", block.born)
-            block.writer = (stream.name, time)
-        block.uses[stream.name] = time
-
-    # Reports -------------------------------------------------------------------------------------------------------
-
-    def report(self, what: str, detail: str) -> None:
-        key = f"{what} | {detail} | {_where()}"
-        self.hazards[key] += 1
-        self.traces.setdefault(key, "".join(traceback.format_stack(limit=16)))
-
-    def note_wait(self, what: str) -> None:
-        self.waits[f"{what} | {_where()}"] += 1
-        if self.capturing is not None:
-            self.report("a capture forbids", what)
-
-    # Operators -----------------------------------------------------------------------------------------------------
+class Machine(Devices):
+    """Runs every operator on the host's memory, watched."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = [value for value in _leaves((args, kwargs)) if isinstance(value, Tensor)]
+        given = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
         on_device = [tensor for tensor in given if isinstance(tensor, CudaTensor)]
         asked = kwargs.get("device")
         if asked is None:
-            asked = next((value for value in _leaves(args) if isinstance(value, torch.device)), None)
+            asked = next((value for value in leaves(args) if isinstance(value, torch.device)), None)
         asked = None if asked is None else torch.device(asked)
         if not on_device and (asked is None or asked.type != "cuda"):
             return func(*args, **kwargs)
@@ -437,7 +118,7 @@ class Machine:
 
     def launch(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """What stands for a Triton kernel: the op's CPU form, on the device that is current."""
-        on_device = [value for value in _leaves((args, kwargs)) if isinstance(value, CudaTensor)]
+        on_device = [value for value in leaves((args, kwargs)) if isinstance(value, CudaTensor)]
         if on_device[0].device != self.device():
             self.report(
                 "a kernel is launched on another device than its tensors'", f"{op._schema.name} on {self.device()}"
@@ -449,7 +130,7 @@ class Machine:
     ) -> Any:
         """Run on the host's memory, watched."""
         name = func._schema.name
-        given = [value for value in _leaves((args, kwargs)) if isinstance(value, Tensor)]
+        given = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
         on_device = [tensor for tensor in given if isinstance(tensor, CudaTensor)]
         on_host = [tensor for tensor in given if not isinstance(tensor, CudaTensor)]
         to_host = asked is not None and asked.type == "cpu"
@@ -492,7 +173,7 @@ class Machine:
                     block.uses[stream.name] = time
                 return CudaTensor(value, device)
 
-            return _mapped(on_machine, result)
+            return mapped(on_machine, result)
 
     def _note_waits(
         self,
@@ -544,7 +225,7 @@ class Machine:
         for tensor, before in zip(written, kept, strict=True):
             tensor.host.copy_(before)
         known = {tensor.host.untyped_storage().data_ptr() for tensor in on_device}
-        for value in _leaves(result):
+        for value in leaves(result):
             is_new = isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known
             if is_new and value.is_floating_point():
                 value.fill_(float("nan"))
@@ -559,27 +240,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name, args[i] if i < len(args) else None)
-            yield from (tensor for tensor in _leaves(value) if isinstance(tensor, Tensor))
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    """What lies in lists, tuples and dictionaries."""
-    if isinstance(tree, list | tuple):
-        for part in tree:
-            yield from _leaves(part)
-    elif isinstance(tree, dict):
-        yield from _leaves(list(tree.values()))
-    else:
-        yield tree
-
-
-def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """The same with every leaf changed."""
-    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
-        return type(tree)(_mapped(change, part) for part in tree)
-    if isinstance(tree, dict):
-        return {name: _mapped(change, part) for name, part in tree.items()}
-    return change(tree)
+            yield from (tensor for tensor in leaves(value) if isinstance(tensor, Tensor))
 
 
 def _host(value: Any) -> Any:
@@ -589,25 +250,7 @@ def _host(value: Any) -> Any:
 
 
 def _on_host(arguments: Any) -> Any:
-    return _mapped(_host, arguments)
-
-
-def _where() -> str:
-    """The two innermost lines of the product."""
-    lines: list[str] = []
-    frame = sys._getframe(1)
-    while frame is not None and len(lines) < 2:
-        if frame.f_code.co_filename.startswith(_PRODUCT):
-            lines.append(f"{frame.f_code.co_filename.removeprefix(_ROOT)}:{frame.f_lineno}")
-        frame = frame.f_back
-    return " < ".join(lines)
-
-
-_machines: list[Machine] = []
-
-
-def machine() -> Machine:
-    return _machines[-1]
+    return mapped(_host, arguments)
 
 
 @contextlib.contextmanager
@@ -616,8 +259,8 @@ def pretended_cuda() -> Iterator[Machine]:
     guard = guard_library()
     assert guard is not None
     here = Machine(guard)
-    _machines.append(here)
-    decode._decode_stream.cache_clear()
+    machines.append(here)
+    decode._side_stream.cache_clear()
 
     def pinned(tensor: Tensor, *_: Any) -> Tensor:
         copy = tensor.clone()
@@ -678,6 +321,6 @@ def pretended_cuda() -> Iterator[Machine]:
             with OnMachine():
                 yield here
         finally:
-            decode._decode_stream.cache_clear()
-            _machines.pop()
+            decode._side_stream.cache_clear()
+            machines.pop()
             guard.set_current_device(0)

@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import golden_model
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from miga_engine.cli import main
 from miga_engine.runtime import session as session_file
+from miga_engine.runtime.stream import Stream
+
+OPTIONS = {**golden_model.OPTIONS, "seed": 3, "miga": golden_model.MIGA}
+NUM_FRAMES = 61
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
+
+
+def frames_of(stream: Stream) -> Tensor:
+    """All that is left of a stream."""
+    chunks = [chunk.frames for chunk in stream]
+    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.uint8)
 
 
 def miga(*arguments: object) -> int:

@@ -18,13 +18,14 @@ from pathlib import Path
 import golden_model
 import pytest
 import torch
+from oracle import prompt_table
 
 import miga_engine
 from miga_engine import ConfigError, DeviceError, Engine
 from miga_engine.config import MigaConfig, fifo_config, replace_options
-from miga_engine.models.bundle import WindowNetwork
 from miga_engine.presets import PRESETS
 from miga_engine.prompts import PromptTimeline
+from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.stream import Chunk
 
 
@@ -310,9 +311,9 @@ def _first_frame(latent: int) -> int:
 
 def test_timeline_rows_change_at_the_frame():
     timeline = PromptTimeline({0: "day", 20: "night"}, 0, _first_frame)
-    rows = [timeline.row(latent) for latent in range(9)]
+    rows = [timeline.prompt_row(latent) for latent in range(9)]
     assert rows == [1, 1, 1, 1, 1, 1, 2, 2, 2]  # latent 6 decodes to frames 21 … 24
-    contexts = timeline.contexts("", lambda texts: torch.full((1, len(texts[0]) + 1, 2), float(len(texts[0]))))
+    contexts = prompt_table(timeline, lambda texts: torch.full((1, len(texts[0]) + 1, 2), float(len(texts[0]))))
     assert contexts.shape == (3, 6, 2)
     assert contexts[1, :4].eq(3).all()
     assert contexts[1, 4:].eq(0).all()
@@ -320,8 +321,8 @@ def test_timeline_rows_change_at_the_frame():
 
 def test_timeline_blends_linearly():
     timeline = PromptTimeline({0: "a", 20: "b"}, 7, _first_frame)
-    contexts = timeline.contexts("", lambda texts: torch.full((1, 1, 1), {"": 0.0, "a": 1.0, "b": 2.0}[texts[0]]))
-    values = [float(contexts[timeline.row(latent)]) for latent in range(10)]
+    contexts = prompt_table(timeline, lambda texts: torch.full((1, 1, 1), {"": 0.0, "a": 1.0, "b": 2.0}[texts[0]]))
+    values = [float(contexts[timeline.prompt_row(latent)]) for latent in range(10)]
     assert values == pytest.approx([1, 1, 1, 1, 1, 1, 1 + 2 / 8, 1 + 6 / 8, 2, 2])
 
 
@@ -341,11 +342,11 @@ def test_rows_are_the_same_however_many_prompts_there_are():
                 blends += 1
             else:
                 rows.append(1 + entry)
-        assert [timeline.row(latent) for latent in range(60)] == rows
+        assert [timeline.prompt_row(latent) for latent in range(60)] == rows
         assert len(timeline) == 1 + len(starts) + blends
         for span in (1, 3, 10, 40):
             most = max(len(set(rows[i : i + span])) for i in range(60 - span + 1))
-            assert most <= timeline.most_rows(span) <= min(span, len(timeline) - 1)
+            assert most <= timeline.most_prompt_rows(span) <= min(span, len(timeline) - 1)
 
 
 @pytest.mark.parametrize("family", ["wan", "videocrafter2"])
@@ -357,15 +358,15 @@ def test_of_many_prompts_only_those_at_hand_are_held(models, family, monkeypatch
     options = {**options, "miga": dataclasses.replace(options["miga"], prompt_blend_frames=2 * step)}
     num_frames = 40 * step
     tables = []
-    make = WindowNetwork.__init__
+    make = PromptedTransformer.__init__
 
     def held(self, *arguments):
         make(self, *arguments)
         tables.append(self)
 
-    monkeypatch.setattr(WindowNetwork, "__init__", held)
+    monkeypatch.setattr(PromptedTransformer, "__init__", held)
     few = engine.generate(prompt, num_frames, **options).frames
-    monkeypatch.setattr(PromptTimeline, "most_rows", lambda self, num_latents: len(self))
+    monkeypatch.setattr(PromptTimeline, "most_prompt_rows", lambda self, num_latents: len(self))
     assert torch.equal(engine.generate(prompt, num_frames, **options).frames, few)
     small, large = (table._context.layers[0][0].shape[0] for table in tables)
     layout = engine._layout(engine.resolve(prompt, num_frames=num_frames, **options))
@@ -410,9 +411,9 @@ def test_options_of_a_stochastic_solver_are_heard(models, options):
     ("options", "sentence"),
     [
         ({"prompt": "  "}, "the prompt is empty at frame 0"),
-        ({"prompt": {5: "late"}}, "must start at frame 0"),
-        ({"prompt": {0: "a", -1: "b"}}, "video frame numbers from 0 on, got -1"),
-        ({"prompt": 7}, "prompt must be a text or a timeline"),
+        ({"prompt": {5: "late"}}, "has frames [[]5[]]: give a text for frame 0, too"),
+        ({"prompt": {0: "a", -1: "b"}}, "has the key -1: give video frame numbers from 0 on"),
+        ({"prompt": 7}, "prompt is of type int: give a text or a timeline"),
         ({"num_frames": 0}, "num_frames must be a whole number of at least 1 .*got 0"),
         ({"num_frames": 2.5}, "num_frames must be a whole number .*got 2.5"),
         ({"width": 100}, "width must be a multiple of 16 pixels, got 100; use 96 or 112"),

@@ -408,7 +408,10 @@ ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\nprompt: [*b, *b]"
         ("prompt: a\nguidance_scale: 1" + "0" * 400, "guidance_scale must be a finite number"),
         ("prompt: a\nscore_drop: .inf", "score_drop must be a number, got inf"),
         ("prompt: a\nsolver: " + "x" * 9000, "solver 'xxx"),
-        ("prompt: {0: a, 1000000000000: b}", "a prompt timeline may reach frame 1000000000, got 1000000000000"),
+        (
+            "prompt: {0: a, 1000000000000: b}",
+            "the prompt timeline reaches frame 1000000000000: give frames up to 1000000000",
+        ),
     ],
 )
 def test_config_files(tiny: Engine, tmp_path: Path, text: str, sentence: str) -> None:
@@ -455,10 +458,10 @@ def test_any_config_file(tiny: Engine, tmp_path: Path, content: dict[str, Any]) 
         ("a\0b", r"the prompt at frame 0 holds '\x00', which is no character of a text: leave it out"),
         ("a\x1b[2J", r"holds '\x1b'"),
         ("a\ud800", r"holds '\ud800'"),
-        (b"a", "prompt must be a text or a timeline {first_frame: text}, got bytes"),
+        (b"a", "prompt is of type bytes: give a text or a timeline {first_frame: text}"),
         ({0: "a", 3: "\ud800"}, "the prompt at frame 3 holds"),
-        ({0: "a", "3": "b"}, "keys are video frame numbers from 0 on, got '3'"),
-        (dict.fromkeys(range(1001), "a"), "may have 1000 entries, got 1001"),
+        ({0: "a", "3": "b"}, "has the key '3': give video frame numbers from 0 on"),
+        (dict.fromkeys(range(1001), "a"), "has 1001 entries: give at most 1000"),
     ],
 )
 def test_prompts(tiny: Engine, prompt: Any, sentence: str) -> None:
@@ -489,8 +492,8 @@ def test_any_prompt(tiny: Engine, text: str) -> None:
 def test_a_late_prompt_costs_nothing() -> None:
     """Rows are found where prompts change, not by counting up to there."""
     timeline = PromptTimeline({0: "a", 10**9: "b"}, 8, lambda latent: 1 + 4 * (latent - 1) if latent else 0)
-    assert timeline.row(0) == timeline.row(10**8) == 1
-    rows = [timeline.row(10**9 // 4 + i) for i in range(4)]
+    assert timeline.prompt_row(0) == timeline.prompt_row(10**8) == 1
+    rows = [timeline.prompt_row(10**9 // 4 + i) for i in range(4)]
     assert rows == [1, 3, 4, 2]
 
 

@@ -83,10 +83,10 @@ def test_moments_and_tails():
 
 def test_a_frame_is_the_same_whatever_else_is_drawn(monkeypatch):
     frames = [5, 0, 2**40 + 1, 17]
-    together = normal(-7, Purpose.REFINE, frames, SHAPE, stream=9)
+    together = normal(-7, Purpose.REFINE, frames, SHAPE, series=9)
     monkeypatch.setattr(noise, "_BLOCK_COUNTERS_CPU", 5)
     for index, frame in enumerate(frames):
-        assert torch.equal(together[index], normal(-7, Purpose.REFINE, torch.tensor([frame]), SHAPE, stream=9)[0])
+        assert torch.equal(together[index], normal(-7, Purpose.REFINE, torch.tensor([frame]), SHAPE, series=9)[0])
 
 
 def test_thread_count_does_not_matter():
@@ -103,15 +103,15 @@ def test_thread_count_does_not_matter():
 
 def test_every_part_of_the_address_matters():
     addresses = [
-        (seed, purpose, frame, stream)
+        (seed, purpose, frame, series)
         for seed in (0, 1, 1 << 32, -1)
         for purpose in Purpose
         for frame in (0, 1, -1, 2**32, 2**33)
-        for stream in (0, 1, 256)
+        for series in (0, 1, 256)
     ]
     drawn = {
-        tuple(normal(seed, purpose, [frame], (4,), stream=stream)[0].tolist())
-        for seed, purpose, frame, stream in addresses
+        tuple(normal(seed, purpose, [frame], (4,), series=series)[0].tolist())
+        for seed, purpose, frame, series in addresses
     }
     assert len(drawn) == len(addresses)
 
@@ -125,9 +125,9 @@ def test_bits_stay_as_they_are():
     assert torch.equal(drawn[0], expected)
 
 
-def test_one_stream_a_frame_is_the_same_as_asking_one_by_one():
-    together = normal(3, Purpose.SOLVER, [7, 8, 9], SHAPE, stream=[5, 0, 2])
-    alone = [normal(3, Purpose.SOLVER, [k], SHAPE, stream=stream)[0] for k, stream in ((7, 5), (8, 0), (9, 2))]
+def test_one_series_a_frame_is_the_same_as_asking_one_by_one():
+    together = normal(3, Purpose.SOLVER, [7, 8, 9], SHAPE, series=[5, 0, 2])
+    alone = [normal(3, Purpose.SOLVER, [k], SHAPE, series=series)[0] for k, series in ((7, 5), (8, 0), (9, 2))]
     assert torch.equal(together, torch.stack(alone))
 
 
@@ -139,7 +139,7 @@ def test_empty_requests():
     ("change", "message"),
     [
         ({"seed": 1 << 64}, r"seed is 18446744073709551616: give an integer of at most 64 bits"),
-        ({"stream": -1}, r"stream run from -1 to -1"),
+        ({"series": -1}, r"series run from -1 to -1"),
         ({"purpose": 256}, r"purpose is 256"),
         ({"frame_numbers": [3, 1 << 55]}, r"frame numbers run from 3 to 36028797018963968: give numbers between"),
     ],

@@ -62,7 +62,8 @@ def resume(options: argparse.Namespace) -> int:
     from miga_engine.cli.render import Outputs
     from miga_engine.engine import Engine
     from miga_engine.runtime.ranks import Ranks
-    from miga_engine.runtime.session import load_session, model_of_session, video_of_session
+    from miga_engine.runtime.session import load_session
+    from miga_engine.runtime.session_info import model_of_session, video_of_session
     from miga_engine.video.paths import check_output
 
     settings = vars(options)

@@ -18,7 +18,8 @@ def info(options: argparse.Namespace) -> int:
     import torch
 
     from miga_engine import _extension
-    from miga_engine.runtime.session import describe_session, is_session, load_session
+    from miga_engine.runtime.session import is_session, load_session
+    from miga_engine.runtime.session_info import describe_session
 
     rows = [
         ("miga_engine", __version__),

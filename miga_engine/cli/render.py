@@ -16,16 +16,8 @@ from miga_engine.cli.event_log import EventLog
 from miga_engine.cli.terminal import Screen, say
 from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.errors import ConfigError, MigaError, OutputError
-from miga_engine.runtime.session import (
-    SUFFIX,
-    Session,
-    check_session_path,
-    load_session,
-    locked,
-    model_of_session,
-    remove_session,
-    video_of_session,
-)
+from miga_engine.runtime.session import SUFFIX, Session, check_session_path, load_session, locked, remove_session
+from miga_engine.runtime.session_info import model_of_session, video_of_session
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.contact_sheet import ContactSheet
 from miga_engine.video.paths import check_output

@@ -17,7 +17,8 @@ from miga_engine.config import LoadOptions, Request, StreamOptions
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.options import as_recorded, check_kinds, fields
-from miga_engine.runtime.session import load_session, model_of_session
+from miga_engine.runtime.session import load_session
+from miga_engine.runtime.session_info import model_of_session
 from miga_engine.runtime.stream import Stream
 
 ABI = 1

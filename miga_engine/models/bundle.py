@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,77 +44,6 @@ class ModelFacts:
     """Name of the defaults, in `config.PRESETS`."""
     default_negative_prompt: str
     """Negative prompt where the caller gives none."""
-
-
-class TextTable(Protocol):
-    """Cross-attention keys and values of prompts, by row."""
-
-    def table(self, num_rows: int, num_keys: int) -> TextTable: ...
-    def write(self, row: int, prompt: Any) -> None: ...
-
-
-class Texts(Protocol):
-    """Text embeddings [T, D] by row; `num_tokens` is T of the longest."""
-
-    num_tokens: int
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> Tensor: ...
-
-
-class WindowNetwork:
-    """The transformer as it denoises one video, its noise levels encoded once.
-
-    Keys and values of the texts are made when a row is first at hand, each row by itself, in a table of num_slots rows
-    that is allocated once: of many prompts only those that the queue shows are held.
-    """
-
-    def __init__(
-        self,
-        transformer: WanDiT | VideoUNet,
-        texts: Texts,
-        timesteps: Tensor,
-        num_slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._transformer, self._texts, self._dtype, self._device = transformer, texts, dtype, device
-        self._levels = transformer.encode_timesteps(timesteps)
-        negative: TextTable = self._encode(0)
-        self._context: Any = negative.table(num_slots, transformer.num_text_keys(texts.num_tokens))
-        self._context.write(0, negative)
-        self._slot_of = {0: 0}  # rows by when they were last at hand, but for that of the negative prompt, which stays
-        self._num_slots = num_slots
-
-    @torch.no_grad()
-    def place(self, rows: np.ndarray) -> np.ndarray:
-        """Where the table holds these rows, int64 of any shape; rows that it does not hold take the place of those that
-        were not at hand for longest."""
-        wanted, where = np.unique(rows, return_inverse=True)
-        for row in wanted.tolist():
-            if row == 0:
-                continue
-            slot = self._slot_of.pop(row, None)
-            if slot is None:
-                slot = self._free_slot(wanted)
-                self._context.write(slot, self._encode(row))
-            self._slot_of[row] = slot
-        return np.array([self._slot_of[row] for row in wanted.tolist()], np.int64)[where].reshape(rows.shape)
-
-    def _encode(self, row: int) -> Any:
-        return self._transformer.encode_context(self._texts[row][None].to(self._device))
-
-    def _free_slot(self, wanted: np.ndarray) -> int:
-        if len(self._slot_of) < self._num_slots:
-            return len(self._slot_of)
-        return self._slot_of.pop(next(row for row in self._slot_of if row and row not in wanted))
-
-    def __call__(self, latents: Tensor, steps: Tensor, slots: Tensor, keep: Tensor) -> Tensor:
-        """Windows [B, C, F, H, W] float32, rows of the timesteps int64 [B, F], `place` of their prompts int64 [G·B] or
-        [G·B, F] in G guidance branches, and the frames to keep int64 [B, K] → [G·B, C, K, H, W]."""
-        return self._transformer(
-            latents.to(self._dtype), (self._levels, steps), self._context, context_index=slots, keep=keep
-        )
 
 
 @dataclass(frozen=True)
@@ -180,14 +108,6 @@ class ModelBundle:
             self.release_text_encoder()
         length = max(map(len, rows), default=0)
         return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
-
-    @own_modes()
-    def window_network(self, texts: Texts, timesteps: Tensor, num_slots: int | None = None) -> WindowNetwork:
-        """The transformer with a video's text embeddings, [T, D] of each row, and noise levels [T].
-
-        num_slots: rows whose keys and values are held at once; None for all.
-        """
-        return WindowNetwork(self.transformer, texts, timesteps, num_slots or len(texts), self.dtype, self.device)
 
     @property
     def latent_channels(self) -> int:

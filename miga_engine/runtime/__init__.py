@@ -1,1 +1,9 @@
-"""window_plan decides in integers, frame_store and denoise move tensors, stages and reflection join them."""
+"""From a request to frames. Each line knows those above it, and none below.
+
+interrupts                                   what must not be cut in two
+window_plan wavefront layout                 decide, in integers only
+frame_store network capture ranks denoise    one pass: gather, forward, update, commit
+judges reflection stages                     which pass comes next
+decode pump drift session saving stream      frames leave, runs are saved and go on
+run_state session_info                       what a stranger's session file may hold, and what it tells
+"""

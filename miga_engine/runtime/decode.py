@@ -1,7 +1,7 @@
 """Clean latents → uint8 video frames, in order: in the caller's thread, or beside the network in a thread of its own.
 
 Beside the network, a thread takes groups of latents and gives their frames back while the caller computes the next
-ones; on CUDA it works on a stream of its own. The caller waits for it only when `MOST_PENDING` groups are under way,
+ones; on CUDA its work goes to a side stream. The caller waits for it only when `MOST_PENDING` groups are under way,
 which bounds both queues, and for the first frames of a video, which are not held back for a pass.
 """
 
@@ -23,7 +23,7 @@ from miga_engine.device import indexed, own_modes
 from miga_engine.runtime.interrupts import uninterrupted
 
 Push = Callable[[Tensor], Tensor]
-"""A streaming decoder: the next latents ``[1,C,1,h,w]`` → their frames ``[1,3,t,H,W]`` in [−1, 1]. A push that fails
+"""A streaming decoder: the next latents `[1,C,1,h,w]` → their frames `[1,3,t,H,W]` in [−1, 1]. A push that fails
 must leave the decoder as it was."""
 
 MOST_PENDING = 2
@@ -33,12 +33,12 @@ MOST_PENDING = 2
 class Decoding:
     """Groups of latents in, their frames out, in order and on the latents' device.
 
-    With ``overlap`` a second thread decodes: the frames are the same bit for bit. What was put and not yet decoded is
-    never lost: where ``push`` fails, the frames of all latents before come out first, then the error with its own type,
-    and ``undecoded`` is the rest. An interrupt (KeyboardInterrupt, or what else a signal handler raises) is no failure:
+    With `overlap` a second thread decodes: the frames are the same bit for bit. What was put and not yet decoded is
+    never lost: where `push` fails, the frames of all latents before come out first, then the error with its own type,
+    and `undecoded` is the rest. An interrupt (KeyboardInterrupt, or what else a signal handler raises) is no failure:
     the next call goes on.
 
-    ``state`` and ``load_state`` are those of the decoder behind ``push``: a latent frame whose picture is not kept
+    `state` and `load_state` are those of the decoder behind `push`: a latent frame whose picture is not kept
     leaves it as it was before.
     """
 
@@ -53,7 +53,7 @@ class Decoding:
         self.num_pending = 0
         """Groups that were put and not decoded."""
         self.ready: deque[Tensor] = deque()
-        """Frames uint8 ``[t,H,W,3]`` that came out and were not taken, group by group."""
+        """Frames uint8 `[t,H,W,3]` that came out and were not taken, group by group."""
         self._push, self._state, self._load_state = push, state, load_state
         self._most_pending = 0
         self._failure: BaseException | None = None
@@ -91,9 +91,9 @@ class Decoding:
             atexit.unregister(self.close)
 
     def put(self, latents: Tensor) -> None:
-        """Hand over the next latents ``[n,C,h,w]``.
+        """Hand over the next latents `[n,C,h,w]`.
 
-        On CUDA they need only be queued on the current stream. They must not be written into afterwards.
+        On CUDA they need only be queued on the current CUDA stream. They must not be written into afterwards.
         """
         queued = None
         if latents.is_cuda:
@@ -120,7 +120,7 @@ class Decoding:
             with uninterrupted():
                 while self._decoded:
                     frames = self._decoded[0]
-                    if frames.is_cuda:  # allocated on the decoder's stream, used on the caller's
+                    if frames.is_cuda:  # allocated on the side stream, used on the caller's
                         frames.record_stream(torch.cuda.current_stream(frames.device))
                     self.ready.append(self._decoded.popleft())
                     self._most_pending = MOST_PENDING if self._thread is not None else 0
@@ -130,26 +130,9 @@ class Decoding:
     def _is_to_wait(self, most_pending: int) -> bool:
         return self.num_pending > most_pending and self._failure is None and not self._is_stopped.is_set()
 
-    def exchange(self, latents: Tensor | None) -> Iterator[Tensor]:
-        """`put` the next latents, or none, and take the frames uint8 ``[t,H,W,3]`` that leave meanwhile."""
-        if latents is not None:
-            self.put(latents)
-        yield from self._taken(None)
-
-    def drain(self) -> Iterator[Tensor]:
-        """The frames of all groups that were handed over, waited for."""
-        yield from self._taken(0)
-
-    def _taken(self, most_pending: int | None) -> Iterator[Tensor]:
-        try:
-            self.settle(most_pending)
-        finally:
-            while self.ready:
-                yield self.ready.popleft()
-
     @property
     def undecoded(self) -> list[Tensor]:
-        """Latents that were handed over and not decoded, once `settle` or `drain` has ended or failed."""
+        """Latents that were handed over and not decoded, once `settle` has ended or failed."""
         groups = [latents for latents, _ in self._undecoded]
         return [groups[0][len(self._parts) :], *groups[1:]] if self._parts else groups
 
@@ -165,9 +148,9 @@ class Decoding:
         failure: BaseException | None = None
         parts = self._parts
         try:
-            # Handed on only when finished: a caller that waited in its stream would hold up the network, and the number
+            # Handed on only when finished: a caller that waited on its queue would hold up the network, and the number
             # of pending groups would not bound the work. The latents live until then: their memory is not reused early.
-            with decoding_stream(latents.device, after=queued):
+            with on_side_stream(latents.device, after=queued):
                 try:
                     self._decode(latents[len(self._parts) :])
                 finally:
@@ -208,33 +191,33 @@ class Decoding:
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Frames ``[3,T,H,W]`` in [−1, 1] → uint8 ``[T,H,W,3]``, contiguous."""
+    """Frames `[3,T,H,W]` in [−1, 1] → uint8 `[T,H,W,3]`, contiguous."""
     return frames.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
 @contextlib.contextmanager
-def decoding_stream(device: torch.device, *, after: torch.cuda.Event | None = None) -> Iterator[None]:
-    """On CUDA, the decoder's stream: begun behind `after`, finished on the device when this ends.
+def on_side_stream(device: torch.device, *, after: torch.cuda.Event | None = None) -> Iterator[None]:
+    """On CUDA, the decoder's own CUDA stream: begun behind `after`, finished on the device when this ends.
 
-    All of a decoder's memory is to be allocated in it. What another stream allocated would go back to that stream's
+    All of a decoder's memory is to be allocated in it. What another CUDA stream allocated would go back to that one's
     pool as soon as the decoder drops it, with the decoder's work on it still under way.
     """
     if device.type != "cuda":
         yield
         return
-    stream = _decode_stream(indexed(device))
-    with torch.cuda.stream(stream):
+    side_stream = _side_stream(indexed(device))
+    with torch.cuda.stream(side_stream):
         if after is not None:
-            stream.wait_event(after)
+            side_stream.wait_event(after)
         try:
             yield
         finally:
             done = torch.cuda.Event(blocking=True)
-            done.record(stream)
+            done.record(side_stream)
             done.synchronize()
 
 
 @functools.cache
-def _decode_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all runs: memory that the allocator holds for a stream serves no other."""
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs: memory that the allocator holds for a CUDA stream serves no other."""
     return torch.cuda.Stream(device)

@@ -1,66 +1,34 @@
 """THE denoising pass: gather → forward → scatter → one fused update → commit.
 
 Every stage and every method is this pass over other windows. All windows read the state before the pass (Jacobi), so
-they are independent: they batch freely, are captured, and are shared out over ranks. ``order="sequential"`` lets later
+they are independent: they batch freely, are captured, and are shared out over ranks. `order="sequential"` lets later
 windows see earlier commits, as the paper's pseudocode and parts of the release do, for parity tests.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from miga_engine import ops
-from miga_engine.device import current_device, indexed, is_out_of_memory
+from miga_engine.device import current_device, is_out_of_memory
 from miga_engine.errors import DeviceError, NumericsError, SessionError
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
+from miga_engine.runtime.capture import BatchShape, CapturedForwards, is_worth_capturing
 from miga_engine.runtime.frame_store import FrameStore
+from miga_engine.runtime.network import NEGATIVE_ROW, Batch, WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.schedule import Schedule
 
-NEGATIVE_ROW = 0
-"""Prompt row of the unconditional branch; prompts of the video are rows 1, 2, …"""
-
-
-class Batch(NamedTuple):
-    """Windows that go through the network together: B windows of F frames in G guidance branches (1 or 2)."""
-
-    latents: Tensor  # [B,C,F,H,W] float32
-    timesteps: Tensor  # [B,F] float32
-    steps: Tensor  # int64 [B,F], rows of the schedule
-    prompt_rows: (
-        Tensor  # int64 [G·B] or, where frames of a window differ, [G·B,F], placed; the conditional branch first
-    )
-    keep: Tensor  # int64 [B,K]: the frames whose output is wanted, the last repeated where a window has fewer
-
-
-@runtime_checkable
-class BatchNetwork(Protocol):
-    """What the runtime asks of a model: the output [G·B,C,K,H,W] of a batch.
-
-    One that says how many rows of prompts it has, `num_prompts`, is never given another.
-    One that does not hold all prompts at once also has ``place_prompts``, which is asked before every batch by what
-    int64 numbers to name prompt rows in it, and keeps NEGATIVE_ROW.
-    """
-
-    def forward_batch(self, batch: Batch, /) -> Tensor: ...
-
-
-class Network(Protocol):
-    """A model that knows windows only: latents [B,C,F,H,W], timesteps [B,F], prompt rows [B] or [B,F] → output."""
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, prompt_rows: Tensor, /) -> Tensor: ...
-
 
 class NoiseSource(Protocol):
-    """Where Gaussian noise comes from: ``[n,C,H,W]`` float32 for the given frames. Tests replay tapes through it."""
+    """Where Gaussian noise comes from: `[n,C,H,W]` float32 for the given frames. Tests replay tapes through it."""
 
-    def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> Tensor: ...
+    def __call__(self, purpose: Purpose, frame_numbers: np.ndarray, *, series: int | np.ndarray = 0) -> Tensor: ...
 
 
 class Window(NamedTuple):
@@ -73,23 +41,6 @@ class Window(NamedTuple):
     @property
     def committed(self) -> np.ndarray:
         return self.slots[self.commit_start : self.commit_stop]
-
-
-CAPTURE_POSITIONS = 1 << 15
-"""Latent positions (of all frames, windows and guidance branches of a batch) up to which a forward is captured on CUDA.
-
-Above, the device is busy for longer than its launches take, and a graph would only hold memory. Predicted and not yet
-measured: a block of Wan2.1 1.3B is about 14 launches of 10 µs, and 0.1 µs of work a token of four positions.
-"""
-
-
-class _Shape(NamedTuple):
-    """What a captured forward depends on; everything else is data."""
-
-    windows: int
-    frames: int
-    kept: int
-    has_prompt_per_frame: bool
 
 
 class _Check(NamedTuple):
@@ -105,15 +56,14 @@ class _Check(NamedTuple):
 class Denoiser:
     """Runs passes over a FrameStore.
 
-    ``network`` returns the model output in the schedule's prediction type; ``guidance_scale`` None or 1 skips the
-    unconditional branch. ``window_batch`` windows go through the network together (twice that with guidance); where
-    memory runs out it is halved, once reported through ``emit``, and the batch repeated. ``capture`` replays small
-    forwards as CUDA graphs. ``ranks`` shares the windows of a pass out over processes.
+    `guidance_scale` None or 1 skips the unconditional branch. `window_batch` windows go through the network together
+    (twice that with guidance); where memory runs out it is halved, once reported through `emit`, and the batch
+    repeated. `capture` replays small forwards as CUDA graphs. `ranks` shares the windows of a pass out over processes.
     """
 
     def __init__(
         self,
-        network: Network | BatchNetwork,
+        network: WindowNetwork,
         store: FrameStore,
         schedule: Schedule,
         noise: NoiseSource,
@@ -125,8 +75,7 @@ class Denoiser:
         ranks: Ranks | None = None,
         emit: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
-        self.forward = network.forward_batch if isinstance(network, BatchNetwork) else _PlainNetwork(network)
-        self._place_prompts: Callable[[np.ndarray], np.ndarray] = getattr(network, "place_prompts", lambda rows: rows)
+        self.network = network
         self.store = store
         self.noise = noise
         self.schedule = schedule
@@ -138,23 +87,20 @@ class Denoiser:
         self.num_forwards = 0
         self._parts_done = 0
         self._checks: list[_Check] = []
-        self._num_prompts = getattr(network, "num_prompts", np.iinfo(np.int64).max)  # of a model's network, known
         self._num_branches = 1 if self.guidance_scale == 1.0 else 2
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
-        # No pass commits more frames than there are slots; what else a batch computes lands in the last row.
-        rows = store.capacity + store.scratch + 1
-        self._outputs = store.sample.new_empty(self._num_branches, rows, *store.frame_shape)
+        # No pass commits more frames than there are slots; what else a batch computes lands in the last place.
+        num_outputs = store.capacity + store.scratch + 1
+        self._outputs = store.sample.new_empty(self._num_branches, num_outputs, *store.frame_shape)
         self._share_windows = window_batch  # what ranks share out; unlike window_batch it never changes
-        self._graphs = _Graphs(store.device, emit) if capture and store.device.type == "cuda" else None
+        self._graphs = CapturedForwards(store.device, emit) if capture and store.device.type == "cuda" else None
 
-    def run(
-        self, windows: Sequence[Window], *, solver_stream: int = 0, then: Callable[[], None] = lambda: None
-    ) -> None:
-        """Advance every committed frame of ``windows`` by one step.
+    def run(self, windows: Sequence[Window], *, noise_series: int = 0, then: Callable[[], None] = lambda: None) -> None:
+        """Advance every committed frame of `windows` by one step.
 
-        ``solver_stream`` separates the noise of a stochastic solver between stages that visit the same level twice.
-        ``then`` notes that the pass is done, as one with its last update: broken off anywhere, the pass is either still
+        `noise_series` separates the noise of a stochastic solver between stages that visit the same level twice.
+        `then` notes that the pass is done, as one with its last update: broken off anywhere, the pass is either still
         to do or done, and so is each window of a sequential one.
         """
         parts = [[window] for window in windows] if self.order == "sequential" else [windows] if windows else []
@@ -165,7 +111,7 @@ class Denoiser:
                 slots = np.concatenate([window.committed for window in parts[number]])
                 self._forward_all(parts[number])
                 self._note_finite(parts[number], slots, first_window=number)
-                update = self._prepared_update(slots, solver_stream)
+                update = self._prepared_update(slots, noise_series)
                 with self.store.changing():
                     update()
                     self._parts_done = (number + 1) % len(parts)
@@ -196,12 +142,12 @@ class Denoiser:
             self._checks.clear()
             return
         self.store.is_intact = False
-        row = int((~is_finite).any(0).nonzero()[0])
-        frame = np.concatenate([check.frames for check in checks])[row]
-        step = np.concatenate([check.steps for check in checks])[row]
+        worst = int((~is_finite).any(0).nonzero()[0])
+        frame = np.concatenate([check.frames for check in checks])[worst]
+        step = np.concatenate([check.steps for check in checks])[worst]
         window = np.concatenate([check.first_window + np.arange(len(check.lengths)) for check in checks]).repeat(
             np.concatenate([check.lengths for check in checks])
-        )[row]
+        )[worst]
         raise NumericsError(
             f"the network gave NaN or infinity for latent frame {frame} at step {step} (timestep "
             f"{self.schedule.timesteps[step]:g}, window {window} of its pass): try float32, another attention backend, "
@@ -217,8 +163,8 @@ class Denoiser:
         )
 
     def _forward_all(self, windows: Sequence[Window]) -> None:
-        """Model output of all committed frames, in the windows' order, into the first rows of ``_outputs``."""
-        rows = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
+        """Model output of all committed frames, in the windows' order, to the beginning of `_outputs`."""
+        bounds = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
         batches = _split(windows, self._share_windows)
         mine = range(len(batches)) if self.ranks is None else self.ranks.share(len(batches))
         for batch in batches[mine.start : mine.stop]:
@@ -227,7 +173,7 @@ class Denoiser:
                 part = range(start, min(start + self.window_batch, batch.stop))
                 is_done = False
                 try:
-                    self._forward([windows[i] for i in part], int(rows[start]))
+                    self._forward([windows[i] for i in part], int(bounds[start]))
                     is_done = True
                 except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
@@ -244,10 +190,10 @@ class Denoiser:
                     self._shrink(len(part))
         self.num_forwards += len(windows)
         if self.ranks is not None:
-            self.ranks.exchange(self._outputs, [int(rows[batch.start]) for batch in batches] + [int(rows[-1])])
+            self.ranks.exchange(self._outputs, [int(bounds[batch.start]) for batch in batches] + [int(bounds[-1])])
 
     def _shrink(self, too_many: int) -> None:
-        """Halve ``window_batch``, to below what did not fit; nothing computed so far is lost."""
+        """Halve `window_batch`, to below what did not fit; nothing computed so far is lost."""
         while self.window_batch >= too_many:
             self.window_batch //= 2
         self.emit("window_batch", window_batch=self.window_batch, reason="out of memory")
@@ -256,8 +202,8 @@ class Denoiser:
         if self.store.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward(self, windows: Sequence[Window], first_row: int) -> None:
-        """One batch through the network; its committed frames go to rows first_row, … of ``_outputs``.
+    def _forward(self, windows: Sequence[Window], first_output: int) -> None:
+        """One batch through the network; its committed frames go to `_outputs`, from `first_output` on.
 
         Small batches on a GPU keep all frames, so that one graph serves whatever is committed; captured or not, for the
         same bits.
@@ -274,16 +220,16 @@ class Denoiser:
             keep = starts + np.minimum(np.arange(lengths.max())[None], lengths - 1)
         place = keep - starts
         is_committed = (place >= 0) & (place < lengths) & (np.diff(keep, prepend=-1) != 0)
-        target = np.where(is_committed, first_row + np.cumsum(lengths)[:, None] - lengths + place, -1)
+        target = np.where(is_committed, first_output + np.cumsum(lengths)[:, None] - lengths + place, -1)
         target[target < 0] = self._outputs.shape[1] - 1
-        rows = store.prompt_row[slots]
-        _check_table("prompt row", rows, self._num_prompts)
-        rows = self._place_prompts(rows)
-        has_prompt_per_frame = bool((rows != rows[:, :1]).any())
-        shape = _Shape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
+        prompts = store.prompt_row[slots]
+        _check_table("prompt row", prompts, self.network.num_prompts)
+        prompts = self.network.place_prompts(prompts)
+        has_prompt_per_frame = bool((prompts != prompts[:, :1]).any())
+        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
         _check_table("step", steps, self.schedule.num_steps)
-        tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, rows, keep, target)]))
+        tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, prompts, keep, target)]))
         if is_small and self._graphs is not None:
             self._graphs.run(self._run_tables, tables, shape)
         else:
@@ -292,32 +238,32 @@ class Denoiser:
     def is_small(self, num_windows: int, num_frames: int) -> bool:
         """Whether a forward of so many windows of so many frames is one that a GPU captures."""
         _, height, width = self.store.frame_shape
-        return self._num_branches * num_windows * num_frames * height * width <= CAPTURE_POSITIONS
+        return is_worth_capturing(self._num_branches * num_windows * num_frames * height * width)
 
-    def _run_tables(self, tables: Tensor, shape: _Shape) -> None:
+    def _run_tables(self, tables: Tensor, shape: BatchShape) -> None:
         """Gather, forward and scatter, all of whose data are the tables and the state on the device."""
         windows, frames, kept = shape.windows, shape.frames, shape.kept
         per_frame, per_kept = windows * frames, windows * kept
-        slots, steps, rows, keep, target = tables.split([per_frame, per_frame, per_frame, per_kept, per_kept])
+        slots, steps, prompts, keep, target = tables.split([per_frame, per_frame, per_frame, per_kept, per_kept])
         latents = self.store.sample.index_select(0, slots).view(windows, frames, *self.store.frame_shape)
-        rows = rows.view(windows, frames)
+        prompts = prompts.view(windows, frames)
         if not shape.has_prompt_per_frame:
-            rows = rows[:, 0]
+            prompts = prompts[:, 0]
         if self._num_branches == 2:
-            rows = torch.cat([rows, torch.full_like(rows, NEGATIVE_ROW)])
-        output = self.forward(
+            prompts = torch.cat([prompts, torch.full_like(prompts, NEGATIVE_ROW)])
+        output = self.network(
             Batch(
                 latents.transpose(1, 2),
                 self._timesteps.index_select(0, steps).view(windows, frames),
                 steps.view(windows, frames),
-                rows,
+                prompts,
                 keep.view(windows, kept),
             )
         )
         output = output.transpose(1, 2).reshape(self._num_branches, per_kept, *self.store.frame_shape)
         self._outputs.index_copy_(1, target, output.to(self._outputs.dtype))
 
-    def _prepared_update(self, slots: np.ndarray, solver_stream: int) -> Callable[[], None]:
+    def _prepared_update(self, slots: np.ndarray, noise_series: int) -> Callable[[], None]:
         """The update of these frames, for which nothing is left to be made."""
         store, count = self.store, len(slots)
         steps = store.step_index[slots]
@@ -327,7 +273,7 @@ class Denoiser:
         if self.schedule.uses_noise:
             # The kernel draws counter-based noise itself; a tape is given as it is.
             draw = self.noise.undrawn if isinstance(self.noise, CounterNoise) else self.noise
-            noise = draw(Purpose.SOLVER, store.frame_number[slots], stream=(solver_stream << 16) + steps)
+            noise = draw(Purpose.SOLVER, store.frame_number[slots], series=(noise_series << 16) + steps)
         index = store.index(np.concatenate([slots, steps, store.history_length[slots]])).view(3, count)
         history_length = np.minimum(store.history_length[slots] + 1, 2)
 
@@ -365,7 +311,7 @@ def _check_table(name: str, table: np.ndarray, end: int) -> None:
 
 
 def _split(windows: Sequence[Window], limit: int) -> list[range]:
-    """Runs of neighbouring windows of equal length, at most ``limit`` together."""
+    """Runs of neighbouring windows of equal length, at most `limit` together."""
     batches: list[range] = []
     for i, window in enumerate(windows):
         last = batches[-1] if batches else range(0)
@@ -374,79 +320,3 @@ def _split(windows: Sequence[Window], limit: int) -> list[range]:
         else:
             batches[-1] = range(last.start, i + 1)
     return batches
-
-
-class _PlainNetwork:
-    """A network that knows windows only: every branch is computed whole, then the frames wanted are taken."""
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-
-    def __call__(self, batch: Batch) -> Tensor:
-        num_branches = batch.prompt_rows.shape[0] // batch.latents.shape[0]
-        latents = torch.cat([batch.latents] * num_branches)
-        output = self.network(latents, torch.cat([batch.timesteps] * num_branches), batch.prompt_rows)
-        keep = torch.cat([batch.keep] * num_branches)
-        return torch.stack([frames[:, index] for frames, index in zip(output, keep, strict=True)])
-
-
-_one_capture = threading.Lock()
-"""torch allows one capture at a time in a process; two engines may run in two threads."""
-
-
-class _Graphs:
-    """Forwards of small batches as CUDA graphs, one for each shape that comes again.
-
-    The first forward of a shape runs as it is, which compiles kernels and chooses attention; the second is captured.
-    All share one stream and one pool of memory: only one of them runs at a time. Where the pool cannot be had, forwards
-    run as they are from then on, once reported through ``emit``.
-    """
-
-    def __init__(self, device: torch.device, emit: Callable[..., None]) -> None:
-        self._emit = emit
-        self._is_on = True
-        self._stream = torch.cuda.Stream(indexed(device))  # torch's own is of the device that was current first
-        self._seen: set[_Shape] = set()
-        self._captured: dict[_Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: Any = None
-
-    def run(self, forward: Callable[[Tensor, _Shape], None], tables: Tensor, shape: _Shape) -> None:
-        """The forward of these tables; it is not kept, for who owns this would then not be freed with its last user."""
-        if self._is_on and shape in self._seen:
-            self._is_on = shape in self._captured or self._capture(forward, tables, shape)
-        if shape in self._captured:
-            graph, static = self._captured[shape]
-            static.copy_(tables)
-            graph.replay()
-        else:
-            forward(tables, shape)
-            self._seen.add(shape)
-
-    def clear(self) -> None:
-        """Give back the memory of all graphs."""
-        self._captured.clear()
-        self._pool = None
-
-    def _capture(self, forward: Callable[[Tensor, _Shape], None], tables: Tensor, shape: _Shape) -> bool:
-        """Keep the graph of this shape, and the tables that it reads; False where there is no memory for it."""
-        if not self._captured:  # a pool is gone with the last graph that used it, also with one that failed
-            self._pool = torch.cuda.graph_pool_handle()
-        static, graph, stream = tables.clone(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # Other threads decode and encode meanwhile, which a capture of all threads' calls would forbid.
-        try:
-            with (
-                _one_capture,
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                forward(static, shape)
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own behind
-            if not is_out_of_memory(error):
-                raise
-        else:
-            self._captured[shape] = graph, static
-            return True
-        self.clear()
-        torch.cuda.empty_cache()
-        self._emit("capture", is_on=False, reason="out of memory")
-        return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +16,16 @@ _LUMA = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 class DriftMeter:
     """Compares each chunk's colours with those of the first chunk.
 
-    ``drift`` is the mean over the three colour channels of the Wasserstein-1 distance between the two histograms: by
+    `drift` is the mean over the three colour channels of the Wasserstein-1 distance between the two histograms: by
     how many levels, as a share of the whole range, a value has moved on average; 0 is unchanged, 1 black turned white.
-    ``reference`` is the first chunk's cumulative histogram ``[3, 256]``, None before it; it goes into session files.
+    `reference` is the first chunk's cumulative histogram `[3,256]`, None before it; it goes into session files.
     """
 
     def __init__(self, reference: list[list[float]] | None = None) -> None:
         self.reference = reference
 
     def measure(self, frames: Tensor) -> dict[str, Any]:
-        """Statistics of frames uint8 ``[n,H,W,3]``: luminance and saturation (means, 0 … 1), contrast (standard
+        """Statistics of frames uint8 `[n,H,W,3]`: luminance and saturation (means, 0 … 1), contrast (standard
         deviation of luminance), and drift."""
         values = frames.reshape(-1, 3)
         counts = torch.stack([torch.bincount(values[:, c], minlength=NUM_LEVELS) for c in range(3)]).double().cpu()
@@ -42,3 +44,27 @@ class DriftMeter:
             "contrast": float(luminance.std(correction=0)),
             "saturation": float(saturation.mean()),
         }
+
+
+class DriftMeters:
+    """One meter a prompt: colours are compared with those of the first chunk that shows the same prompt.
+
+    `starts`: the first frame of each prompt, in order.
+    """
+
+    def __init__(self, starts: Sequence[int]) -> None:
+        self._starts = starts
+        self._meters: dict[int, DriftMeter] = {}
+
+    def measure(self, first_frame: int, frames: Tensor) -> dict[str, Any]:
+        """What `DriftMeter.measure` says of frames, the first of which is number `first_frame` of the video."""
+        entry = bisect_right(self._starts, first_frame) - 1
+        return self._meters.setdefault(entry, DriftMeter()).measure(frames)
+
+    def references(self) -> dict[str, list[list[float]] | None]:
+        """What a session file must know."""
+        return {str(entry): meter.reference for entry, meter in self._meters.items()}
+
+    def load_references(self, references: Mapping[str, list[list[float]]]) -> None:
+        """Go on from `references`."""
+        self._meters = {int(entry): DriftMeter(reference) for entry, reference in references.items()}

@@ -21,9 +21,9 @@ from miga_engine.runtime.interrupts import uninterrupted
 class FrameStore:
     """State of the latent frames of a run.
 
-    ``sample``, ``last_sample`` (last corrected sample), ``x0`` and ``x0_previous`` (the solver's last two x0
-    predictions): float32 ``[capacity + scratch, C, H, W]``. ``step_index``, ``history_length``, ``prompt_row``,
-    ``frame_number``: int64 ``[capacity + scratch]`` on the host. The ``scratch`` slots behind the ring hold the
+    `sample`, `last_sample` (last corrected sample), `x0` and `x0_previous` (the solver's last two x0
+    predictions): float32 `[capacity + scratch, C, H, W]`. `step_index`, `history_length`, `prompt_row`,
+    `frame_number`: int64 `[capacity + scratch]` on the host. The `scratch` slots behind the ring hold the
     candidates of a reflection search.
     """
 
@@ -37,15 +37,15 @@ class FrameStore:
         self.scratch = scratch
         self.device = device
         self.frame_shape = frame_shape
-        rows = capacity + scratch
-        self.sample = torch.zeros(rows, *frame_shape, dtype=torch.float32, device=device)
+        num_slots = capacity + scratch
+        self.sample = torch.zeros(num_slots, *frame_shape, dtype=torch.float32, device=device)
         self.last_sample = torch.zeros_like(self.sample)
         self.x0 = torch.zeros_like(self.sample)
         self.x0_previous = torch.zeros_like(self.sample)
-        self.step_index = np.zeros(rows, dtype=np.int64)
-        self.history_length = np.zeros(rows, dtype=np.int64)
-        self.prompt_row = np.zeros(rows, dtype=np.int64)
-        self.frame_number = np.zeros(rows, dtype=np.int64)
+        self.step_index = np.zeros(num_slots, dtype=np.int64)
+        self.history_length = np.zeros(num_slots, dtype=np.int64)
+        self.prompt_row = np.zeros(num_slots, dtype=np.int64)
+        self.frame_number = np.zeros(num_slots, dtype=np.int64)
         self.is_intact = True
         """Whether no change was broken off: False from one that failed half-way on."""
 
@@ -68,7 +68,7 @@ class FrameStore:
         return np.asarray(frame_numbers, dtype=np.int64) % self.capacity
 
     def scratch_slots(self, first: int, count: int) -> np.ndarray:
-        """``count`` scratch slots from the ``first``-th on."""
+        """`count` scratch slots from the `first`-th on."""
         return self.capacity + first + np.arange(count, dtype=np.int64)
 
     def index(self, slots: np.ndarray) -> torch.Tensor:
@@ -78,7 +78,7 @@ class FrameStore:
     def put(
         self, slots: np.ndarray, sample: torch.Tensor, *, step_index: int | np.ndarray, numbers: Sequence[int] | range
     ) -> None:
-        """Write ``sample [n,C,H,W]`` into ``slots`` with an empty solver history."""
+        """Write `sample [n,C,H,W]` into `slots` with an empty solver history."""
         self.sample[self.index(slots)] = sample
         self.step_index[slots] = step_index
         self.history_length[slots] = 0
@@ -94,16 +94,16 @@ class FrameStore:
             array = getattr(self, name)
             array[target] = array[source]
 
-    def rows(self, slots: np.ndarray) -> dict[str, torch.Tensor]:
-        """All that is known of the frames in ``slots``, by name, on the host."""
+    def state(self, slots: np.ndarray) -> dict[str, torch.Tensor]:
+        """All that is known of the frames in `slots`, by name, on the host."""
         index = self.index(slots)
         tensors = {name: getattr(self, name)[index].cpu() for name in self.TENSORS}
         return tensors | {name: torch.from_numpy(getattr(self, name)[slots]) for name in self.INTEGERS}
 
-    def put_rows(self, slots: np.ndarray, rows: Mapping[str, torch.Tensor]) -> None:
-        """Write what `rows` gave."""
+    def load_state(self, slots: np.ndarray, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write what `state` gave."""
         index = self.index(slots)
         for name in self.TENSORS:
-            getattr(self, name)[index] = rows[name].to(self.device)
+            getattr(self, name)[index] = tensors[name].to(self.device)
         for name in self.INTEGERS:
-            getattr(self, name)[slots] = rows[name].numpy()
+            getattr(self, name)[slots] = tensors[name].numpy()

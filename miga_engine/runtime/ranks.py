@@ -61,9 +61,10 @@ class Ranks:
         return range(num_batches * rank // self.count, num_batches * (rank + 1) // self.count)
 
     def exchange(self, outputs: Tensor, bounds: list[int]) -> None:
-        """Make every rank's rows known to all, in place.
+        """Make every rank's outputs known to all, in place.
 
-        outputs [G,rows,C,H,W]; batch i wrote rows bounds[i] … bounds[i+1]. DeviceError if a rank is lost.
+        outputs: `[G,n,C,H,W]`, of whose n frames batch i wrote those from bounds[i] up to bounds[i+1]. DeviceError if a
+        rank is lost.
         """
         for rank in range(self.count):
             share = self.share(len(bounds) - 1, rank)

@@ -1,20 +1,19 @@
-"""Self-reflection: watch the consistency score of the queue, and search again where it falls (DCE, ALGORITHM §4)."""
+"""Self-reflection (DCE): watch the consistency score of the queue, search again where it falls (docs/method.md §4)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from miga_engine import ops
 from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
+from miga_engine.runtime.judges import JUDGES
 from miga_engine.runtime.window_plan import plan_windows
 
-CANDIDATE_SOLVER_STREAM = 0x100
-"""Solver noise of candidate c in search n uses stream CANDIDATE_SOLVER_STREAM + n·candidates + c."""
+FIRST_CANDIDATE_SERIES = 0x100
+"""Solver noise of candidate c in search n is of the series FIRST_CANDIDATE_SERIES + n·candidates + c."""
 
 _NO_SLOTS = np.empty(0, np.int64)
 
@@ -22,7 +21,7 @@ _NO_SLOTS = np.empty(0, np.int64)
 class Reflection:
     """Judges one group of latent frames per iteration and replaces the tail by the best of several continuations.
 
-    State: ``previous_score`` C₀ (None before the first judgement) and ``num_searches``.
+    State: `previous_score` C₀ (None before the first judgement) and `num_searches`.
     """
 
     def __init__(
@@ -36,6 +35,7 @@ class Reflection:
     ) -> None:
         self.denoiser = denoiser
         self.config = config
+        self.judge = JUDGES[config.judge]
         self.window_frames = window_frames
         self.stride = stride
         self.emit = emit
@@ -43,15 +43,10 @@ class Reflection:
         self.previous_score: float | None = None
         self.num_searches = 0
 
-    @staticmethod
-    def scratch_frames(config: MigaConfig) -> int:
-        """Scratch slots a search needs: every candidate ends with judge_step groups."""
-        return config.candidates * config.judge_step * config.zigzag_width if config.self_reflection else 0
-
     def after_pass(self, head: int, tail: int, then: Callable[[], None] = lambda: None) -> None:
-        """Judge the queue of frames ``head … tail − 1`` after a pass, before anything is popped or pushed.
+        """Judge the queue of frames `head … tail − 1` after a pass, before anything is popped or pushed.
 
-        ``then`` notes that it is done, as one with what it changes.
+        `then` notes that it is done, as one with what it changes.
         """
         config, store = self.config, self.denoiser.store
         self.denoiser.forget_parts()
@@ -63,7 +58,7 @@ class Reflection:
             then()
             return
         reference = store.slots(range(judged.start - config.reference_groups * width, judged.start))
-        score = float(self._score(reference, store.slots(judged)[None])[0])
+        score = float(self.judge(store, reference, store.slots(judged)[None], config)[0])
         self.emit("score", frame=judged.start, score=score, previous=self.previous_score)
         if self.previous_score is None or self.previous_score - score <= config.score_drop:
             with store.changing():
@@ -72,16 +67,8 @@ class Reflection:
             return
         self._search(reference, judged.start, score, then)
 
-    def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
-        """Scores ``[k]`` of the candidate groups ``slots [k, m]`` against the reference ``slots [n]``."""
-        store = self.denoiser.store
-        values = store.x0 if self.config.judge == "x0" else store.sample
-        return ops.consistency_score(
-            values[store.index(reference)], values[store.index(candidates)], channels=self.config.channels
-        )
-
     def _search(self, reference: np.ndarray, first: int, score: float, then: Callable[[], None]) -> None:
-        """Try ``candidates`` continuations of the reference; C₀ becomes the score of the one that stays.
+        """Try `candidates` continuations of the reference; C₀ becomes the score of the one that stays.
 
         A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on.
         """
@@ -94,16 +81,16 @@ class Reflection:
         for step in range(config.judge_step):
             fresh = slice(step * width, (step + 1) * width)
             for c in range(count):
-                stream = self.num_searches * count + c
-                noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], stream=stream)
+                series = self.num_searches * count + c
+                noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], series=series)
                 store.put(slots[c, fresh], noise, step_index=0, numbers=numbers[fresh].tolist())
                 store.prompt_row[slots[c, fresh]] = store.prompt_row[store.slots(numbers[fresh])]
             # A stochastic solver draws noise of its own for each candidate; otherwise all share one pass.
             shares = [slots[c : c + 1] for c in range(count)] if self.denoiser.schedule.uses_noise else [slots]
             for c, share in enumerate(shares):
-                stream = CANDIDATE_SOLVER_STREAM + self.num_searches * count + c
-                self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), solver_stream=stream)
-        scores = self._score(reference, slots[:, :width])
+                series = FIRST_CANDIDATE_SERIES + self.num_searches * count + c
+                self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), noise_series=series)
+        scores = self.judge(store, reference, slots[:, :width], config)
         best = int(scores.argmax())
         best_score = float(scores[best])
         adopted = best_score > score

@@ -18,19 +18,8 @@ from miga_engine.config import MAX_OPTION
 from miga_engine.errors import SessionError
 from miga_engine.prompts import MAX_FRAME
 from miga_engine.runtime.frame_store import FrameStore
-from miga_engine.runtime.stages import (
-    DONE,
-    FLUSH,
-    JUDGE,
-    POP,
-    PUSH,
-    QUEUE,
-    SEED_CLIP,
-    STAGE1,
-    UNIFIED,
-    WARMUP,
-    RunLayout,
-)
+from miga_engine.runtime.layout import RunLayout
+from miga_engine.runtime.stages import DONE, FLUSH, JUDGE, POP, PUSH, QUEUE, SEED_CLIP, STAGE1, UNIFIED, WARMUP
 
 _NEXT = {
     SEED_CLIP: (PUSH, QUEUE),
@@ -51,9 +40,9 @@ def check_run_state(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """SessionError unless ``(tensors, numbers)`` is what `VideoRun.state` may give of a run of this layout.
+    """SessionError unless `(tensors, numbers)` is what `VideoRun.state` may give of a run of this layout.
 
-    ``uses_noise``: whether the solver is stochastic; ``frame_shape``, ``prompt_row``: as of `VideoRun`. The content of
+    `uses_noise`: whether the solver is stochastic; `frame_shape`, `prompt_row`: as of `VideoRun`. The content of
     the latents is free: it may be anything that a network can have made.
     """
     _Check(layout, uses_noise, numbers).all_of(frame_shape, prompt_row, tensors)
@@ -70,7 +59,7 @@ def check_stream_state(
 ) -> None:
     """SessionError unless what a stream keeps beside its run fits it, and no frame is missing or there twice.
 
-    ``picture_shape`` is (H, W) of the video, ``num_video_frames`` what a number of latent frames decodes to.
+    `picture_shape` is (H, W) of the video, `num_video_frames` what a number of latent frames decodes to.
     """
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     lengths = {name: len(tensors[name]) for name in ("undecoded", "frames", "output_frames") if name in tensors}
@@ -124,19 +113,19 @@ class _Check:
         first_head = 0 if self.stage in (SEED_CLIP, WARMUP) else layout.first_head
         if self.head != first_head + self.num_passes * layout.config.zigzag_width:
             raise _unfit("num_passes", self.num_passes)
-        rows = self._rows(tensors, frame_shape, self.tail - self.first + layout.num_anchors)
+        integers = self._integers(tensors, frame_shape, self.tail - self.first + layout.num_anchors)
         count = self.tail - self.first
         frames = np.arange(self.first, self.tail)
         known = frames >= 0 if self.stage == SEED_CLIP else np.ones(count, bool)  # before that: nothing is there yet
         expected_rows = np.array([prompt_row(max(int(frame), 0)) for frame in frames[known]], np.int64)
-        self._equal("frame_number", rows["frame_number"][:count][known], frames[known])
-        self._equal("prompt_row", rows["prompt_row"][:count][known], expected_rows)
-        self._steps(frames, known, groups, rows["step_index"][:count])
+        self._equal("frame_number", integers["frame_number"][:count][known], frames[known])
+        self._equal("prompt_row", integers["prompt_row"][:count][known], expected_rows)
+        self._steps(frames, known, groups, integers["step_index"][:count])
         for name, most in (("history_length", 2), ("step_index", layout.num_steps)):
-            if not ((rows[name] >= 0) & (rows[name] <= most)).all():
-                raise _unfit(name, rows[name].tolist()[:8])
+            if not ((integers[name] >= 0) & (integers[name] <= most)).all():
+                raise _unfit(name, integers[name].tolist()[:8])
         if layout.num_anchors:
-            self._anchor({name: int(row[count]) for name, row in rows.items()}, prompt_row)
+            self._anchor({name: int(values[count]) for name, values in integers.items()}, prompt_row)
 
     def _parting(self) -> None:
         """A run is at its end only where there is one, and where it has come there."""
@@ -244,20 +233,20 @@ class _Check:
             num_stage2 = sum(level < layout.config.stage2_steps for level, *_ in blocks)
             yield from [ranges[:num_stage2], ranges[num_stage2:]] if self.uses_noise else [ranges]
 
-    def _anchor(self, row: Mapping[str, int], prompt_row: Callable[[int], int]) -> None:
+    def _anchor(self, anchor: Mapping[str, int], prompt_row: Callable[[int], int]) -> None:
         if self.stage == SEED_CLIP:
-            fits = not any(row.values())
+            fits = not any(anchor.values())
         else:
             fits = (
-                0 <= row["frame_number"] <= max(self.head, 0)
-                and row["step_index"] == self.layout.num_steps
-                and row["history_length"] == 0
-                and row["prompt_row"] == prompt_row(row["frame_number"])
+                0 <= anchor["frame_number"] <= max(self.head, 0)
+                and anchor["step_index"] == self.layout.num_steps
+                and anchor["history_length"] == 0
+                and anchor["prompt_row"] == prompt_row(anchor["frame_number"])
             )
         if not fits:
-            raise _unfit("guidance_anchor", dict(row))
+            raise _unfit("guidance_anchor", dict(anchor))
 
-    def _rows(
+    def _integers(
         self, tensors: Mapping[str, Tensor], frame_shape: tuple[int, int, int], count: int
     ) -> dict[str, np.ndarray]:
         """The integers by name, once all tensors have the shape and dtype that a state has."""

@@ -1,7 +1,7 @@
 """The session file: everything a run needs to go on, in one safetensors file, written atomically.
 
-The tensors' names begin with ``state/`` or ``extension/``; the metadata hold the format's version, the record (JSON)
-and a SHA-256 of record and tensors. A file that is replaced stays beside it as ``name.previous.safetensors``; it is
+The tensors' names begin with `state/` or `extension/`; the metadata hold the format's version, the record (JSON)
+and a SHA-256 of record and tensors. A file that is replaced stays beside it as `name.previous.safetensors`; it is
 read where the newer one is damaged. Nothing else is ever replaced.
 
 A session file may be a stranger's. Reading it checks the types of all that it holds, and `run_state` the values, before
@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import reprlib
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,8 +57,8 @@ class State:
 class Session:
     """What a session file holds.
 
-    ``request`` and ``model`` say what was asked for and what computed it; ``extension`` is the last moment from which
-    the run could still be made longer, where ``state`` is past it. ``warning`` says what was amiss with the file.
+    `request` and `model` say what was asked for and what computed it; `extension` is the last moment from which
+    the run could still be made longer, where `state` is past it. `warning` says what was amiss with the file.
     """
 
     request: dict[str, Any]
@@ -70,7 +69,7 @@ class Session:
 
 
 def previous_path(path: Path) -> Path:
-    """Where the file is kept that ``path`` replaced."""
+    """Where the file is kept that `path` replaced."""
     return path.with_name(f"{path.name.removesuffix(SUFFIX)}.previous{SUFFIX}")
 
 
@@ -196,68 +195,6 @@ def is_session(path: str | os.PathLike[str]) -> bool:
             return _metadata(file).get("format") == _FORMAT
     except (OSError, RuntimeError, ValueError):
         return False
-
-
-def describe_session(session: Session) -> list[tuple[str, str]]:
-    """What a session is, in a few lines, for ``miga info``."""
-    request, numbers = session.request, session.state.numbers
-    run, output = numbers["run"], numbers["output"] or {}
-    prompts = " / ".join(text if frame == "0" else f"{frame}: {text}" for frame, text in request["prompt"].items())
-    model = session.model
-    made, asked, stored = numbers["num_frames_out"], request["num_frames"] or "endless", output.get("num_frames", 0)
-    return [
-        ("session of", f"{model['name']} ({model['dtype']}, miga_engine {model['miga_engine']})"),
-        ("prompt", prompts),
-        ("frames", f"{made} of {asked} made, {stored} of them in the file"),
-        ("video", f"{output.get('path')}, {request['width']}×{request['height']}, {request['fps']} fps"),
-        ("seed", str(request["seed"])),
-        ("stage", f"{run['stage']}, latent frames {run['head']} to {run['tail'] - 1} in the queue"),
-        ("searches", str(run["num_searches"])),
-        ("can be extended", "yes" if session.extension or not session.state.has_parted else "no"),
-    ]  # fmt: skip
-
-
-def model_of_session(path: str | os.PathLike[str], session: Session) -> str:
-    """The model to go on with where the caller names none: the embedded one, or one beside or below the session file.
-
-    What else the file says may be a stranger's: ConfigError, with what to give.
-    """
-    recorded, folder = session.model["name"], os.path.realpath(Path(path).absolute().parent)
-    if recorded == "tiny":
-        return recorded
-    if recorded and os.path.commonpath([folder, os.path.realpath(recorded)]) == folder:
-        return recorded
-    name = os.path.basename(recorded)
-    if name and os.path.exists(beside := os.path.join(folder, name)):
-        return beside
-    raise ConfigError(
-        f"the session {path} was made with the model at {recorded}, which does not lie beside it: name the model with "
-        f"--model {shlex.quote(recorded)}"
-    )
-
-
-def video_of_session(path: str | os.PathLike[str], session: Session) -> str:
-    """The video to go on with where the caller names none: the one of its name beside the session file.
-
-    Where else the file says that it is may be a stranger's: ConfigError, with what to give.
-    """
-    recorded = (session.state.numbers["output"] or {}).get("path") or ""
-    num_parts = 2 if recorded.lower().endswith(".png") else 1  # a sequence lies in a folder of its own
-    if not os.path.isabs(recorded) or len(Path(recorded).parts) <= num_parts:
-        raise ConfigError(f"the session {path} does not say where its video is: give --output")
-    folder = Path(os.path.realpath(Path(path).absolute().parent))
-    parts = Path(recorded).parts[-num_parts:]
-    beside = folder.joinpath(*parts)
-    is_there = (beside.parent if num_parts == 2 else beside).exists()
-    if ".." in parts or (os.path.realpath(Path(recorded).parents[num_parts - 1]) != str(folder) and not is_there):
-        raise ConfigError(
-            f"the session {path} has its video at {recorded}, which does not lie beside it: name the video with "
-            f"--output {shlex.quote(recorded)}"
-        )
-    for known in (beside, beside.parent) if num_parts == 2 else (beside,):
-        if known.is_symlink():
-            raise ConfigError(f"{known} is a link: name the video of the session {path} with --output")
-    return str(beside)
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -1,15 +1,14 @@
 """The stages of a run: seed clip → warm-up → Stage 1 (zigzag queue) → Stage 2 and refine as a wavefront → clean.
 
-Everything lives in one ring of latent frames and advances by one kind of pass (denoise.Denoiser). One ``tick`` is one
+Everything lives in one ring of latent frames and advances by one kind of pass (denoise.Denoiser). One `tick` is one
 step of the seed clip, one warm-up pass, or one Stage-1 pass together with whatever unified windows became ready;
-it returns the latent frames that became clean. Memory does not depend on the length of the video (ALGORITHM §3, §6).
+it returns the latent frames that became clean. Memory does not depend on the length of the video (docs/method.md §3,
+§6).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,199 +17,47 @@ import torch
 from miga_engine.config import MigaConfig
 from miga_engine.errors import SessionError
 from miga_engine.noise import Purpose
-from miga_engine.runtime.denoise import BatchNetwork, Denoiser, Network, NoiseSource, Window
+from miga_engine.runtime.denoise import Denoiser, NoiseSource, Window
 from miga_engine.runtime.frame_store import FrameStore
+from miga_engine.runtime.layout import RunLayout
+from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.reflection import Reflection
-from miga_engine.runtime.window_plan import guidance_indices, next_cut, plan_windows
+from miga_engine.runtime.wavefront import Block
+from miga_engine.runtime.window_plan import guidance_indices
 from miga_engine.schedule import Schedule, add_noise
 
 SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
 PUSH, QUEUE, JUDGE, POP, UNIFIED = "push", "queue", "judge", "pop", "unified"
 """What a tick does next; it moves on as one with the change of the state that it names."""
 
-_STREAMS = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
-"""Solver-noise streams: stages that visit the same (frame, step) twice must not draw the same noise."""
+_NOISE_SERIES = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
+"""Of the solver's noise: stages that visit the same (frame, step) twice must not draw the same."""
 
 
 class CleanLatents(NamedTuple):
-    """Finished latent frames ``[n, C, H, W]`` float32, the first of them number ``first_frame`` of the video."""
+    """Finished latent frames `[n,C,H,W]` float32, the first of them number `first_frame` of the video."""
 
     first_frame: int
     latents: torch.Tensor
 
 
-class UnifiedPasses:
-    """Stage 2 and refine as a wavefront over frames that all stand at the hand-off step (ALGORITHM §6).
-
-    Level j is the j-th unified pass. ``done[j]`` is how far it has come: frames before it have finished level j.
-    A block of level j may run as soon as level j − 1 has finished the frames its window reads, which yields exactly
-    what passes over the whole video yield.
-    """
-
-    def __init__(
-        self, stage2_steps: int, refine_steps: int, window: int, stride: int, moving_phase: bool, num_frames: int | None
-    ) -> None:
-        self.stage2_steps = stage2_steps
-        self.num_levels = stage2_steps + refine_steps
-        self.window = window
-        self.stride = stride
-        self.moving_phase = moving_phase
-        self.num_frames = num_frames
-        self.done = [0] * self.num_levels
-
-    def phase(self, level: int) -> int:
-        """The refine pass counts its passes from 0 again."""
-        number = level if level < self.stage2_steps else level - self.stage2_steps
-        return number % self.stride if self.moving_phase else 0
-
-    def ready(self, available: int) -> list[tuple[int, int, int, int]]:
-        """Blocks ``(level, start, stop, commit_stop)`` that can run now; ``available`` frames have been handed over.
-
-        At most one block a level, and none reads what another writes, so they form one pass.
-        """
-        blocks = []
-        for level in range(self.num_levels):
-            finished = available if level == 0 else self.done[level - 1]
-            start = self.done[level]
-            if start == self.num_frames:
-                continue
-            stop = start + self.window if self.num_frames is None else min(start + self.window, self.num_frames)
-            if stop <= finished:
-                commit_stop = next_cut(start, self.num_frames, self.window, self.stride, self.phase(level))
-                blocks.append((level, start, stop, commit_stop))
-        return blocks
-
-
-@dataclass(frozen=True)
-class RunLayout:
-    """Where the frames of a run lie, in integers that follow from its options alone.
-
-    ``num_steps`` of the schedule, ``window_frames`` that the network takes at once, ``num_frames`` latent frames to
-    deliver, None = endless.
-    """
-
-    config: MigaConfig
-    num_steps: int
-    window_frames: int
-    num_frames: int | None
-
-    @property
-    def end(self) -> int | None:
-        """Frames of the unified passes: a request shorter than the clip the network was trained on is denoised as a
-        full clip and cut afterwards."""
-        return None if self.num_frames is None else max(self.num_frames, self.window_frames)
-
-    @property
-    def handoff_step(self) -> int:
-        """Step at which a frame leaves the queue for the unified passes."""
-        return self.num_steps - self.config.stage2_steps
-
-    @property
-    def num_levels(self) -> int:
-        """Unified passes a frame goes through, those of refine included."""
-        return self.config.stage2_steps + self.config.refine_steps
-
-    @cached_property
-    def stride(self) -> int:
-        """Frames between two windows of a pass."""
-        window = self.window_frames
-        return self.config.stride or min(max(1, window // 2), window - self.config.guidance_frames)
-
-    @property
-    def padding(self) -> int:
-        """Frames before the queue that a trailing commit reads."""
-        return self.window_frames - self.stride if self.config.commit == "trailing" else 0
-
-    @property
-    def num_first_groups(self) -> int:
-        """Groups of the first queue."""
-        if self.config.warmup == "copies":
-            return self.handoff_step
-        return min(self.window_frames // self.config.zigzag_width, self.handoff_step - 1)
-
-    @property
-    def first_head(self) -> int:
-        """Number of the frame at the head of the first queue; below 0 where it holds copies of frame 0."""
-        if self.config.warmup != "copies":
-            return 0
-        return min(0, self.window_frames - self.num_first_groups * self.config.zigzag_width)
-
-    @property
-    def capacity(self) -> int:
-        """Slots of the ring: the queue, the wavefront behind it, and the padding."""
-        width, window = self.config.zigzag_width, self.window_frames
-        wavefront = self.num_levels * (window + self.stride) + window + width
-        return width * (self.handoff_step + 1) + wavefront + self.padding
-
-    @property
-    def num_slots(self) -> int:
-        """Of the ring and the scratch behind it."""
-        return self.capacity + Reflection.scratch_frames(self.config) + self.num_anchors
-
-    @property
-    def num_anchors(self) -> int:
-        """Scratch slots, behind those of the searches, that a state includes."""
-        return int(self.config.guidance_anchor)
-
-    def queue_plan(self, head: int, tail: int, num_passes: int | None) -> tuple[int, list[tuple[int, int, int]]]:
-        """The first frame that a pass over the queue reads, and its `plan_windows` from there on.
-
-        ``num_passes`` of Stage 1 before it, None in warm-up.
-        """
-        length, local = tail - head, self.window_frames - self.config.guidance_frames
-        if self.config.commit == "trailing":
-            plan = plan_windows(length + self.padding, self.window_frames, self.stride, 0, "trailing")
-            return head - self.padding, plan
-        if num_passes is None:
-            phase = (length - local) % self.stride if length >= local else 0
-        else:
-            phase = num_passes % self.stride if self.config.moving_phase else 0
-        return head, plan_windows(length, local, self.stride, phase)
-
-    def unified_passes(self) -> UnifiedPasses:
-        """Stage 2 and refine, before their first pass."""
-        config = self.config
-        return UnifiedPasses(
-            config.stage2_steps, config.refine_steps, self.window_frames, self.stride, config.moving_phase, self.end
-        )
-
-    def num_available(self, head: int) -> int:
-        """Frames that the unified passes may read, of a queue that has come so far."""
-        return head if self.end is None else min(head, self.end)
-
-    def has_parted(self, head: int) -> bool:
-        """Whether the end has begun to shape a run whose queue has come so far. Until then it is a longer run.
-
-        A unified window that ends at the head may commit up to ``stride`` frames, and no cut lies beyond the last
-        window; frames beyond the last are not delivered.
-        """
-        return (
-            self.end is not None
-            and self.num_frames is not None
-            and head > min(self.end - self.stride, self.num_frames - 1)
-        )
-
-
 class VideoRun:
     """One endless or finite run over a network, as a sequence of ticks.
 
-    Args:
-        network: see :class:`~miga_engine.runtime.denoise.BatchNetwork` and ``Network``.
-        schedule, config: how frames are denoised and how windows become a video.
-        window_frames: latent frames the network takes at once (its native clip).
-        frame_shape: ``(C, H, W)`` of a latent frame.
-        noise: source of Gaussian noise.
-        num_frames: latent frames to deliver; None = endless.
-        prompt_row: maps a latent frame number to the prompt row the network is given for it.
-        emit: receives events as ``emit(kind, **fields)``.
-        capture: replay forwards as CUDA graphs; without effect on CPUs.
-        ranks: the processes that share the windows of each pass; None = this one alone.
+    schedule, config: how frames are denoised and how windows become a video.
+    window_frames: latent frames the network takes at once (its native clip).
+    frame_shape: `(C, H, W)` of a latent frame.
+    num_frames: latent frames to deliver; None = endless.
+    prompt_row: maps a latent frame number to the prompt row the network is given for it.
+    emit: receives events as `emit(kind, **fields)`.
+    capture: replay forwards as CUDA graphs; without effect on CPUs.
+    ranks: the processes that share the windows of each pass; None = this one alone.
     """
 
     def __init__(
         self,
-        network: Network | BatchNetwork,
+        network: WindowNetwork,
         schedule: Schedule,
         config: MigaConfig,
         *,
@@ -236,9 +83,9 @@ class VideoRun:
         self.num_frames = num_frames
         self.handoff_step, self.stride, self.padding = layout.handoff_step, layout.stride, layout.padding
         self.unified = layout.unified_passes()
-        search_frames, num_anchors = Reflection.scratch_frames(config), layout.num_anchors
-        self.store = FrameStore(layout.capacity, frame_shape, device, scratch=search_frames + num_anchors)
-        self._anchor = self.store.scratch_slots(search_frames, num_anchors)
+        num_scratch = layout.num_search_slots + layout.num_anchors
+        self.store = FrameStore(layout.capacity, frame_shape, device, scratch=num_scratch)
+        self._anchor = self.store.scratch_slots(layout.num_search_slots, layout.num_anchors)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
             guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
@@ -267,7 +114,7 @@ class VideoRun:
         """One unit of work; the latent frames that became clean by it, or None.
 
         Raises NumericsError where the network gave NaN or infinity; those frames never become clean. After any other
-        error, an interrupt or one of ``emit`` included, the tick can be gone on with, here or where `state` was loaded;
+        error, an interrupt or one of `emit` included, the tick can be gone on with, here or where `state` was loaded;
         SessionError where it cannot, for a change of the state itself was broken off.
         """
         if not self.store.is_intact:
@@ -280,14 +127,14 @@ class VideoRun:
         if self.stage != self._announced:
             self._announced = self.stage
             self.emit("stage", stage=self.stage, head=self.head, tail=self.tail)
-        if self.stage == SEED_CLIP:
-            self._tick_seed_clip()
-        elif self.stage == WARMUP:
-            self._tick_warmup()
-        elif self.stage == STAGE1:
-            self._tick_stage1()
-        elif self.stage == FLUSH and not self._unified_pass():
-            self.stage = DONE
+        what_a_tick_does = {
+            SEED_CLIP: self._denoise_seed_clip,  # one step of an ordinary clip, which then starts the queue
+            WARMUP: self._fill_queue,  # a group of noise into the queue and a pass over it, until it is full
+            STAGE1: self._advance_queue,  # a pass over the queue, a group out of it and one into it; ready blocks
+            FLUSH: self._finish,  # the blocks of Stage 2 and refine that are left
+            DONE: lambda: None,
+        }
+        what_a_tick_does[self.stage]()
         self.denoiser.check_finite()
         return self._take_clean()
 
@@ -305,8 +152,8 @@ class VideoRun:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, numbers) that the following ticks depend on, beside what the run was made from.
 
-        The tensors are those of `FrameStore` for the frames that are still needed, float32 ``[n, C, H, W]`` and int64
-        ``[n]``; the numbers go through JSON unchanged.
+        The tensors are those of `FrameStore` for the frames that are still needed, float32 `[n,C,H,W]` and int64
+        `[n]`; the numbers go through JSON unchanged.
         """
         first = min(self.emitted, self.head - self.padding)
         reflection = self.reflection
@@ -324,7 +171,7 @@ class VideoRun:
             "num_searches": 0 if reflection is None else reflection.num_searches,
             **self.denoiser.progress(),
         }
-        return self.store.rows(self._kept_slots(range(first, self.tail))), numbers
+        return self.store.state(self._kept_slots(range(first, self.tail))), numbers
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer.
@@ -332,7 +179,7 @@ class VideoRun:
         What comes out of a file is first to go through `run_state.check_run_state`.
         """
         frames = range(numbers["first"], numbers["tail"])
-        self.store.put_rows(self._kept_slots(frames), tensors)
+        self.store.load_state(self._kept_slots(frames), tensors)
         self.stage, self._next = numbers["stage"], numbers["next"]
         self.head, self.tail = numbers["head"], numbers["tail"]
         self.num_passes, self.emitted = numbers["num_passes"], numbers["emitted"]
@@ -346,16 +193,14 @@ class VideoRun:
         """Slots whose content a state holds: these frames, and the anchor."""
         return np.concatenate([self.store.slots(frames), self._anchor])
 
-    # Seed clip and warm-up -------------------------------------------------------------------------------------
-
-    def _tick_seed_clip(self) -> None:
-        """An ordinary clip of ``window_frames`` frames; its clean frames then start the queue."""
+    def _denoise_seed_clip(self) -> None:
+        """An ordinary clip of `window_frames` frames; its clean frames then start the queue."""
         frames = range(self.window_frames)
         if self._next == PUSH:
             self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)), then=QUEUE)
         slots = self.store.slots(frames)
         if self.store.step_index[slots[0]] < self.schedule.num_steps:
-            self.denoiser.run([Window(slots, 0, len(slots))], solver_stream=_STREAMS[SEED_CLIP])
+            self.denoiser.run([Window(slots, 0, len(slots))], noise_series=_NOISE_SERIES[SEED_CLIP])
         if self.store.step_index[slots[0]] == self.schedule.num_steps:
             self._start_queue(self.store.sample[self.store.index(slots)])
 
@@ -383,7 +228,7 @@ class VideoRun:
             self._push(range(head, head + num_groups * width), noised, step_index=steps, then=then)
             self.head, self.stage = head, stage
 
-    def _tick_warmup(self) -> None:
+    def _fill_queue(self) -> None:
         """Push one group of noise; unless the queue now holds every level once, advance all of it by one step."""
         if self._next == PUSH:
             is_full = self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1
@@ -392,9 +237,7 @@ class VideoRun:
                 return
         self._queue_pass(WARMUP, then=PUSH)
 
-    # Stage 1 ---------------------------------------------------------------------------------------------------
-
-    def _tick_stage1(self) -> None:
+    def _advance_queue(self) -> None:
         """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
         if self._next in (QUEUE, JUDGE):
             self._queue_pass(STAGE1, then=POP)
@@ -426,14 +269,14 @@ class VideoRun:
                 self.stage = FLUSH
 
     def _set_anchor(self, number: int, clean: torch.Tensor) -> None:
-        """Keep a clean frame ``[1, C, H, W]`` as the farthest guidance frame of windows of its prompt."""
+        """Keep a clean frame `[1,C,H,W]` as the farthest guidance frame of windows of its prompt."""
         self.store.put(self._anchor, clean, step_index=self.schedule.num_steps, numbers=[number])
         self.store.prompt_row[self._anchor] = self.prompt_row(number)
 
     def _queue_pass(self, stage: str, *, then: str) -> None:
         if self._next == QUEUE:
             windows = self._queue_windows(None if stage == WARMUP else self.num_passes)
-            self.denoiser.run(windows, solver_stream=_STREAMS[stage], then=lambda: self._go_to(JUDGE))
+            self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=lambda: self._go_to(JUDGE))
         if self.reflection is None:
             self._go_to(then)
         else:
@@ -452,8 +295,8 @@ class VideoRun:
             length = self.window_frames - len(guidance)
             slots = np.concatenate([queue[guidance], queue[start : start + length]])
             if guidance and config.guidance_anchor:
-                rows = self.store.prompt_row[slots[len(guidance) :]]
-                if (rows == self.store.prompt_row[self._anchor]).all():
+                prompt_rows = self.store.prompt_row[slots[len(guidance) :]]
+                if (prompt_rows == self.store.prompt_row[self._anchor]).all():
                     slots[0] = self._anchor[0]
             offset = len(guidance) - start
             windows.append(Window(slots, commit_start + offset, commit_stop + offset))
@@ -468,13 +311,16 @@ class VideoRun:
 
     def _push(self, numbers: range, sample: torch.Tensor, step_index: int | np.ndarray = 0, *, then: str) -> None:
         slots = self.store.slots(numbers)
-        rows = [self.prompt_row(max(number, 0)) for number in numbers]
+        prompt_rows = [self.prompt_row(max(number, 0)) for number in numbers]
         with self.store.changing():
             self.store.put(slots, sample, step_index=step_index, numbers=numbers)
-            self.store.prompt_row[slots] = rows
+            self.store.prompt_row[slots] = prompt_rows
             self.tail, self._next = numbers.stop, then
 
-    # Stage 2 and refine ----------------------------------------------------------------------------------------
+    def _finish(self) -> None:
+        """The unified blocks that are ready; the run is done where there are none."""
+        if not self._unified_pass():
+            self.stage = DONE
 
     def _unified_pass(self) -> bool:
         """One pass over the blocks that are ready, at most one a level; False where there is none."""
@@ -488,7 +334,7 @@ class VideoRun:
             self._unified_part(blocks, windows, FLUSH)
         return bool(blocks)
 
-    def _unified_part(self, blocks: list[tuple[int, int, int, int]], windows: list[Window], stage: str) -> None:
+    def _unified_part(self, blocks: list[Block], windows: list[Window], stage: str) -> None:
         last = self.config.stage2_steps - 1 if self.config.refine_steps else None
         refined = [window.committed for (level, *_), window in zip(blocks, windows, strict=True) if level == last]
         noises = [self._refine_noise(slots) for slots in refined]
@@ -499,7 +345,7 @@ class VideoRun:
             for slots, noise in zip(refined, noises, strict=True):
                 self._renoise(slots, noise)
 
-        self.denoiser.run(windows, solver_stream=_STREAMS[stage], then=finish)
+        self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=finish)
 
     def _refine_noise(self, slots: np.ndarray) -> torch.Tensor:
         """The noise of `_renoise`: it belongs to the frames' numbers."""

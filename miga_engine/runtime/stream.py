@@ -1,4 +1,4 @@
-"""A run as a stream of frames: ticks, decoding, chunks, checkpoints, telemetry."""
+"""A run as the user sees it: an iterator over chunks of frames, with events, and saved wherever it stands."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import json
 import logging
 import os
 import threading
-import traceback
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from miga_engine.config import Request
-from miga_engine.device import is_out_of_memory, own_modes
-from miga_engine.errors import DeviceError, DriftError, MigaError, NumericsError, SessionError, printable
-from miga_engine.runtime.decode import Decoding, decoding_stream
-from miga_engine.runtime.drift import DriftMeter
+from miga_engine.device import own_modes
+from miga_engine.errors import DriftError, MigaError, SessionError, printable
+from miga_engine.runtime.drift import DriftMeters
 from miga_engine.runtime.interrupts import uninterrupted
-from miga_engine.runtime.session import Session, State, load_session, save_session, taking_apart
-from miga_engine.runtime.stages import DONE, VideoRun
+from miga_engine.runtime.pump import Pump, VideoDecoder
+from miga_engine.runtime.saving import Autosave, Output, Saving
+from miga_engine.runtime.session import State, taking_apart
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.threads import StarvationWatch
 
 _log = logging.getLogger("miga_engine")
@@ -34,9 +33,9 @@ _log = logging.getLogger("miga_engine")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames that left the decoder together: ``frames`` uint8 ``[n, H, W, 3]`` on the engine's device.
+    """Frames that left the decoder together: `frames` uint8 `[n,H,W,3]` on the engine's device.
 
-    ``index`` counts chunks from 0, ``first_frame`` is the video frame number of ``frames[0]``.
+    `index` counts chunks from 0, `first_frame` is the video frame number of `frames[0]`.
     """
 
     index: int
@@ -46,8 +45,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run: ``kind`` is stage, score, search_started, search_finished, window_batch,
-    capture, chunk, drift, saved or warning. ``number`` counts a run's events from 1, on from a session file's."""
+    """Something that happened in a run: `kind` is stage, score, search_started, search_finished, window_batch,
+    capture, chunk, drift, saved or warning. `number` counts a run's events from 1, on from a session file's."""
 
     kind: str
     data: Mapping[str, Any]
@@ -58,9 +57,10 @@ class Event:
 
 
 class _Cut(NamedTuple):
-    """A chunk, the groups of frames that it is cut from, and what it leaves of them."""
+    """A chunk, the frames that are ready, the groups of them that it is cut from, and what it leaves of these."""
 
     chunk: Chunk
+    ready: deque[Tensor]
     groups: list[Tensor]
     rest: Tensor
 
@@ -78,28 +78,13 @@ class Events:
             self.on_event(Event(kind, data, self.count))
 
 
-class StreamDecoder(Protocol):
-    """A VAE that decodes a video piece by piece. A push that fails leaves it as it was."""
-
-    def push(self, latents: Tensor, /) -> Tensor: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, state: dict[str, Tensor], /) -> None: ...
-
-
-class Output(Protocol):
-    """Where the caller writes the frames, as far as a session file must know it."""
-
-    def checkpoint(self) -> tuple[dict[str, Any], Tensor]:
-        """(JSON-able position up to which frames are on the disk, the frames behind it uint8 [n,H,W,3])."""
-
-
 class Stream(Iterator[Chunk]):
     """The chunks of one run, made as they are asked for.
 
-    Iterate over it, or call ``next``. ``close``, or leaving it as a context manager, ends its threads and releases its
+    Iterate over it, or call `next`. `close`, or leaving it as a context manager, ends its threads and releases its
     memory; so do dropping it and the end of the program. Where the network or the decoder fails, the frames made before
     come first, then the error; after that `save` still writes all that was made. An interrupt (KeyboardInterrupt, or
-    what else a signal handler raises) and an error of ``on_event`` change nothing: `next` goes on, and `save` saves.
+    what else a signal handler raises) and an error of `on_event` change nothing: `next` goes on, and `save` saves.
 
     One thread at a time may ask for the next chunk. `save` and `close` wait for it, `cancel` does not.
     """
@@ -107,7 +92,7 @@ class Stream(Iterator[Chunk]):
     def __init__(
         self,
         run: VideoRun,
-        decoder: StreamDecoder,
+        decoder: VideoDecoder,
         request: Request,
         model: Callable[[], dict[str, Any]],
         *,
@@ -125,38 +110,30 @@ class Stream(Iterator[Chunk]):
         """Of a resumed run: what `Output.checkpoint` gave when it was saved."""
         self.resumed_at_event: int | None = None
         """Of a resumed run: number of the last event before it was saved."""
-        self._run: VideoRun | None = run
-        self._decoder = decoder
-        self._decoding = Decoding(
-            decoder.push, overlap=overlap_decode, state=decoder.state, load_state=decoder.load_state
+        self._cancel = cancel = threading.Event()
+        self._pump: Pump | None = Pump(
+            run,
+            decoder,
+            overlap=overlap_decode,
+            is_cancelled=lambda: cancel.is_set() or is_cancelled(),
+            num_video_frames=num_video_frames,
         )
-        self._ready = self._decoding.ready  # decoded and not given out, group by group
-        self._model = model  # what computes it, asked when it is saved
+        self._saving = Saving(request, model)
         self._chunk_frames = chunk_frames
         self._events = events
-        self._is_cancelled = is_cancelled
-        self._cancel = threading.Event()
         self._turn = threading.Lock()  # of whoever works at the run
         self._owner: int | None = None  # the thread that has it
         self._is_making = False
         self._is_closing = False
         self._num_chunks = 0
-        self._backlog: deque[Tensor] = deque()  # clean latents, not handed to the decoder yet
-        self._num_latents = 0  # taken from the run
-        self._is_over = False
-        self._failure: Exception | None = None
-        self._autosave: _Autosave | None = None
-        self._extension: Path | None = None  # the file that holds it
         self._starvation = StarvationWatch() if run.store.device.type == "cpu" else None
-        self._meters: dict[int, DriftMeter] = {}
+        blend_frames = request.miga.prompt_blend_frames
+        self._drift = DriftMeters([start + blend_frames if start else 0 for start in sorted(request.timeline)])
         self._stop_on_drift = stop_on_drift
-        self._num_video_frames = num_video_frames  # that a number of latent frames decodes to
         self._attention = {} if attention is None else attention  # the engine adds to it
 
-    # Frames ----------------------------------------------------------------------------------------------------
-
     def __next__(self) -> Chunk:
-        if self._run is None or self._is_closing:
+        if self._pump is None or self._is_closing:
             raise StopIteration
         if self._is_making:
             raise MigaError(
@@ -165,13 +142,13 @@ class Stream(Iterator[Chunk]):
             )
         cut: _Cut | None = None
         try:
-            with self._work() as run:
-                if run is None:
+            with self._work() as pump:
+                if pump is None:
                     raise StopIteration
                 self._is_making = True
                 try:
                     with own_modes():
-                        cut = self._next(run)
+                        cut = self._next(pump)
                     with uninterrupted():
                         self._give(cut)
                 finally:
@@ -183,52 +160,52 @@ class Stream(Iterator[Chunk]):
             raise
 
     @contextlib.contextmanager
-    def _work(self) -> Iterator[VideoRun | None]:
+    def _work(self) -> Iterator[Pump | None]:
         """The run, for this thread alone; None of a closed stream."""
         if self._owner == threading.get_ident():
-            yield self._run
+            yield self._pump
             return
         try:
             with self._turn:
                 try:
                     self._owner = threading.get_ident()
-                    yield self._run
+                    yield self._pump
                 finally:
                     self._owner = None
         finally:
             if self._is_closing:  # asked for meanwhile by what was called back
                 self.close()
 
-    def _next(self, run: VideoRun) -> _Cut:
+    def _next(self, pump: Pump) -> _Cut:
         """Make the next chunk, and report it; it is not given yet."""
-        if self._autosave is not None and self._autosave.is_due(self.num_frames_out):
-            self._save(self._autosave)
-        while (num_frames := self._num_to_cut()) == 0:
-            if self._is_over:
-                self._end()
-            self._advance(run)
+        if self._saving.autosave is not None and self._saving.autosave.is_due(self.num_frames_out):
+            self._save(self._saving.autosave)
+        while (num_frames := self._num_to_cut(pump)) == 0:
+            if pump.is_over:
+                self._end(pump)
+            pump.advance(self._keep_extension)
         groups: list[Tensor] = []
         while sum(map(len, groups)) < num_frames:
-            groups.append(self._ready[len(groups)])
+            groups.append(pump.ready[len(groups)])
         frames = groups[0] if len(groups) == 1 else torch.cat(groups)
         chunk = Chunk(self._num_chunks, self.num_frames_out, frames[:num_frames])
         if self._starvation is not None and (message := self._starvation.look()) is not None:
             self.warn(message)
-        self._report(chunk)
-        return _Cut(chunk, groups, frames[num_frames:])
+        self._report(chunk, pump)
+        return _Cut(chunk, pump.ready, groups, frames[num_frames:])
 
     def _give(self, cut: _Cut) -> None:
         for _ in cut.groups:
-            self._ready.popleft()
+            cut.ready.popleft()
         if len(cut.rest):
-            self._ready.appendleft(cut.rest)
+            cut.ready.appendleft(cut.rest)
         self._num_chunks += 1
         self.num_frames_out += len(cut.chunk.frames)
 
     def _take_back(self, cut: _Cut) -> None:
         if len(cut.rest):
-            self._ready.popleft()
-        self._ready.extendleft(reversed(cut.groups))
+            cut.ready.popleft()
+        cut.ready.extendleft(reversed(cut.groups))
         self._num_chunks -= 1
         self.num_frames_out -= len(cut.chunk.frames)
 
@@ -255,7 +232,8 @@ class Stream(Iterator[Chunk]):
     @property
     def window_batch(self) -> int:
         """Windows that go through the network together now; 0 of a closed stream."""
-        return 0 if self._run is None else self._run.denoiser.window_batch
+        pump = self._pump  # which another thread may take away
+        return 0 if pump is None else pump.run.denoiser.window_batch
 
     def metadata(self) -> dict[str, Any]:
         """What the run has chosen by itself and a repetition must know: on GPUs, who computes attention."""
@@ -271,12 +249,9 @@ class Stream(Iterator[Chunk]):
         if self._owner == threading.get_ident():
             return
         with self._turn:
-            self._decoding.close()
-            self._run = None
-            self._backlog.clear()
-            self._decoder = _NoDecoder()
-            self._decoding = Decoding(self._decoder.push, overlap=False)
-            self._ready = self._decoding.ready
+            if self._pump is not None:
+                self._pump.close()
+            self._pump = None
 
     def __enter__(self) -> Stream:
         return self
@@ -287,115 +262,46 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_decoding"):
-            self._decoding.close()
+        if (pump := getattr(self, "_pump", None)) is not None:
+            pump.close()
 
-    def _advance(self, run: VideoRun) -> None:
-        """One tick, or at the end the frames still being decoded; an error is kept until the frames before are out."""
-        try:
-            self._decode(run)  # what an interrupt left
-            if run.stage == DONE or self._asks_to_stop(run):
-                self._decoding.settle(0)
-                self._is_over = True
-                return
-            if run.parts_next and self._autosave is not None and self._autosave.keeps_extension:
-                self._save(self._autosave)
-                self._extension = self._autosave.path
-            with torch.no_grad():
-                run.tick()
-            self._decode(run)
-        except Exception as error:
-            self._fail(error)
-            self._drain()
-
-    def _decode(self, run: VideoRun) -> None:
-        """Hand over what became clean, and take what came out of the decoder."""
-        self._take_clean(run)
-        while self._backlog:
-            with uninterrupted():
-                self._decoding.put(self._backlog.popleft())
-            self._decoding.settle()
-        self._decoding.settle()
-
-    def _take_clean(self, run: VideoRun) -> None:
-        clean = run.newest
-        if clean is not None and clean.first_frame >= self._num_latents and self._is_writer:
-            with uninterrupted():
-                self._num_latents = clean.first_frame + len(clean.latents)
-                self._backlog.append(clean.latents)
-
-    def _fail(self, error: Exception) -> None:
-        if is_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)  # the tensors there: memory for what goes on from here
-            error = DeviceError(
-                "out of memory while decoding or between two passes: free memory and go on from here, or begin anew in "
-                "bfloat16 (vae_dtype)"
-            ).with_traceback(error.__traceback__)
-        with uninterrupted():
-            self._failure, self._is_over = self._failure or error, True
-
-    @property
-    def _is_writer(self) -> bool:
-        """Whether this process is the one, of those that share the run, that gives frames and saves."""
-        ranks = None if self._run is None else self._run.denoiser.ranks
-        return ranks is None or ranks.rank == 0
-
-    def _asks_to_stop(self, run: VideoRun) -> bool:
-        asked = self._cancel.is_set() or self._is_cancelled()
-        ranks = run.denoiser.ranks
-        return asked if ranks is None else ranks.agree(asked)
-
-    def _drain(self) -> None:
-        """Wait for the frames still being decoded; what cannot be decoded stays latent."""
-        try:
-            self._decoding.settle(0)
-        except Exception as error:
-            self._fail(error)
-
-    def _num_to_cut(self) -> int:
+    def _num_to_cut(self, pump: Pump) -> int:
         """Length of the next chunk of the frames at hand, 0 where more must be made first."""
-        num_ready, num_frames = sum(map(len, self._ready)), self.request.num_frames
+        num_ready, num_frames = sum(map(len, pump.ready)), self.request.num_frames
         if num_frames is not None:
             num_ready = min(num_ready, num_frames - self.num_frames_out)
         size = self._chunk_frames
         if size is None:
-            size = min(len(self._ready[0]), num_ready) if num_ready else 0
-        elif self._is_over:
+            size = min(len(pump.ready[0]), num_ready) if num_ready else 0
+        elif pump.is_over:
             size = min(size, num_ready)
         return size if 0 < size <= num_ready else 0
 
-    def _end(self) -> None:
-        self._decoding.close()
-        if (failure := self._failure) is not None:
-            self._failure = self._autosave = None  # what is left is for the caller to save
+    def _end(self, pump: Pump) -> None:
+        pump.close()
+        if (failure := pump.failure) is not None:
+            pump.failure = self._saving.autosave = None  # what is left is for the caller to save
             raise failure
-        if self._autosave is not None:
-            self._save(self._autosave)
+        if self._saving.autosave is not None:
+            self._save(self._saving.autosave)
         raise StopIteration
 
-    # Telemetry -------------------------------------------------------------------------------------------------
-
-    def _report(self, chunk: Chunk) -> None:
-        """Events of a chunk. Colours are compared with those of the first chunk that shows the same prompt."""
+    def _report(self, chunk: Chunk, pump: Pump) -> None:
+        """Events of a chunk, and the end of a run whose colours have drifted."""
         is_heard = self._events.on_event is not None
         if not is_heard and self._stop_on_drift is None:
             return
         where = {"index": chunk.index, "first_frame": chunk.first_frame, "num_frames": len(chunk.frames)}
-        blend = self.request.miga.prompt_blend_frames
-        starts = [0, *(start + blend for start in sorted(self.request.timeline) if start)]
-        entry = bisect_right(starts, chunk.first_frame) - 1
-        drift = self._meters.setdefault(entry, DriftMeter()).measure(chunk.frames)
+        drift = self._drift.measure(chunk.first_frame, chunk.frames)
         if is_heard:
             self._events("chunk", **where)
             self._events("drift", **where, **drift)
-        if self._stop_on_drift is not None and drift["drift"] > self._stop_on_drift and self._failure is None:
-            self._fail(DriftError(
+        if self._stop_on_drift is not None and drift["drift"] > self._stop_on_drift and pump.failure is None:
+            pump.fail(DriftError(
                 f"the colours of frames {chunk.first_frame} to {chunk.first_frame + len(chunk.frames) - 1} have moved "
                 f"by {drift['drift']:.3f} from the beginning, more than stop_on_drift {self._stop_on_drift:g}: try "
                 "another seed, more guidance frames, or a lower guidance scale"
             ))  # fmt: skip
-
-    # Sessions --------------------------------------------------------------------------------------------------
 
     @own_modes()
     def save_every(
@@ -408,11 +314,11 @@ class Stream(Iterator[Chunk]):
     ) -> None:
         """Write a session file now and after every `num_frames` video frames (None: only at the end).
 
-        ``output`` is where the caller has written every chunk by the time it asks for the next. ``keep_extension``:
+        `output` is where the caller has written every chunk by the time it asks for the next. `keep_extension`:
         keep in it the last moment from which the run could be made longer, so that a finished run can.
         """
-        self._autosave = _Autosave(Path(path), num_frames, output, keep_extension, self.num_frames_out)
-        self._save(self._autosave)
+        self._saving.autosave = Autosave(Path(path), num_frames, output, keep_extension, self.num_frames_out)
+        self._save(self._saving.autosave)
 
     @own_modes()
     def save(self, path: str | os.PathLike[str], output: Output | None = None) -> None:
@@ -421,30 +327,11 @@ class Stream(Iterator[Chunk]):
         Raises SessionError where there is nothing consistent to save, OutputError where it cannot be written; the file
         that was there is kept then.
         """
-        with self._work() as run:
-            if run is None:
+        with self._work() as pump:
+            if pump is None:
                 raise SessionError("the stream is closed and cannot be saved: save it before close()")
-            self._write(run, path, output)
-
-    def _write(self, run: VideoRun, path: str | os.PathLike[str], output: Output | None) -> None:
-        if run.store.is_intact:
-            with contextlib.suppress(NumericsError):  # of a pass that an interrupt kept from being looked at
-                run.denoiser.check_finite()
-        if not run.store.is_intact:
-            raise SessionError(
-                "the run stopped in the middle of an update and cannot be saved: the last session file stands"
-            )
-        if not self._is_writer:
-            return
-        self._take_clean(run)
-        self._drain()
-        extension = None
-        if run.has_parted and self._extension is not None:
-            earlier = load_session(self._extension)
-            extension = earlier.extension if earlier.state.has_parted else earlier.state
-        session = Session(self.request.to_record(), self._model(), self._state(run, output), extension)
-        save_session(path, session)
-        self._events("saved", path=os.fspath(path), num_frames=self.num_frames_out)
+            if self._saving.write(path, pump, self._given(), output):
+                self._events("saved", path=os.fspath(path), num_frames=self.num_frames_out)
 
     @own_modes()
     def load(self, path: str | os.PathLike[str], state: State, *, has_extension: bool = False) -> None:
@@ -452,94 +339,32 @@ class Stream(Iterator[Chunk]):
 
         Its run is one that was found to fit (`run_state`); SessionError where the rest does not.
         """
+        numbers, tensors = state.numbers, state.tensors
         with taking_apart(path):
-            self._load(state)
-        self._extension = Path(path) if has_extension else None
+            assert self._pump is not None
+            self._pump.load_state(tensors, numbers["run"])
+            self.num_frames_out, self._num_chunks = numbers["num_frames_out"], numbers["num_chunks"]
+            self._events.count = self.resumed_at_event = numbers["num_events"]
+            self._drift.load_references(numbers["drift"])
+            if numbers["output"] is not None:
+                self.output = dict(numbers["output"]), tensors["output_frames"]
+        self._saving.extension = Path(path) if has_extension else None
 
-    def _save(self, autosave: _Autosave) -> None:
+    def _given(self) -> dict[str, Any]:
+        """What a session file says of the frames given out so far."""
+        return {
+            "num_frames_out": self.num_frames_out,
+            "num_chunks": self._num_chunks,
+            "num_events": self._events.count + (self._events.on_event is not None),  # with that of this saving
+            "drift": self._drift.references(),
+        }
+
+    def _save(self, autosave: Autosave) -> None:
         self.save(autosave.path, autosave.output)
         autosave.saved_at = self.num_frames_out
 
-    def _state(self, run: VideoRun, output: Output | None) -> State:
-        tensors, numbers = run.state()
-        parts = {f"run/{name}": tensor for name, tensor in tensors.items()}
-        parts |= {f"decoder/{name}": tensor.cpu() for name, tensor in self._decoder.state().items()}
-        undecoded = [*self._decoding.undecoded, *self._backlog]
-        if undecoded:
-            parts["undecoded"] = torch.cat(undecoded).cpu()
-        if self._ready:
-            parts["frames"] = torch.cat(list(self._ready)).cpu()
-        position = None
-        if output is not None:
-            position, parts["output_frames"] = output.checkpoint()
-        return State(
-            {
-                "run": numbers,
-                "num_frames_out": self.num_frames_out,
-                "num_chunks": self._num_chunks,
-                "num_events": self._events.count + (self._events.on_event is not None),  # with that of this saving
-                "drift": {str(entry): meter.reference for entry, meter in self._meters.items()},
-                "output": position,
-                "keeps_extension": self._autosave is not None and self._autosave.keeps_extension,
-            },
-            parts,
-        )
-
-    def _load(self, state: State) -> None:
-        assert self._run is not None
-        numbers, tensors = state.numbers, state.tensors
-        device = self._run.store.device
-
-        def part(start: str) -> dict[str, Tensor]:
-            return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-        self._run.load_state(part("run/"), numbers["run"])
-        self._num_latents = self._run.emitted
-        num_decoded = numbers["run"]["emitted"] - len(tensors.get("undecoded", ()))
-        self._load_decoder(part("decoder/"), device, is_first=num_decoded == 0)
-        if "undecoded" in tensors:
-            self._backlog.append(tensors["undecoded"].to(device))
-        if "frames" in tensors:
-            self._ready.append(tensors["frames"].to(device))
-        self.num_frames_out, self._num_chunks = numbers["num_frames_out"], numbers["num_chunks"]
-        self._events.count = self.resumed_at_event = numbers["num_events"]
-        self._meters = {int(entry): DriftMeter(reference) for entry, reference in numbers["drift"].items()}
-        if numbers["output"] is not None:
-            self.output = dict(numbers["output"]), tensors["output_frames"]
-
-    def _load_decoder(self, state: dict[str, Tensor], device: torch.device, *, is_first: bool) -> None:
-        """The decoder's memory, tried on a latent frame: to see that it fits, and gives the frames that come next."""
-        run, num_expected = self._run, self._num_video_frames(1 if is_first else 2) - (0 if is_first else 1)
-        assert run is not None
-        with torch.no_grad(), decoding_stream(device):
-            self._decoder.load_state(state)
-            latent = torch.zeros(1, *run.store.frame_shape, device=device)
-            num_frames = self._decoder.push(latent.unsqueeze(2)).shape[2]
-            self._decoder.load_state(state)
-        if num_frames != num_expected:
-            raise SessionError("the saved decoder has seen other frames than the saved run: resume from another copy")
-
-
-@dataclass
-class _Autosave:
-    path: Path
-    num_frames: int | None
-    output: Output | None
-    keeps_extension: bool
-    saved_at: int
-
-    def is_due(self, num_frames_out: int) -> bool:
-        return self.num_frames is not None and num_frames_out - self.saved_at >= self.num_frames
-
-
-class _NoDecoder:
-    """Of a closed stream."""
-
-    def push(self, latents: Tensor) -> Tensor:
-        raise AssertionError
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        return None
+    def _keep_extension(self) -> None:
+        """Save the last moment from which the run could be made longer, where that is wanted."""
+        if (autosave := self._saving.autosave) is not None and autosave.keeps_extension:
+            self._save(autosave)
+            self._saving.extension = autosave.path

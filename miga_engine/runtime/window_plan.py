@@ -1,6 +1,6 @@
 """Which windows cut one denoising pass: integers only, no tensors.
 
-A pass advances every latent frame of a sequence by one step. The sequence is cut into windows of ``window`` latent
+A pass advances every latent frame of a sequence by one step. The sequence is cut into windows of `window` latent
 frames; each window reads all its frames and *commits* some of them, so that every frame is committed exactly once
 (MIGA, arXiv 2605.18233, Algorithm 1; the cuts themselves follow the released code, whose plans the goldens hold).
 """
@@ -13,10 +13,10 @@ from miga_engine.errors import ConfigError
 
 
 def next_cut(start: int, num_frames: int | None, window: int, stride: int, phase: int) -> int:
-    """The frame where the window that starts at ``start`` stops committing (leading commit).
+    """The frame where the window that starts at `start` stops committing (leading commit).
 
     Cuts are {0} ∪ {phase + i·stride ≤ n − window} ∪ {n − window}; the last window, at n − window, commits to n.
-    ``num_frames`` None is an endless sequence: no final cut ever falls.
+    `num_frames` None is an endless sequence: no final cut ever falls.
     """
     steps = 0 if start < phase else (start - phase) // stride + 1
     cut = phase + steps * stride
@@ -29,7 +29,7 @@ def next_cut(start: int, num_frames: int | None, window: int, stride: int, phase
 
 
 def iter_windows(num_frames: int, window: int, stride: int, phase: int) -> Iterator[tuple[int, int, int]]:
-    """Lazily the windows ``(start, commit_start, commit_stop)`` of one pass that commits leading frames."""
+    """Lazily the windows `(start, commit_start, commit_stop)` of one pass that commits leading frames."""
     start = 0
     while start < num_frames:
         stop = next_cut(start, num_frames, window, stride, phase)
@@ -40,29 +40,31 @@ def iter_windows(num_frames: int, window: int, stride: int, phase: int) -> Itera
 def plan_windows(
     num_frames: int, window: int, stride: int, phase: int = 0, commit: str = "leading"
 ) -> list[tuple[int, int, int]]:
-    """The windows of one pass over ``num_frames`` latent frames, as ``(start, commit_start, commit_stop)``.
+    """The windows of one pass over `num_frames` latent frames, as `(start, commit_start, commit_stop)`.
 
-    ``commit="leading"`` (MIGA): window starts are 0, phase, phase + stride, … and finally ``num_frames − window``; each
-    commits up to the next start, the last one everything it reads. A sequence shorter than ``window`` is one window.
+    `commit="leading"` (MIGA): window starts are 0, phase, phase + stride, … and finally `num_frames − window`; each
+    commits up to the next start, the last one everything it reads. A sequence shorter than `window` is one window.
 
-    ``commit="trailing"`` (FIFO-Diffusion's look-ahead denoising, arXiv 2405.11473 §4.3): the sequence begins with
-    ``window − stride`` frames of padding that are only read; each window commits its last ``stride`` frames.
+    `commit="trailing"` (FIFO-Diffusion's look-ahead denoising, arXiv 2405.11473 §4.3): the sequence begins with
+    `window − stride` frames of padding that are only read; each window commits its last `stride` frames.
 
     Raises ConfigError where the numbers contradict each other.
     """
     if num_frames < 1:
-        raise ConfigError(f"num_frames must be at least 1 latent frame, got {num_frames}")
+        raise ConfigError(f"num_frames is {num_frames}: give at least 1 latent frame")
     if not 1 <= stride <= window:
-        raise ConfigError(f"stride must lie between 1 and the window of {window} latent frames, got {stride}")
+        raise ConfigError(f"stride is {stride}: give a number between 1 and the window of {window} latent frames")
     if not 0 <= phase < stride:
-        raise ConfigError(f"phase must lie between 0 and stride − 1 = {stride - 1}, got {phase}")
+        raise ConfigError(f"phase is {phase}: give a number between 0 and stride − 1 = {stride - 1}")
     if commit == "leading":
         return list(iter_windows(num_frames, window, stride, phase))
     if commit != "trailing":
-        raise ConfigError(f"commit must be 'leading' or 'trailing', got {commit!r}")
+        raise ConfigError(f"commit is {commit!r}: give 'leading' or 'trailing'")
     padding = window - stride
     if num_frames <= padding:
-        raise ConfigError(f"a trailing commit needs more than its {padding} frames of padding, got {num_frames} frames")
+        raise ConfigError(
+            f"num_frames is {num_frames}: give more than the {padding} frames of padding of a trailing commit"
+        )
     plan = []
     for commit_start in range(padding, num_frames, stride):
         commit_stop = min(commit_start + stride, num_frames)
@@ -71,11 +73,11 @@ def plan_windows(
 
 
 def guidance_indices(start: int, guidance_frames: int, zigzag_width: int, offset: int | None = None) -> list[int]:
-    """Long-range frame guidance: which earlier frames a window that starts at ``start`` reads, ascending (§2).
+    """Long-range frame guidance: which earlier frames a window that starts at `start` reads, ascending (§2).
 
-    One frame from each of the preceding level groups where there are ``guidance_frames`` of them
-    (``start − (offset + j·zigzag_width)``, offset ⌊zigzag_width/2⌋ unless given), otherwise evenly spaced over the
-    frames there are; none where fewer than ``guidance_frames`` frames precede the window.
+    One frame from each of the preceding level groups where there are `guidance_frames` of them
+    (`start − (offset + j·zigzag_width)`, offset ⌊zigzag_width/2⌋ unless given), otherwise evenly spaced over the
+    frames there are; none where fewer than `guidance_frames` frames precede the window.
     """
     m = guidance_frames
     if m == 0 or start < m:

@@ -300,7 +300,7 @@ def test_timeline_and_method_are_those_of_the_engine(run, engine):
         ('{"prompt": {"5": "late"}}', "must start at frame 0"),
         ('{"prompt": {"0": "a", "first": "b"}}', "video frame numbers from 0 on, got 'first'"),
         ('{"prompt": {"0": "a", "007": "b"}}', "video frame numbers from 0 on, got '007'"),
-        ('{"prompt": 7}', "prompt must be a text or a timeline"),
+        ('{"prompt": 7}', "prompt is of type int: give a text or a timeline"),
         ('{"prompt": "a", "seed": 1.5}', "seed must be a whole number .*got 1.5"),
         ('{"prompt": "a", "guidance_scale": NaN}', "guidance_scale must be a finite number"),
         ('{"prompt": "a", "preset": ["tiny"]}', "preset must be a text, got"),

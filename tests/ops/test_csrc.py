@@ -235,7 +235,7 @@ def test_sampler_update_draws_the_noise_of_the_oracle(shape: tuple[int, ...], dt
     keywords["coefficients"] = keywords["coefficients"].clone()
     keywords["coefficients"][:, :, 11] = torch.rand(keywords["coefficients"].shape[:2], generator=generator)
     keywords["coefficients"][0, 0, 11] = keywords["coefficients"][4, 2, 11] = 0
-    noise = frame_noise(-3, Purpose.SOLVER, [7, -1, 2**40 + 5, 0, 9], stream=[3, 0, 2**32 - 1, 4, 1])
+    noise = frame_noise(-3, Purpose.SOLVER, [7, -1, 2**40 + 5, 0, 9], series=[3, 0, 2**32 - 1, 4, 1])
     drawn = noise.draw(shape[1:])
     drawn[[0, 4]] = torch.nan
     expected = [tensor.clone() for tensor in state]
@@ -266,7 +266,7 @@ def _only_noise(noise: FrameNoise, shape: tuple[int, ...]) -> torch.Tensor:
 def test_drawn_normals_are_those_of_noise_py() -> None:
     """float64 functions of two libraries may round a float32 differently: by one ulp, at most one value in 2²⁴."""
     shape = (16, 120, 131)
-    noise = frame_noise(0x1234_5678_9ABC_DEF0, Purpose.CANDIDATE, range(-5, 5), stream=77)
+    noise = frame_noise(0x1234_5678_9ABC_DEF0, Purpose.CANDIDATE, range(-5, 5), series=77)
     ours, theirs = _only_noise(noise, shape), noise.draw(shape)
     assert ours.numel() > 2_000_000
     differ = ours != theirs

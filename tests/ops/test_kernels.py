@@ -329,7 +329,7 @@ def test_every_solver_stays_within_the_error_budget_over_its_steps(solver: str) 
         steps = torch.arange(step, step - num_frames, -1)
         is_active = ((steps >= 0) & (steps < num_steps)).to(DEVICE)
         steps = steps.clamp(0, num_steps - 1).to(DEVICE)
-        noise = frame_noise(-3, Purpose.SOLVER, torch.arange(num_frames) - 1, stream=step, device=DEVICE)
+        noise = frame_noise(-3, Purpose.SOLVER, torch.arange(num_frames) - 1, series=step, device=DEVICE)
         v = [_randn(num_frames, *frame, seed=step + 100 * i).to(torch.bfloat16) for i in range(2)]
         keywords = {
             "slots": torch.where(is_active, slots, -1), "step_index": steps, "history_length": steps,
@@ -351,7 +351,7 @@ def test_drawn_noise_has_the_bits_of_the_noise_module() -> None:
     zeros = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     for seed, stream in ((-2, 0), (0x123456789ABCDEF, 0xFFFFFFFF)):
         state = [torch.full((5, *frame), torch.nan, device=DEVICE) for _ in range(4)]
-        noise = frame_noise(seed, Purpose.SOLVER, numbers, stream=stream, device=DEVICE)
+        noise = frame_noise(seed, Purpose.SOLVER, numbers, series=stream, device=DEVICE)
         sampler_update.launch(
             *state, state[0].clone(), None, slots=torch.arange(5, device=DEVICE), coefficients=rows, step_index=zeros,
             history_length=zeros, guidance_scale=1.0, noise_counters=noise.counters, noise_seed=noise.seed,

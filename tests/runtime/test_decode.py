@@ -30,6 +30,15 @@ def vae() -> WanVAE:
     return load_vae(places.GOLDENS / "wan_vae" / "official" / "Wan2.1_VAE.safetensors")
 
 
+def _taken(decoding: Decoding, most_pending: int | None = None) -> Iterator[Tensor]:
+    """The frames that have come out once no more groups are under way than may be."""
+    try:
+        decoding.settle(most_pending)
+    finally:
+        while decoding.ready:
+            yield decoding.ready.popleft()
+
+
 def decode_frames(groups: Iterable[Tensor | None], push: Push, *, overlap: bool) -> Iterator[Tensor]:
     """All frames of the groups; an error of the groups comes after them."""
     failure: Exception | None = None
@@ -43,8 +52,10 @@ def decode_frames(groups: Iterable[Tensor | None], push: Push, *, overlap: bool)
             except Exception as error:
                 failure = error
                 break
-            yield from decoding.exchange(latents)
-        yield from decoding.drain()
+            if latents is not None:
+                decoding.put(latents)
+            yield from _taken(decoding)
+        yield from _taken(decoding, 0)
     if failure is not None:
         raise failure
 
@@ -262,7 +273,8 @@ def push(latents):
     return latents.expand(1, 3, 1, 2, 2)
 decoding = Decoding(push, overlap=True)
 for count in (1, 1000):
-    list(decoding.exchange(torch.zeros(count, 1, 2, 2)))
+    decoding.put(torch.zeros(count, 1, 2, 2))
+    decoding.settle()
 """
     program = [sys.executable, "-c", script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -295,8 +307,9 @@ def test_what_fails_to_decode_is_not_lost(overlap: bool) -> None:
 
 def _all_frames(decoding: Decoding, groups: list[Tensor]) -> Iterator[Tensor]:
     for group in groups:
-        yield from decoding.exchange(group)
-    yield from decoding.drain()
+        decoding.put(group)
+        yield from _taken(decoding)
+    yield from _taken(decoding, 0)
 
 
 def test_a_push_that_fails_leaves_the_decoder_as_it_was(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:

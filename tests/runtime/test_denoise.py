@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import counter_noise, pseudo_network
+from oracle import PlainNetwork, counter_noise, pseudo_network
 
 from miga_engine.config import MigaConfig
 from miga_engine.errors import DeviceError, SessionError
@@ -29,7 +29,7 @@ CONFIG = MigaConfig(
 def video(num_frames: int = 31, *, window_batch: int = 1, network=pseudo_network, **options) -> torch.Tensor:
     config = CONFIG if window_batch == 1 else MigaConfig(**{**CONFIG.__dict__, "window_batch": window_batch})
     run = VideoRun(
-        network, make_schedule("unipc", 16, 5.0), config, window_frames=9, frame_shape=SHAPE,
+        PlainNetwork(network), make_schedule("unipc", 16, 5.0), config, window_frames=9, frame_shape=SHAPE,
         noise=counter_noise(5, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=CPU, **options,
     )  # fmt: skip
     return torch.cat([clean.latents for clean in run])
@@ -82,7 +82,10 @@ def test_other_errors_are_not_taken_for_it() -> None:
 class _ThreePrompts:
     num_prompts = 3
 
-    def forward_batch(self, batch):
+    def place_prompts(self, prompt_rows):
+        return prompt_rows
+
+    def __call__(self, batch):
         raise AssertionError("the network ran")
 
 
@@ -117,7 +120,7 @@ def test_an_update_checks_its_tables(name: str, damage) -> None:
     store = FrameStore(9, SHAPE, CPU)
     damage(store)
     schedule = make_schedule("unipc", 16, 5.0)
-    denoiser = Denoiser(pseudo_network, store, schedule, counter_noise(0, SHAPE), guidance_scale=5.0)
+    denoiser = Denoiser(PlainNetwork(pseudo_network), store, schedule, counter_noise(0, SHAPE), guidance_scale=5.0)
     with pytest.raises(SessionError, match=f"the run names {name} where there are"):
         denoiser.run([Window(np.arange(9), 1, 8)])
 
@@ -130,7 +133,7 @@ def test_python_work_of_a_pass_does_not_grow_with_its_frames(num_windows: int) -
         store = FrameStore(frames * num_windows, SHAPE, CPU)
         schedule = make_schedule("unipc", 16, 5.0)
         denoiser = Denoiser(
-            pseudo_network, store, schedule, counter_noise(0, SHAPE), guidance_scale=5.0, window_batch=8
+            PlainNetwork(pseudo_network), store, schedule, counter_noise(0, SHAPE), guidance_scale=5.0, window_batch=8
         )
         windows = [Window(np.arange(frames) + frames * i, 1, frames - 1) for i in range(num_windows)]
         denoiser.run(windows)

@@ -39,11 +39,6 @@ def _interrupts_are_heard() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.from_pretrained(golden_model.build(tmp_path_factory.mktemp("model")), "cpu")
-
-
-@pytest.fixture(scope="module")
 def whole(engine: Engine) -> Tensor:
     return torch.cat([chunk.frames for chunk in _stream(engine)])
 
@@ -150,8 +145,8 @@ class _SignalInChange(_SignalAtLine):
         self._stream = stream
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        run = self._stream._run
-        if run is None or run.store.is_intact:
+        pump = self._stream._pump
+        if pump is None or pump.run.store.is_intact:
             return self._line
         super()._line(frame, event, argument)
         return self._line
@@ -256,7 +251,7 @@ def test_what_is_broken_off_in_the_middle_of_a_change_neither_goes_on_nor_is_sav
     """An error where none can be, inside the update itself."""
     stream = _stream(engine)
     next(stream)
-    store = stream._run.store  # type: ignore[union-attr]
+    store = stream._pump.run.store  # type: ignore[union-attr]
     with pytest.raises(ZeroDivisionError), store.changing():
         raise ZeroDivisionError
     with pytest.raises(SessionError, match="stopped in the middle of an update and cannot be saved"):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from oracle import Oracle, counter_noise
+from oracle import Oracle, PlainNetwork, counter_noise, prompt_table
 
 from miga_engine import Engine, _extension
 from miga_engine.prompts import PromptTimeline
@@ -33,7 +33,7 @@ def network(engine):
 def make_network(engine: Engine):
     timeline = PromptTimeline({0: "a red balloon over snowy hills at dawn"}, 0, engine.bundle.first_video_frame)
     with torch.no_grad():
-        context = engine.bundle.transformer.encode_context(timeline.contexts("", engine.bundle.encode_prompts))
+        context = engine.bundle.transformer.encode_context(prompt_table(timeline, engine.bundle.encode_prompts))
 
     @torch.no_grad()
     def forward(latents, timesteps, rows):
@@ -52,7 +52,7 @@ def _few_steps(engine: Engine) -> dict:
 
 def _stream(engine: Engine, network, config, num_frames: int) -> torch.Tensor:
     run = VideoRun(
-        network, make_schedule("unipc", STEPS, 3.0), config, window_frames=engine.bundle.window_frames,
+        PlainNetwork(network), make_schedule("unipc", STEPS, 3.0), config, window_frames=engine.bundle.window_frames,
         frame_shape=SHAPE, noise=counter_noise(2, SHAPE), num_frames=num_frames, guidance_scale=3.0,
         device=torch.device("cpu"),
     )  # fmt: skip

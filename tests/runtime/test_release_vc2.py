@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracle import pseudo_network
+from oracle import PlainNetwork, pseudo_network
 from places import GOLDENS
 from safetensors.torch import load_file
 
@@ -18,7 +18,7 @@ from miga_engine.noise import Purpose
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Denoiser, Window
 from miga_engine.runtime.frame_store import FrameStore
-from miga_engine.runtime.reflection import CANDIDATE_SOLVER_STREAM, Reflection
+from miga_engine.runtime.reflection import FIRST_CANDIDATE_SERIES, Reflection
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
 from miga_engine.schedule import add_noise, make_schedule
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 NAMES = ("small", "small_break", "official", "reflect_force")
 STRIDE = 8  # the release's, where a golden names none
 
-# Where ALGORITHM.md departs from the release on purpose, and how the replays below switch to the release's way.
+# Where docs/method.md departs from the release on purpose, and how the replays below switch to the release's way.
 RELEASE_DIFFERENCES = {
     "in_place": "every pass of the release commits window by window; here windows read the state before the pass",
     "warmup_tail": "the release's warm-up pushes the last clean seed frame re-noised to σ≈1; here Gaussian noise",
@@ -109,22 +109,20 @@ class TapeDenoiser(Denoiser):
 
     replay: ReleaseReplay
 
-    def run(self, windows: list[Window], *, solver_stream: int = 0) -> None:
-        if solver_stream >= CANDIDATE_SOLVER_STREAM:
-            self.replay.enter_search_pass(solver_stream - CANDIDATE_SOLVER_STREAM, len(windows))
+    def run(self, windows: list[Window], *, noise_series: int = 0) -> None:
+        if noise_series >= FIRST_CANDIDATE_SERIES:
+            self.replay.enter_search_pass(noise_series - FIRST_CANDIDATE_SERIES, len(windows))
         for window in windows:
             drawn = self.replay.draw(len(window.slots))
             self.replay.solver_noise = drawn[window.commit_start : window.commit_stop]
-            super().run([window], solver_stream=solver_stream)
+            super().run([window], noise_series=noise_series)
 
 
-class ReleaseReflection(Reflection):
-    def _score(self, reference: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
-        """One cosine of the maps that remain when channels and frames of a group are averaged."""
-        frames = self.denoiser.store.sample
-        mean = frames[torch.from_numpy(reference)].mean(dim=(0, 1))[None, None]
-        groups = frames[torch.from_numpy(candidates)].mean(dim=(1, 2))[:, None, None]
-        return ops.consistency_score(mean, groups, channels="mean")
+def release_judge(store: FrameStore, reference: np.ndarray, candidates: np.ndarray, config: MigaConfig) -> torch.Tensor:
+    """One cosine of the maps that remain when channels and frames of a group are averaged."""
+    mean = store.sample[torch.from_numpy(reference)].mean(dim=(0, 1))[None, None]
+    groups = store.sample[torch.from_numpy(candidates)].mean(dim=(1, 2))[:, None, None]
+    return ops.consistency_score(mean, groups, channels="mean")
 
 
 class ReleaseReplay:
@@ -135,7 +133,7 @@ class ReleaseReplay:
         self.schedule = make_schedule("ddim", config["T"], eta=1.0)
         self.store = FrameStore(512, tuple(clip.shape[1:]), CPU, scratch=128)
         scale = config.get("cfg", 12.0)
-        self.denoiser = TapeDenoiser(network, self.store, self.schedule, self.noise, guidance_scale=scale)
+        self.denoiser = TapeDenoiser(PlainNetwork(network), self.store, self.schedule, self.noise, guidance_scale=scale)
         self.denoiser.replay = self
         self.searches = {tuple(event["iter"]): event for event in events if event["phase"] == "reflect"}
         self.queue: list[int] = []
@@ -149,7 +147,8 @@ class ReleaseReplay:
                 zigzag_width=config["saw"], judge_step=config["T"] - 1 - config["judged"], reference_groups=3,
                 candidates=5, score_drop=config["thr"],
             )  # fmt: skip
-            self.reflection = ReleaseReflection(self.denoiser, options, config["F"], config["slide"], self.report)
+            self.reflection = Reflection(self.denoiser, options, config["F"], config["slide"], self.report)
+            self.reflection.judge = release_judge
 
     def report(self, kind: str, **data) -> None:
         self.reports.append({"kind": kind, **data})
@@ -158,12 +157,12 @@ class ReleaseReplay:
         self.cursor += count
         return self.tape[self.cursor - count : self.cursor]
 
-    def noise(self, purpose: Purpose, numbers: np.ndarray, *, stream: int | np.ndarray = 0) -> torch.Tensor:
+    def noise(self, purpose: Purpose, numbers: np.ndarray, *, series: int | np.ndarray = 0) -> torch.Tensor:
         if purpose == Purpose.SOLVER:
             return self.solver_noise
         assert purpose == Purpose.CANDIDATE
-        assert isinstance(stream, int)
-        first = self._search_event(stream, (int(numbers[0]) - self.reports[-1]["frame"]) // self.config["saw"])
+        assert isinstance(series, int)
+        first = self._search_event(series, (int(numbers[0]) - self.reports[-1]["frame"]) // self.config["saw"])
         return self.tail_noise(self.tape[first["noise_draws_before"] - len(numbers) : first["noise_draws_before"]])
 
     def tail_noise(self, noise: torch.Tensor) -> torch.Tensor:
@@ -302,7 +301,9 @@ def test_whole_line_with_a_network_equals_the_release():
     store = FrameStore(config["F"], (4, *config["hw"]), CPU)
     noises = iter(tensors["base_noises"][:, 0].transpose(1, 2))
     schedule = make_schedule("ddim", config["T"], use_scale_array=True)
-    denoiser = Denoiser(network, store, schedule, lambda *_, **__: next(noises), guidance_scale=config["cfg"])
+    denoiser = Denoiser(
+        PlainNetwork(network), store, schedule, lambda *_, **__: next(noises), guidance_scale=config["cfg"]
+    )
     store.put(slots, tensors["base_xT"][0].transpose(0, 1), step_index=0, numbers=slots.tolist())
     store.prompt_row[:] = 1
     for _ in range(config["T"]):

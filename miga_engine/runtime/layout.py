@@ -1,0 +1,126 @@
+"""Where the frames of a run lie, and when its end begins to shape it: integers only, from its options alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from miga_engine.config import MigaConfig
+from miga_engine.runtime.wavefront import UnifiedPasses
+from miga_engine.runtime.window_plan import plan_windows
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Where the frames of a run lie, in integers that follow from its options alone.
+
+    `num_steps` of the schedule, `window_frames` that the network takes at once, `num_frames` latent frames to
+    deliver, None = endless.
+    """
+
+    config: MigaConfig
+    num_steps: int
+    window_frames: int
+    num_frames: int | None
+
+    @property
+    def end(self) -> int | None:
+        """Frames of the unified passes: a request shorter than the clip the network was trained on is denoised as a
+        full clip and cut afterwards."""
+        return None if self.num_frames is None else max(self.num_frames, self.window_frames)
+
+    @property
+    def handoff_step(self) -> int:
+        """Step at which a frame leaves the queue for the unified passes."""
+        return self.num_steps - self.config.stage2_steps
+
+    @property
+    def num_levels(self) -> int:
+        """Unified passes a frame goes through, those of refine included."""
+        return self.config.stage2_steps + self.config.refine_steps
+
+    @cached_property
+    def stride(self) -> int:
+        """Frames between two windows of a pass."""
+        window = self.window_frames
+        return self.config.stride or min(max(1, window // 2), window - self.config.guidance_frames)
+
+    @property
+    def padding(self) -> int:
+        """Frames before the queue that a trailing commit reads."""
+        return self.window_frames - self.stride if self.config.commit == "trailing" else 0
+
+    @property
+    def num_first_groups(self) -> int:
+        """Groups of the first queue."""
+        if self.config.warmup == "copies":
+            return self.handoff_step
+        return min(self.window_frames // self.config.zigzag_width, self.handoff_step - 1)
+
+    @property
+    def first_head(self) -> int:
+        """Number of the frame at the head of the first queue; below 0 where it holds copies of frame 0."""
+        if self.config.warmup != "copies":
+            return 0
+        return min(0, self.window_frames - self.num_first_groups * self.config.zigzag_width)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the ring: the queue, the wavefront behind it, and the padding."""
+        width, window = self.config.zigzag_width, self.window_frames
+        wavefront = self.num_levels * (window + self.stride) + window + width
+        return width * (self.handoff_step + 1) + wavefront + self.padding
+
+    @property
+    def num_slots(self) -> int:
+        """Of the ring and the scratch behind it."""
+        return self.capacity + self.num_search_slots + self.num_anchors
+
+    @property
+    def num_search_slots(self) -> int:
+        """Scratch slots of a reflection search: every candidate ends with judge_step groups."""
+        config = self.config
+        return config.candidates * config.judge_step * config.zigzag_width if config.self_reflection else 0
+
+    @property
+    def num_anchors(self) -> int:
+        """Scratch slots, behind those of the searches, that a state includes."""
+        return int(self.config.guidance_anchor)
+
+    def queue_plan(self, head: int, tail: int, num_passes: int | None) -> tuple[int, list[tuple[int, int, int]]]:
+        """The first frame that a pass over the queue reads, and its `plan_windows` from there on.
+
+        `num_passes` of Stage 1 before it, None in warm-up.
+        """
+        length, local = tail - head, self.window_frames - self.config.guidance_frames
+        if self.config.commit == "trailing":
+            plan = plan_windows(length + self.padding, self.window_frames, self.stride, 0, "trailing")
+            return head - self.padding, plan
+        if num_passes is None:
+            phase = (length - local) % self.stride if length >= local else 0
+        else:
+            phase = num_passes % self.stride if self.config.moving_phase else 0
+        return head, plan_windows(length, local, self.stride, phase)
+
+    def unified_passes(self) -> UnifiedPasses:
+        """Stage 2 and refine, before their first pass."""
+        config = self.config
+        return UnifiedPasses(
+            config.stage2_steps, config.refine_steps, self.window_frames, self.stride, config.moving_phase, self.end
+        )
+
+    def num_available(self, head: int) -> int:
+        """Frames that the unified passes may read, of a queue that has come so far."""
+        return head if self.end is None else min(head, self.end)
+
+    def has_parted(self, head: int) -> bool:
+        """Whether the end has begun to shape a run whose queue has come so far. Until then it is a longer run.
+
+        A unified window that ends at the head may commit up to `stride` frames, and no cut lies beyond the last
+        window; frames beyond the last are not delivered.
+        """
+        return (
+            self.end is not None
+            and self.num_frames is not None
+            and head > min(self.end - self.stride, self.num_frames - 1)
+        )

@@ -1,0 +1,103 @@
+"""What the runtime asks of a model, and a loaded transformer that answers it for one video."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miga_engine import ops
+from miga_engine.device import own_modes
+from miga_engine.models.bundle import ModelBundle
+from miga_engine.prompts import PromptEmbeddings
+
+NEGATIVE_ROW = 0
+"""Prompt row of the unconditional branch; prompts of the video are rows 1, 2, …"""
+
+
+class Batch(NamedTuple):
+    """Windows that go through the network together: B windows of F frames in G guidance branches (1 or 2)."""
+
+    latents: Tensor  # [B,C,F,H,W] float32
+    timesteps: Tensor  # [B,F] float32
+    steps: Tensor  # int64 [B,F], rows of the schedule
+    prompt_rows: Tensor  # int64 [G·B] or, where a window's frames differ, [G·B,F], placed; conditional branch first
+    keep: Tensor  # int64 [B,K]: the frames whose output is wanted, the last repeated where a window has fewer
+
+
+class WindowNetwork(Protocol):
+    """A model that denoises windows of one video."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompt rows that it has; it is never given another."""
+
+    def place_prompts(self, prompt_rows: np.ndarray, /) -> np.ndarray:
+        """What int64 numbers name these rows in the next batch; asked before every one. NEGATIVE_ROW keeps its own."""
+
+    def __call__(self, batch: Batch, /) -> Tensor:
+        """The output `[G·B,C,K,H,W]` of a batch, in the schedule's prediction type."""
+
+
+class PromptedTransformer:
+    """The `WindowNetwork` of a loaded transformer: its noise levels are encoded once.
+
+    Keys and values of a prompt row are made when it is first at hand, by itself, in a table of `num_slots` rows (None:
+    of all) that is allocated once: of many prompts only those that the queue shows are held. `attention`: see
+    `ops.attention_choices`; what is chosen is added to it.
+    """
+
+    @own_modes()
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        prompts: PromptEmbeddings,
+        timesteps: Tensor,
+        attention: dict[str, str],
+        num_slots: int | None = None,
+    ) -> None:
+        self.num_prompts = len(prompts)
+        self._transformer, self._dtype, self._device = bundle.transformer, bundle.dtype, bundle.device
+        self._prompts, self._attention = prompts, attention
+        self._levels = self._transformer.encode_timesteps(timesteps)
+        self._num_slots = num_slots or len(prompts)
+        negative = self._encode(NEGATIVE_ROW)
+        self._context: Any = negative.table(self._num_slots, self._transformer.num_text_keys(prompts.num_tokens))
+        self._context.write(NEGATIVE_ROW, negative)
+        # Prompt rows by when they were last at hand, but for that of the negative prompt, which stays.
+        self._slot_of = {NEGATIVE_ROW: NEGATIVE_ROW}
+
+    @torch.no_grad()
+    def place_prompts(self, prompt_rows: np.ndarray, /) -> np.ndarray:
+        """Where the table holds these rows, int64 of any shape; rows that it does not hold take the place of those that
+        were not at hand for longest."""
+        wanted, where = np.unique(prompt_rows, return_inverse=True)
+        for row in wanted.tolist():
+            if row == NEGATIVE_ROW:
+                continue
+            slot = self._slot_of.pop(row, None)
+            if slot is None:
+                slot = self._free_slot(wanted)
+                self._context.write(slot, self._encode(row))
+            self._slot_of[row] = slot
+        return np.array([self._slot_of[row] for row in wanted.tolist()], np.int64)[where].reshape(prompt_rows.shape)
+
+    def __call__(self, batch: Batch, /) -> Tensor:
+        with ops.attention_choices(self._attention):
+            return self._transformer(
+                batch.latents.to(self._dtype),
+                (self._levels, batch.steps),
+                self._context,
+                context_index=batch.prompt_rows,
+                keep=batch.keep,
+            )
+
+    def _encode(self, prompt_row: int) -> Any:
+        return self._transformer.encode_context(self._prompts[prompt_row][None].to(self._device))
+
+    def _free_slot(self, wanted: np.ndarray) -> int:
+        if len(self._slot_of) < self._num_slots:
+            return len(self._slot_of)
+        return self._slot_of.pop(next(row for row in self._slot_of if row != NEGATIVE_ROW and row not in wanted))

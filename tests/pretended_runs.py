@@ -1,0 +1,42 @@
+"""Small runs on the pretended GPU, and how far their frames are from the CPU's."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import Any
+
+import golden_model
+import pytest
+import torch
+from torch import Tensor
+
+from miga_engine import Engine
+from miga_engine.presets import PRESETS
+
+CAN_PRETEND = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here: its own guard must stay"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="the pretended device guard needs a C++ compiler"),
+]
+
+PROMPT = "a red balloon over snowy hills at dawn"
+TINY = {"height": 32, "width": 48, "num_inference_steps": 8}
+
+
+def options_of(family: str) -> dict[str, Any]:
+    if family == "tiny":
+        miga = dataclasses.replace(PRESETS["tiny"].miga, stage2_steps=2, window_batch=2, judge_step=3)
+        return {**TINY, "num_frames": 61, "miga": miga}
+    known = golden_model.FAMILIES[family]
+    miga = dataclasses.replace(known.options["miga"], window_batch=2)
+    return {**known.options, "num_frames": known.num_frames, "miga": miga}
+
+
+def frames_by(engine: Engine, family: str, prompt: Any = PROMPT, **changes: Any) -> Tensor:
+    return engine.generate(prompt, **{**options_of(family), **changes}).frames
+
+
+def levels_apart(one: Tensor, other: Tensor) -> int:
+    """The largest difference: that of roundings, where norms and attention are other code than the CPU's, is 1."""
+    assert one.shape == other.shape
+    return int((one.int() - other.int()).abs().max())

@@ -1,0 +1,86 @@
+"""Self-reflection: better candidates alone are adopted, searches read what they may, every judge judges."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from oracle import SHAPE, PlainNetwork, collect, counter_noise, pseudo_network, toy_config, toy_run
+
+from miga_engine.config import MigaConfig
+from miga_engine.runtime.judges import JUDGES
+from miga_engine.runtime.stages import VideoRun
+from miga_engine.schedule import make_schedule
+
+CPU = torch.device("cpu")
+
+
+def test_reflection_adopts_only_better_candidates_and_reports_them():
+    events: list = []
+    config = toy_config(self_reflection=True, judge_step=4, score_drop=0.0, candidates=3)
+    collect(toy_run(config, 40, events=events))
+    searches = [data for kind, data in events if kind == "search_finished"]
+    assert searches
+    for search in searches:
+        assert search["adopted"] == (max(search["scores"]) > search["score"])
+    assert any(s["adopted"] for s in searches)
+    assert [s["search"] for s in searches] == list(range(len(searches)))
+
+
+def test_reflection_with_an_unreachable_threshold_changes_nothing():
+    config = toy_config(self_reflection=True, judge_step=4, score_drop=10.0)
+    assert torch.equal(collect(toy_run(config, 30)), collect(toy_run(toy_config(), 30)))
+
+
+def test_candidates_batch_without_changing_the_result():
+    options = {"self_reflection": True, "judge_step": 4, "score_drop": 0.0, "candidates": 3}
+    alone = collect(toy_run(toy_config(**options), 30))
+    together = collect(toy_run(toy_config(**options, window_batch=6), 30))
+    assert (alone - together).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("has_anchor", [False, True])
+def test_searches_read_the_anchor_of_their_own_prompt(has_anchor):
+    config = toy_config(self_reflection=True, judge_step=4, score_drop=0.0, guidance_anchor=has_anchor)
+    run = VideoRun(
+        PlainNetwork(pseudo_network), make_schedule("unipc", 16, 5.0), config, window_frames=9, frame_shape=SHAPE,
+        noise=counter_noise(5, SHAPE), num_frames=60, guidance_scale=5.0, device=CPU,
+        prompt_row=lambda frame: 1 if frame < 33 else 2,
+    )  # fmt: skip
+    store, search_windows, searches = run.store, run.reflection._windows, []
+
+    def watched(reference, candidates):
+        windows = search_windows(reference, candidates)
+        for window in windows:
+            is_anchored = window.slots[0] in run._anchor
+            rows = store.prompt_row[window.slots[int(is_anchored) :]]
+            assert is_anchored == (has_anchor and bool((rows == store.prompt_row[run._anchor]).all()))
+            assert len(window.slots) <= 9
+            assert not np.isin(window.committed, [*run._anchor, *reference]).any()
+            searches.append(is_anchored)
+        committed = np.concatenate([window.committed for window in windows])
+        assert sorted(committed) == sorted(candidates.ravel())  # each once
+        return windows
+
+    run.reflection._windows = watched
+    collect(run)
+    assert True in searches if has_anchor else searches
+
+
+def test_every_judge_can_be_chosen() -> None:
+    (judge,) = (field for field in dataclasses.fields(MigaConfig) if field.name == "judge")
+    assert set(judge.metadata["choices"]) == set(JUDGES)
+
+
+@pytest.mark.parametrize("judge", ["latent", "x0"])
+@pytest.mark.parametrize("channels", ["mean", "all"])
+def test_every_judge_runs(judge, channels):
+    events: list = []
+    config = toy_config(self_reflection=True, judge_step=4, score_drop=0.0, judge=judge, channels=channels)
+    latents = collect(toy_run(config, 20, events=events))
+    assert latents.isfinite().all()
+    scores = [data["score"] for kind, data in events if kind == "score"]
+    assert scores
+    assert all(-1.001 <= score <= 1.001 for score in scores)

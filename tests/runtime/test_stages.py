@@ -1,0 +1,154 @@
+"""Runs of a toy network: streamed latents equal whole-sequence passes bit for bit, at every length."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from oracle import SHAPE, Oracle, PlainNetwork, collect, counter_noise, pseudo_network, toy_config, toy_run
+
+from miga_engine.presets import PRESETS
+from miga_engine.runtime.denoise import Denoiser
+from miga_engine.runtime.reflection import Reflection
+from miga_engine.runtime.stages import VideoRun
+from miga_engine.schedule import make_schedule
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("refine_steps", [None, 3])
+@pytest.mark.parametrize("name", PRESETS)
+def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, refine_steps, monkeypatch):
+    """In integers, over lengths: the state that is kept to be extended is one that any longer run has too."""
+    monkeypatch.setattr(Denoiser, "run", _count_steps)
+    monkeypatch.setattr(Reflection, "after_pass", lambda self, head, tail, then: then())
+    preset, window = PRESETS[name], 16 if "videocrafter2" in name else 21
+    config = preset.miga if refine_steps is None else dataclasses.replace(preset.miga, refine_steps=refine_steps)
+    steps = preset.sampling.num_inference_steps
+
+    def start(num_frames: int | None) -> VideoRun:
+        run = toy_run(config, num_frames, steps=steps, window=window)
+        run.denoiser.trace = []
+        return run
+
+    def state(run: VideoRun) -> Any:
+        return run.stage, run.head, run.tail, run.emitted, list(run.unified.done), run.store.step_index.tolist()
+
+    endless = start(None)
+    states = [state(endless)]
+    while endless.head < 220:
+        endless.tick()
+        states.append(state(endless))
+    for num_frames in [*range(1, 30), *range(30, 201, 9)]:
+        run, number = start(num_frames), 0
+        while not run.has_parted:
+            assert state(run) == states[number], num_frames
+            is_next = run.parts_next
+            run.tick()
+            number += 1
+            assert is_next == run.has_parted
+            assert run.denoiser.trace == endless.denoiser.trace[: len(run.denoiser.trace)] or run.has_parted
+        while run.stage != "done":
+            run.tick()
+        assert run.emitted == num_frames
+
+
+def _count_steps(self, windows, *, noise_series=0, then=lambda: None):
+    """A pass in integers alone."""
+    for window in windows:
+        self.trace.append(window.committed.tolist())
+        self.store.step_index[window.committed] += 1
+    then()
+
+
+@pytest.mark.parametrize("refine_steps", [0, 6])
+@pytest.mark.parametrize("num_frames", [4, 9, 31, 50, 64])
+def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
+    config = toy_config(refine_steps=refine_steps)
+    oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
+    assert torch.equal(collect(toy_run(config, num_frames)), oracle.run(num_frames))
+
+
+@pytest.mark.parametrize("options", [{"zigzag_width": 7}, {"stride": 7, "zigzag_width": 1}, {"guidance_frames": 0},
+                                     {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3},
+                                     {"guidance_anchor": True}])  # fmt: skip
+def test_streamed_equals_whole_sequence_over_configurations(options):
+    config = toy_config(**options)
+    oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
+    assert torch.equal(collect(toy_run(config, 40)), oracle.run(40))
+
+
+def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt():
+    changed_at = 23
+    run = VideoRun(
+        PlainNetwork(pseudo_network), make_schedule("unipc", 16, 5.0), toy_config(guidance_anchor=True),
+        window_frames=9, frame_shape=SHAPE, noise=counter_noise(5, SHAPE), num_frames=90, guidance_scale=5.0,
+        device=CPU, prompt_row=lambda frame: 1 if frame < changed_at else 2,
+    )  # fmt: skip
+    store, anchor = run.store, run._anchor[0]
+    anchors, queue_windows = {}, run._queue_windows
+
+    def watched(phase):
+        windows = queue_windows(phase)
+        number = int(store.frame_number[anchor])
+        if number not in anchors:
+            anchors[number] = store.sample[anchor].clone()
+        assert torch.equal(store.sample[anchor], anchors[number])  # as long as it guides, it stays as it is
+        assert store.step_index[anchor] == 16
+        for window in windows[2:]:  # the first two may start too early for guidance
+            rows = store.prompt_row[window.slots[2:]]
+            assert (window.slots[0] == anchor) == bool((rows == store.prompt_row[anchor]).all())
+            assert anchor not in window.slots[1:]
+        return windows
+
+    predicted, pop_group = [], run._pop_group
+
+    def popped():
+        if changed_at in range(run.head, run.head + 3):
+            predicted.append(store.x0[store.slots([changed_at])[0]].clone())
+        pop_group()
+
+    run._queue_windows, run._pop_group = watched, popped
+    collect(run)
+    assert list(anchors) == [0, changed_at]
+    assert store.prompt_row[anchor] == 2
+    assert torch.equal(anchors[changed_at], predicted[0])  # as clean as the network then takes it to be
+
+
+@pytest.mark.parametrize("window_batch", [2, 5])
+def test_window_batch_changes_nothing_but_rounding(window_batch):
+    whole = collect(toy_run(toy_config(refine_steps=4), 40))
+    batched = collect(toy_run(toy_config(refine_steps=4, window_batch=window_batch), 40))
+    assert (whole - batched).abs().max() <= 2e-6
+
+
+def test_endless_stream_begins_like_a_long_video():
+    run = toy_run(toy_config(refine_steps=3), None)
+    parts = []
+    for clean in run:
+        parts.append(clean.latents)
+        if clean.first_frame > 60:
+            break
+    endless = torch.cat(parts)
+    finite = collect(toy_run(toy_config(refine_steps=3), 300))
+    assert torch.equal(endless, finite[: len(endless)])
+
+
+def test_seeds_reproduce_and_differ():
+    config = toy_config(self_reflection=True, judge_step=4, score_drop=0.001, candidates=2)
+    first = collect(toy_run(config, 30))
+    assert torch.equal(first, collect(toy_run(config, 30)))
+    assert not torch.equal(first, collect(toy_run(config, 30, seed=6)))
+
+
+def test_memory_is_bounded_and_first_frames_leave_early():
+    run = toy_run(toy_config(refine_steps=4), 400)
+    rows = run.store.sample.shape[0]
+    emitted_at = []
+    for clean in run:
+        emitted_at.append((run.denoiser.num_forwards, clean.first_frame))
+        assert run.tail - run.emitted <= run.store.capacity
+    assert run.store.sample.shape[0] == rows
+    assert emitted_at[0][0] < 0.25 * run.denoiser.num_forwards

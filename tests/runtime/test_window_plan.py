@@ -1,0 +1,48 @@
+"""Window plans: every frame is committed exactly once, in bounds; what contradicts itself is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from miga_engine.errors import ConfigError
+from miga_engine.runtime.window_plan import iter_windows, next_cut, plan_windows
+
+
+@pytest.mark.parametrize("commit", ["leading", "trailing"])
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+def test_every_frame_is_committed_exactly_once_and_read_in_bounds(window, commit):
+    for stride in range(1, window + 1):
+        padding = window - stride if commit == "trailing" else 0
+        for num_frames in range(1 + padding, 3 * window + 3):
+            for phase in range(stride if commit == "leading" else 1):
+                plan = plan_windows(num_frames, window, stride, phase, commit)
+                committed = [frame for _, first, stop in plan for frame in range(first, stop)]
+                assert committed == list(range(padding, num_frames))
+                for start, first, stop in plan:
+                    assert 0 <= start <= first < stop <= min(start + window, num_frames)
+
+
+def test_endless_cuts_are_those_of_a_long_finite_sequence():
+    for window, stride in ((9, 4), (21, 10), (5, 5)):
+        for phase in range(stride):
+            finite = list(iter_windows(1000, window, stride, phase))[:20]
+            start = 0
+            for expected_start, _, expected_stop in finite:
+                assert start == expected_start
+                start = next_cut(start, None, window, stride, phase)
+                assert start == expected_stop
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((0, 9, 4), "num_frames is 0: give at least 1"),
+        ((5, 4, 5), "stride is 5: give a number between 1 and the window"),
+        ((5, 4, 2, 2), "phase is 2: give a number between 0 and stride"),
+        ((5, 4, 2, 0, "middle"), "commit is 'middle': give 'leading' or 'trailing'"),
+        ((2, 4, 2, 0, "trailing"), "more than the 2 frames of padding"),
+    ],
+)
+def test_plan_refuses(arguments, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        plan_windows(*arguments)
