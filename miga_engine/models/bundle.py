@@ -24,7 +24,7 @@ from miga_engine.models.wan.dit import WanDiT
 from miga_engine.models.wan.tokenizer import Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
-from miga_engine.weights.checkpoint import short
+from miga_engine.weights.untrusted import short
 
 MOST_EMBEDDINGS = 64  # prompts whose embeddings are kept, 4 MiB each at the published sizes
 
@@ -55,7 +55,7 @@ class TextTable(Protocol):
 
 
 class Texts(Protocol):
-    """Text embeddings [T, D] by row; `num_tokens` is T of the longest."""
+    """Text embeddings [T,D] by row; `num_tokens` is T of the longest."""
 
     num_tokens: int
 
@@ -111,8 +111,8 @@ class WindowNetwork:
         return self._slot_of.pop(next(row for row in self._slot_of if row and row not in wanted))
 
     def __call__(self, latents: Tensor, steps: Tensor, slots: Tensor, keep: Tensor) -> Tensor:
-        """Windows [B, C, F, H, W] float32, rows of the timesteps int64 [B, F], `place` of their prompts int64 [G·B] or
-        [G·B, F] in G guidance branches, and the frames to keep int64 [B, K] → [G·B, C, K, H, W]."""
+        """Windows [B,C,F,H,W] float32, rows of the timesteps int64 [B,F], `place` of their prompts int64 [G·B] or
+        [G·B,F] in G guidance branches, and the frames to keep int64 [B,K] → [G·B,C,K,H,W]."""
         return self._transformer(
             latents.to(self._dtype), (self._levels, steps), self._context, context_index=slots, keep=keep
         )
@@ -152,7 +152,7 @@ class ModelBundle:
 
     @own_modes()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
+        """Text embeddings [P,T,D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
 
         Each prompt is encoded alone, so that its embedding does not depend on its neighbours. On a GPU the text
         encoder's memory is given back afterwards, and the newest embeddings are kept, on the host. Raises NumericsError
@@ -165,8 +165,8 @@ class ModelBundle:
                 ids, mask = self.tokenizer([prompt])
                 if int(ids.max()) >= self.text_encoder.config.vocab_size:
                     raise CheckpointError(
-                        f"The tokenizer in {self.path} gives token {int(ids.max())} and the text encoder has "
-                        f"embeddings for {self.text_encoder.config.vocab_size}; give both of one and the same model."
+                        f"the tokenizer in {self.path} gives token {int(ids.max())} and the text encoder has "
+                        f"embeddings for {self.text_encoder.config.vocab_size}: give both of one and the same model"
                     )
                 row = self.text_encoder(ids.to(self.device), mask.to(self.device))[0]
                 what = f"the text encoder (dtype), on the prompt {short(prompt)!r},"
@@ -183,7 +183,7 @@ class ModelBundle:
 
     @own_modes()
     def window_network(self, texts: Texts, timesteps: Tensor, num_slots: int | None = None) -> WindowNetwork:
-        """The transformer with a video's text embeddings, [T, D] of each row, and noise levels [T].
+        """The transformer with a video's text embeddings, [T,D] of each row, and noise levels [T].
 
         num_slots: rows whose keys and values are held at once; None for all.
         """

@@ -69,7 +69,7 @@ def allows_tf32(network: nn.Module) -> bool:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoids [..., dim] in float32: cosines, then sines, of t · 10000^(-i / (dim/2)), taken in float64."""
+    """Sinusoids [...,dim] in float32: cosines, then sines, of t · 10000^(-i / (dim/2)), taken in float64."""
     half = dim // 2
     frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
     angles = timesteps.double().unsqueeze(-1) * frequencies
@@ -77,34 +77,34 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def check_timesteps(timesteps: Tensor, batch: int, num_frames: int) -> None:
-    """Raises ConfigError unless timesteps are one number, [B] or [B, F]."""
+    """Raises ConfigError unless timesteps are one number, [B] or [B,F]."""
     # Compared one by one, because torch.compile may hold sizes as symbols.
     is_shared = timesteps.ndim == 0 or (timesteps.ndim == 1 and timesteps.shape[0] == 1)
     is_by_window = timesteps.ndim in (1, 2) and timesteps.shape[0] == batch
     if not (is_shared or (is_by_window and (timesteps.ndim == 1 or timesteps.shape[1] == num_frames))):
         raise ConfigError(
-            f"timesteps has shape {tuple(timesteps.shape)}; give one number, [{batch}] or [{batch}, {num_frames}]."
+            f"timesteps has shape {tuple(timesteps.shape)}: give one number, [{batch}] or [{batch}, {num_frames}]"
         )
 
 
 def guidance_branches(num_prompts: int, batch: int, num_frames: int, index: Tensor | None) -> int:
-    """How many guidance branches an index names prompts for: G of [G·B] or [G·B, F].
+    """How many guidance branches an index names prompts for: G of [G·B] or [G·B,F].
 
     Without an index there is one prompt for all windows or one for each. Raises ConfigError on other sizes.
     """
     if index is None:
         if num_prompts not in (1, batch):
             raise ConfigError(
-                f"The context holds {num_prompts} prompts for {batch} windows; "
-                "give one, one for each window, or a context_index."
+                f"the context holds {num_prompts} prompts for {batch} windows: "
+                "give one, one for each window, or a context_index"
             )
         return 1
     branches, rest = divmod(index.shape[0], batch)
     is_by_frame = index.ndim == 2 and index.shape[1] == num_frames
     if rest or not branches or not (index.ndim == 1 or is_by_frame):
         raise ConfigError(
-            f"context_index has shape {tuple(index.shape)}; give [{batch}] (a prompt for each window) "
+            f"context_index has shape {tuple(index.shape)}: give [{batch}] (a prompt for each window) "
             f"or [{batch}, {num_frames}] (one for each latent frame), or a multiple of {batch} rows for as many "
-            "guidance branches."
+            "guidance branches"
         )
     return branches

@@ -23,16 +23,10 @@ from miga_engine.models.wan.dit_layers import MAX_POSITIONS
 from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT, Tokenizer
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE
-from miga_engine.weights.checkpoint import (
-    Checkpoint,
-    SafetensorsCheckpoint,
-    check_fit,
-    load_module,
-    open_checkpoint,
-    read_json,
-    short,
-    stored_dtype,
-)
+from miga_engine.weights.checkpoint import check_fit, stored_dtype
+from miga_engine.weights.files import open_files
+from miga_engine.weights.load import load_module
+from miga_engine.weights.untrusted import read_json, short
 
 Device = torch.device | str | None
 
@@ -57,7 +51,7 @@ def load_transformer(path: str | Path, device: Device = None, dtype: torch.dtype
     """
     _refuse_experts(Path(path))
     files = _component_files(Path(path), "transformer", _TRANSFORMER_FILES)
-    checkpoint = layouts.official_transformer(_open(files))
+    checkpoint = layouts.official_transformer(open_files(files))
     config = layouts.transformer_config(checkpoint, _stored_config(files[0], {"WanModel", "WanTransformer3DModel"}))
     return load_module(
         lambda: WanDiT(config),
@@ -75,7 +69,7 @@ def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch
     device defaults to the CPU. The published VAE is meant to run in float32. Raises CheckpointError.
     """
     files = _component_files(Path(path), "vae", _VAE_FILES)
-    checkpoint = layouts.official_vae(_open(files))
+    checkpoint = layouts.official_vae(open_files(files))
     config = layouts.vae_config(checkpoint, _stored_config(files[0], {"AutoencoderKLWan"}))
     return load_module(lambda: WanVAE(config), checkpoint, device=device, dtype=dtype).lay_out()
 
@@ -87,7 +81,7 @@ def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtyp
     device defaults to the CPU, dtype to the file's own (bfloat16 as published). Raises CheckpointError.
     """
     files = _component_files(Path(path), "text_encoder", _TEXT_ENCODER_FILES)
-    checkpoint = layouts.official_text_encoder(_open(files))
+    checkpoint = layouts.official_text_encoder(open_files(files))
     config = layouts.text_encoder_config(checkpoint)
     return load_module(
         lambda: UMT5Encoder(config),
@@ -182,10 +176,10 @@ def _extra_facts(file: Path) -> dict[str, Any]:
     frames, negative = extra.get("window_frames", WAN_WINDOW_FRAMES), extra.get("default_negative_prompt", "")
     if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= MAX_POSITIONS:
         raise CheckpointError(
-            f"{file} says window_frames {short(repr(frames))}; give a whole number from 1 to {MAX_POSITIONS}."
+            f"{file} says window_frames {short(repr(frames))}: give a whole number from 1 to {MAX_POSITIONS}"
         )
     if not isinstance(negative, str):
-        raise CheckpointError(f"{file} says default_negative_prompt {short(repr(negative))}; give a text.")
+        raise CheckpointError(f"{file} says default_negative_prompt {short(repr(negative))}: give a text")
     return extra
 
 
@@ -199,8 +193,8 @@ def _refuse_experts(path: Path) -> None:
     )
     if is_pair or root.name in _EXPERTS or any(inside.joinpath(name).is_dir() for name in _EXPERTS):
         raise CheckpointError(
-            f"{path} holds a Wan2.2 model of two networks, for high and for low noise; "
-            "give a Wan2.1 text-to-video model."
+            f"{path} holds a Wan2.2 model of two networks, for high and for low noise: "
+            "give a Wan2.1 text-to-video model"
         )
 
 
@@ -209,14 +203,14 @@ def _component_files(path: Path, component: str, patterns: tuple[str, ...]) -> l
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give a model folder or a weights file.")
+        raise CheckpointError(f"{path} does not exist: give a model folder or a weights file")
     folder = path / component if (path / component).is_dir() else path
     for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
             return files
     raise CheckpointError(
-        f"{folder} holds no {component.replace('_', ' ')} weights (none of {', '.join(patterns)}); "
-        "give an official or Diffusers Wan2.1 folder, or the weights file itself."
+        f"{folder} holds no {component.replace('_', ' ')} weights (none of {', '.join(patterns)}): "
+        "give an official or Diffusers Wan2.1 folder, or the weights file itself"
     )
 
 
@@ -227,20 +221,9 @@ def _tokenizer_file(path: Path) -> Path:
         if files := sorted(path.glob(pattern)):
             return files[0]
     raise CheckpointError(
-        f"{path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
-        "download the tokenizer.json of google/umt5-xxl."
+        f"{path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): "
+        "download the tokenizer.json of google/umt5-xxl"
     )
-
-
-def _open(files: list[Path]) -> Checkpoint:
-    if len(files) == 1:
-        return open_checkpoint(files[0])
-    stray = next((file for file in files if file.suffix != ".safetensors"), None)
-    if stray is not None:
-        raise CheckpointError(
-            f"{stray.parent} holds {len(files)} weights files, {stray.name} among them; give one of them."
-        )
-    return SafetensorsCheckpoint(files[0].parent, files)
 
 
 def _stored_config(file: Path, class_names: set[str]) -> Mapping[str, Any]:

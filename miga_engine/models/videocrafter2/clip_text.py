@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, T, D], bias [1, 1, T, T] -> [B, T, D]."""
+        """x [B,T,D], bias [1,1,T,T] → [B,T,D]."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.unbind(2)
         attended = frame_attention(q, k, v, bias, backend=untimed_backend(x.device))
@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, T, D], bias [1, 1, T, T] -> [B, T, D]."""
+        """x [B,T,D], bias [1,1,T,T] → [B,T,D]."""
         x = x + self.attn(self.ln_1(x), bias)
         return x + self.mlp(self.ln_2(x))
 
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids -> text embeddings, in the dtype of the weights."""
+    """Token ids → text embeddings, in the dtype of the weights."""
 
     def __init__(self, config: CLIPTextConfig | None = None) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class CLIPTextEncoder(nn.Module):
         self.ln_final = nn.LayerNorm(config.dim)
 
     def forward(self, token_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """token_ids int [B, 77] -> [B, 77, D]; every row has a meaning, padding too, so `mask` is not looked at."""
+        """token_ids int [B,77] → [B,77,D]; every row has a meaning, padding too, so `mask` is not looked at."""
         x = self.token_embedding(token_ids) + self.positional_embedding
         length = x.shape[1]
         bias = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)[None, None]

@@ -15,14 +15,10 @@ from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
 from miga_engine.models.videocrafter2.vae import KLVAE
-from miga_engine.weights.checkpoint import (
-    PICKLE_SUFFIXES,
-    Checkpoint,
-    check_fit,
-    load_module,
-    open_checkpoint,
-    stored_dtype,
-)
+from miga_engine.weights.checkpoint import Checkpoint, check_fit, stored_dtype
+from miga_engine.weights.files import open_checkpoint
+from miga_engine.weights.load import load_module
+from miga_engine.weights.pickle import PICKLE_SUFFIXES
 
 Device = torch.device | str | None
 
@@ -143,8 +139,8 @@ def load_tokenizer(path: str | Path) -> CLIPTokenizer:
         num_embeddings = layouts.text_encoder_config(layouts.text_encoder(_open(path))).vocab_size
         if num_embeddings != tokenizer.vocab_size:
             raise CheckpointError(
-                f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens and the text encoder embeddings for "
-                f"{num_embeddings}; use the tokenizer of OpenCLIP ViT-H/14."
+                f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the text encoder embeddings for "
+                f"{num_embeddings}: use the tokenizer of OpenCLIP ViT-H/14"
             )
     return tokenizer
 
@@ -163,11 +159,11 @@ def _open(path: str | Path) -> Checkpoint:
     if path.is_file():
         return open_checkpoint(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give VideoCrafter2's model.ckpt or its folder.")
+        raise CheckpointError(f"{path} does not exist: give VideoCrafter2's model.ckpt or its folder")
     models = _models_in(path)
     if len(models) != 1:
         found = ", ".join(model.path.name for model in models) or "no .safetensors or .ckpt file with its UNet"
-        raise CheckpointError(f"{path} does not hold one VideoCrafter2 model but {found}; give the file itself.")
+        raise CheckpointError(f"{path} does not hold one VideoCrafter2 model but {found}: give the file itself")
     return models[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.weights.checkpoint import first_line, read_bounded, refuse_spoilt
+from miga_engine.weights.untrusted import first_line, read_bounded, refuse_spoilt
 
 if TYPE_CHECKING:
     import tokenizers
@@ -62,7 +62,7 @@ def reported(sentence: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{sentence} ({first_line(error)}); download it again.") from error
+        raise CheckpointError(f"{sentence} ({first_line(error)}): download it again") from error
 
 
 def encode(backend: tokenizers.Tokenizer, text: str, most: int) -> list[int]:
@@ -91,7 +91,7 @@ class Tokenizer:
         self.text_len = text_len
         end_id = backend.token_to_id("</s>")
         if end_id is None:
-            raise CheckpointError("The tokenizer has no </s> token; use the tokenizer.json of google/umt5-xxl.")
+            raise CheckpointError("the tokenizer has no </s> token: use the tokenizer.json of google/umt5-xxl")
         self.end_id: int = end_id
         self.pad_id: int = backend.token_to_id("<pad>") or 0
 
@@ -103,9 +103,7 @@ class Tokenizer:
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise CheckpointError(
-                f"{file} does not exist; download the tokenizer.json of the model's tokenizer folder."
-            )
+            raise CheckpointError(f"{file} does not exist: download the tokenizer.json of the model's tokenizer folder")
         if file.stat().st_size:
             refuse_spoilt(file)
         content = read_bounded(file, MAX_TOKENIZER_BYTES)
@@ -114,7 +112,7 @@ class Tokenizer:
         return cls(backend, text_len)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids and mask, int64 [P, T], padded to the longest; T <= text_len."""
+        """Prompts → ids and mask, int64 [P,T], padded to the longest; T <= text_len."""
         rows = []
         for prompt in prompts:
             text_ids = encode(self._backend, clean_prompt(prompt), self.text_len - 1)
