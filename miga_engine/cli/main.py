@@ -227,8 +227,9 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = _prompt_timeline(settings)
     from miga_engine.cli.render import Outputs
     from miga_engine.runtime.ranks import Ranks
+    from miga_engine.weights.files import opened_once
 
-    with Ranks.from_environment(settings.get("device")) as ranks:
+    with opened_once(), Ranks.from_environment(settings.get("device")) as ranks:
         outputs = None
         if ranks is None or ranks.rank == 0:
             outputs = Outputs.check(

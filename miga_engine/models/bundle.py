@@ -16,14 +16,7 @@ from torch import Tensor
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.layers import check_finite
-from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
-from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
-from miga_engine.models.videocrafter2.unet import VideoUNet
-from miga_engine.models.videocrafter2.vae import KLVAE
-from miga_engine.models.wan.dit import WanDiT
-from miga_engine.models.wan.tokenizer import Tokenizer
-from miga_engine.models.wan.umt5 import UMT5Encoder
-from miga_engine.models.wan.vae import WanVAE
+from miga_engine.models.protocols import VAE, TextEncoder, TextTable, Tokenizer, Transformer
 from miga_engine.weights.untrusted import short
 
 MOST_EMBEDDINGS = 64  # prompts whose embeddings are kept, 4 MiB each at the published sizes
@@ -45,13 +38,10 @@ class ModelFacts:
     """Name of the defaults, in `config.PRESETS`."""
     default_negative_prompt: str
     """Negative prompt where the caller gives none."""
-
-
-class TextTable(Protocol):
-    """Cross-attention keys and values of prompts, by row."""
-
-    def table(self, num_rows: int, num_keys: int) -> TextTable: ...
-    def write(self, row: int, prompt: Any) -> None: ...
+    protocol_frames: int
+    """Video frames of the clips that the MIGA paper measures."""
+    conditions: tuple[str, ...] = ("text",)
+    """Kinds of condition that a video can be made to follow: see `models.family.Condition`."""
 
 
 class Texts(Protocol):
@@ -72,7 +62,7 @@ class WindowNetwork:
 
     def __init__(
         self,
-        transformer: WanDiT | VideoUNet,
+        transformer: Transformer,
         texts: Texts,
         timesteps: Tensor,
         num_slots: int,
@@ -128,21 +118,23 @@ class ModelBundle:
     path: Path
     device: torch.device
     dtype: torch.dtype
-    transformer: WanDiT | VideoUNet
-    vae: WanVAE | KLVAE
+    transformer: Transformer
+    vae: VAE
     facts: ModelFacts
-    extra: dict[str, Any]
-    open_text_encoder: Callable[[], UMT5Encoder | CLIPTextEncoder] = field(repr=False)
-    open_tokenizer: Callable[[], Tokenizer | CLIPTokenizer] = field(repr=False)
+    open_text_encoder: Callable[[], TextEncoder] = field(repr=False)
+    open_tokenizer: Callable[[], Tokenizer] = field(repr=False)
+    rehearse: Callable[[], None] = field(repr=False)
+    """Runs networks of the family in small, after which the libraries hold what a run needs of them."""
+    extra: dict[str, Any] = field(default_factory=dict)
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
-    def text_encoder(self) -> UMT5Encoder | CLIPTextEncoder:
+    def text_encoder(self) -> TextEncoder:
         """Read from its file at the first use."""
         return self.open_text_encoder()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer | CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Read from its file at the first use."""
         return self.open_tokenizer()
 

@@ -9,9 +9,7 @@ import torch
 
 from miga_engine.errors import OutputError
 from miga_engine.files import path_written_whole
-from miga_engine.models.videocrafter2 import layouts as videocrafter2
-from miga_engine.models.videocrafter2.loading import keeps_dtype
-from miga_engine.models.wan.layouts import keeps_fp32
+from miga_engine.models import loading
 from miga_engine.weights.files import open_checkpoint
 
 
@@ -26,7 +24,7 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tup
 
     checkpoint = open_checkpoint(source)
     tensors, storages = {}, set()
-    keeps = keeps_dtype if videocrafter2.is_model(checkpoint.shapes) else keeps_fp32(checkpoint)
+    keeps = next((kept for family in loading.FAMILIES if (kept := family.kept_dtypes(checkpoint))), lambda key: False)
     for key in checkpoint.shapes:
         tensor = checkpoint.read(key)
         if dtype is not None and tensor.is_floating_point() and not keeps(key):

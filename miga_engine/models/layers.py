@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
@@ -34,6 +35,18 @@ class Conv2d(nn.Conv2d):
         return ops.conv2d(
             input, self.weight, self.bias, stride=self.stride, padding=self.padding, allow_tf32=self.allow_tf32
         )
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of something computed of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1x1 convolution: x [...,C], weight [C',C] → [...,C']."""
+    if wants_gradient(x, weight):  # the fast product has none
+        return F.linear(x, weight, bias)
+    return ops.linear(x, weight, bias)
 
 
 def check_finite(what: str, given: Tensor, result: Tensor, dtype: torch.dtype) -> None:

@@ -53,18 +53,20 @@ def load_module(
         ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_keys(checkpoint, expected)
-    target = torch.device(device or "cpu")
-    state = {}
-    for name in expected:
-        wanted = torch.float32 if keeps_fp32(name) else dtype
-        if target.type == "meta":  # shapes are all that is wanted: touch no data
-            state[name] = torch.empty(expected[name], dtype=wanted, device=target)
-            continue
-        state[name] = _copied(checkpoint, name, target, wanted)
-    if target.type != "meta":
+    dtypes = {name: torch.float32 if keeps_fp32(name) else dtype for name in expected}
+    return _filled(module, checkpoint, torch.device(device or "cpu"), dtypes)
+
+
+def _filled(module: Module, checkpoint: Checkpoint, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Module:
+    """The module, built on `meta`, with a checkpoint's tensors; on `meta` shapes are all that is wanted."""
+    if device.type == "meta":
+        shapes = checkpoint.shapes
+        state = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name, dtype in dtypes.items()}
+    else:
+        state = {name: _copied(checkpoint, name, device, dtype) for name, dtype in dtypes.items()}
         checkpoint.close()
     module.load_state_dict(state, strict=True, assign=True)
-    return module.to(target).eval().requires_grad_(False)
+    return module.to(device).eval().requires_grad_(False)
 
 
 def _copied(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,6 @@ from miga_engine.errors import CheckpointError
 from miga_engine.models import load_bundle, load_text_encoder, load_tokenizer, load_transformer, load_vae
 from miga_engine.models.convert import convert
 from miga_engine.models.wan.tokenizer import WAN_DEFAULT_NEGATIVE_PROMPT
-from miga_engine.weights.files import open_checkpoint
 
 DIT_FILE = GOLDENS / "wan_dit" / "official" / "diffusion_pytorch_model.safetensors"
 VAE_FILE = GOLDENS / "wan_vae" / "official" / "Wan2.1_VAE.safetensors"
@@ -437,13 +436,3 @@ except CheckpointError as error:
     run = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert "was cut while it was read: download it again" in run.stdout
-
-
-def test_a_file_that_is_replaced_while_it_is_open_gives_the_old_weights(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    shutil.copy(DIT_FILE, path)
-    checkpoint = open_checkpoint(path)
-    (tmp_path / "new").write_bytes(b"other")
-    (tmp_path / "new").replace(path)
-    for key, value in load_file(DIT_FILE).items():
-        assert torch.equal(checkpoint.read(key), value)

@@ -16,17 +16,13 @@ from test_models_vc2_text import merges, write_merges
 
 from miga_engine.cli import main
 from miga_engine.errors import CheckpointError
+from miga_engine.models import loading
+from miga_engine.models.videocrafter2.family import load_text_encoder, load_tokenizer, load_unet, load_vae, recognises
 from miga_engine.models.videocrafter2.layouts import SCHEDULE_TABLES
-from miga_engine.models.videocrafter2.loading import (
-    is_videocrafter2,
-    load_text_encoder,
-    load_tokenizer,
-    load_unet,
-    load_vae,
-)
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")
 LOADERS = (load_unet, load_vae, load_text_encoder)
+PUBLIC = (loading.load_transformer, loading.load_vae, loading.load_text_encoder)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -83,12 +79,13 @@ def convert(*arguments: object) -> int:
 
 
 def test_networks_load_by_file_and_folder(ckpt: Path, released: Tensors) -> None:
-    for load, prefix in zip(LOADERS, PREFIXES, strict=True):
+    for load, public, prefix in zip(LOADERS, PUBLIC, PREFIXES, strict=True):
         module = load(ckpt)
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
         assert all(torch.equal(value, released[prefix + key]) for key, value in module.state_dict().items())
-        assert same_weights(load(str(ckpt.parent)), module)
+        assert same_weights(load(ckpt.parent), module)
+        assert same_weights(public(str(ckpt.parent)), module)
     assert load_text_encoder(ckpt).config.num_layers == 3  # the last of four is not used
     assert load_vae(ckpt).decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -100,17 +97,17 @@ def test_single_networks_load_from_their_file() -> None:
 
 
 def test_a_model_is_told_by_its_keys(ckpt: Path, tmp_path: Path) -> None:
-    assert is_videocrafter2(ckpt)
-    assert is_videocrafter2(str(ckpt.parent))
-    assert is_videocrafter2(GOLDENS / "vc2" / "unet.safetensors")
-    assert not is_videocrafter2(GOLDENS / "vc2" / "vae.safetensors")
-    assert not is_videocrafter2(GOLDENS / "wan_dit" / "official")
-    assert not is_videocrafter2(GOLDENS / "vc2" / "meta.json")
-    assert not is_videocrafter2(tmp_path)
-    assert not is_videocrafter2(tmp_path / "nowhere")
+    assert recognises(ckpt)
+    assert recognises(ckpt.parent)
+    assert recognises(GOLDENS / "vc2" / "unet.safetensors")
+    assert not recognises(GOLDENS / "vc2" / "vae.safetensors")
+    assert not recognises(GOLDENS / "wan_dit" / "official")
+    assert not recognises(GOLDENS / "vc2" / "meta.json")
+    assert not recognises(tmp_path)
+    assert not recognises(tmp_path / "nowhere")
     wan = load_file(GOLDENS / "wan_dit" / "official" / "diffusion_pytorch_model.safetensors")
     save_file({"model.diffusion_model." + key: value for key, value in wan.items()}, tmp_path / "wan.safetensors")
-    assert not is_videocrafter2(tmp_path)
+    assert not recognises(tmp_path)
 
 
 def test_dtypes(ckpt: Path, released: Tensors, tmp_path: Path) -> None:
@@ -260,7 +257,7 @@ def test_missing_networks_and_wrong_places(ckpt: Path, tmp_path: Path) -> None:
 def test_cut_files(ckpt: Path, tmp_path: Path, kept: int) -> None:
     file = tmp_path / "model.ckpt"
     file.write_bytes(ckpt.read_bytes()[:kept])
-    for load in (*LOADERS, is_videocrafter2):
+    for load in (*LOADERS, recognises):
         with pytest.raises(CheckpointError, match=r"model\.ckpt is cut short.*: download it again$"):
             load(file)
 
@@ -285,7 +282,7 @@ def test_code_in_a_ckpt_is_refused_and_not_run(
         torch.save(content, file)
     else:
         file.write_bytes(pickle.dumps(content, protocol=2))
-    for load in (*LOADERS, is_videocrafter2):
+    for load in (*LOADERS, recognises):
         for path in (file, tmp_path):
             with pytest.raises(CheckpointError, match=r"model\.ckpt holds more than tensors, which could run code"):
                 load(path)
@@ -298,7 +295,7 @@ def test_code_in_a_ckpt_is_refused_and_not_run(
 def test_ckpts_of_other_things(tmp_path: Path) -> None:
     for content in ({"state_dict": {1: torch.zeros(1)}}, {"state_dict": {"betas": 1}}, [torch.zeros(1)]):
         torch.save(content, tmp_path / "model.ckpt")
-        for load in (*LOADERS, is_videocrafter2):
+        for load in (*LOADERS, recognises):
             with pytest.raises(CheckpointError, match=r"model\.ckpt is not a table of named tensors: give the model's"):
                 load(tmp_path / "model.ckpt")
 
@@ -337,7 +334,7 @@ def test_converted_model_is_the_same(
     assert list(tmp_path.iterdir()) == [out]
     for load in LOADERS:
         assert same_weights(load(out), load(ckpt))
-    assert is_videocrafter2(tmp_path)
+    assert recognises(tmp_path)
     shutil.copy(GOLDENS / "vc2" / "unet.safetensors", out)  # another beside it, which is preferred
     shutil.copy(ckpt, tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not hold a VideoCrafter2 VAE"):
@@ -402,4 +399,4 @@ def test_convert_refuses_what_it_cannot_write(
     (killed / ".tmpNMKkng").write_bytes(b"half")
     assert convert(ckpt, out, "-y") == 0
     assert {*tmp_path.iterdir()} == {out, killed}
-    assert is_videocrafter2(out)
+    assert recognises(out)

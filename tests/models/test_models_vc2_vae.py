@@ -8,7 +8,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file
 
 from miga_engine.errors import ConfigError
-from miga_engine.models.videocrafter2.loading import load_vae
+from miga_engine.models.videocrafter2.family import load_vae
 from miga_engine.models.videocrafter2.vae import KLVAE, KLVAEConfig
 
 GOLDENS = places.GOLDENS / "vc2"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops import frame_attention, untimed_backend
 
 
@@ -80,12 +81,13 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
 
-class CLIPTextEncoder(nn.Module):
+class CLIPTextEncoder(TextEncoder):
     """Token ids → text embeddings, in the dtype of the weights."""
 
     def __init__(self, config: CLIPTextConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or CLIPTextConfig()
+        self.config: CLIPTextConfig = config or CLIPTextConfig()
+        config = self.config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positional_embedding = nn.Parameter(torch.empty(config.text_len, config.dim))
         self.transformer = Transformer(config)

@@ -5,7 +5,7 @@ A safetensors file with the same keys is read alike. Sizes follow from the shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -45,9 +45,14 @@ _HEAD_DIM = 64  # of the published text tower
 _UNUSED_TEXT_KEYS = ("text_projection", "logit_scale")  # they serve the comparison of a text with a picture
 
 
-def is_model(keys: Iterable[str]) -> bool:
+def is_model(keys: Collection[str]) -> bool:
     """Whether these are the keys of a file with VideoCrafter2's UNet."""
     return set(_MARKS) <= set(keys)
+
+
+def is_part(keys: Collection[str]) -> bool:
+    """Whether these are the keys of that file or of one of its networks."""
+    return is_model(keys) or any(key.startswith((VAE, TEXT_ENCODER)) for key in keys)
 
 
 def network(checkpoint: Checkpoint, prefix: str) -> Checkpoint:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.wan import tokenizer as wan_tokenizer
+from miga_engine.models import tokenizing
 from miga_engine.weights.untrusted import MAX_TABLE_BYTES, read_bounded, read_json
 
 TEXT_LEN = 77
@@ -32,8 +32,8 @@ _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def clean_prompt(text: str) -> str:
-    """Clean it as for Wan2.1 and lower the case."""
-    return wan_tokenizer.clean_prompt(text).lower()
+    """Clean it as for every family and lower the case."""
+    return tokenizing.clean_prompt(text).lower()
 
 
 class CLIPTokenizer:
@@ -60,7 +60,7 @@ class CLIPTokenizer:
         """Read one of `VOCABULARY_FILES`, or the first of them that is in the folder `path`. Raises CheckpointError."""
         file = _vocabulary_file(Path(path))
         merges = _merges_of_json(file) if file.suffix == ".json" else _merges_of_text(file)
-        with wan_tokenizer.reported(f"{file} is not a usable CLIP tokenizer"):
+        with tokenizing.reported(f"{file} is not a usable CLIP tokenizer"):
             return cls(merges)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class CLIPTokenizer:
         """
         ids = torch.zeros(len(prompts), self.text_len, dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
-            text_ids = wan_tokenizer.encode(self._backend, clean_prompt(prompt), self.text_len - 2)
+            text_ids = tokenizing.encode(self._backend, clean_prompt(prompt), self.text_len - 2)
             tokens = [self.start_id, *text_ids, self.end_id]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids, torch.ones_like(ids)

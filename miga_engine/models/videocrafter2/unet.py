@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from miga_engine import ops
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
+from miga_engine.models.protocols import Transformer
 from miga_engine.models.videocrafter2.unet_layers import (
     GROUPS,
     ContextCache,
@@ -139,7 +140,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoUNetConfig:
     )
 
 
-class VideoUNet(nn.Module):
+class VideoUNet(Transformer):
     """Noise predicted in B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 
     Matrix products, convolutions and the sums between blocks run in the dtype of the weights; the time path, norms,
@@ -150,12 +151,11 @@ class VideoUNet(nn.Module):
     frame; attention to the prompt and along time, of few keys, then stays with auto.
     """
 
-    attention = "auto"
     prediction_type = "epsilon"
 
     def __init__(self, config: VideoUNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: VideoUNetConfig = config
         width = config.model_channels
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine.errors import ConfigError
-from miga_engine.models.layers import Conv2d, check_finite
-from miga_engine.models.wan.vae_layers import pointwise
+from miga_engine.models.layers import Conv2d, check_finite, pointwise
+from miga_engine.models.protocols import VAE
 from miga_engine.ops import frame_attention, untimed_backend
 
 
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x))
 
 
-class KLVAE(nn.Module):
+class KLVAE(VAE):
     """Video [B,3,T,H,W] in [-1,1] ↔ scaled latents [B,C,T,H/8,W/8], one frame at a time.
 
     It computes in the dtype of its weights (the published ones are float32) and leaves gradients to the caller.
@@ -208,7 +208,8 @@ class KLVAE(nn.Module):
 
     def __init__(self, config: KLVAEConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or KLVAEConfig()
+        self.config: KLVAEConfig = config or KLVAEConfig()
+        config = self.config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = Pointwise(2 * config.z_dim, 2 * config.z_dim)
@@ -242,10 +243,6 @@ class KLVAE(nn.Module):
         frames = [self.quant_conv(self.encoder(self._picture(frame))) for frame in video.unbind(2)]
         mean, logvar = torch.stack(frames, dim=2).chunk(2, dim=1)
         return mean, logvar
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B,C,T,h,w] → video [B,3,T,8h,8w], clamped to [-1,1]."""
-        return self.stream_decoder().push(latents)
 
     def stream_decoder(self) -> FrameDecoder:
         """A decoder that takes the latents of one clip in pieces and gives bit for bit the frames of `decode`."""

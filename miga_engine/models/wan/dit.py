@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from miga_engine import ops
 from miga_engine.errors import ConfigError
 from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
+from miga_engine.models.protocols import Transformer
 from miga_engine.models.wan.dit_layers import (
     Block,
     ContextCache,
@@ -75,7 +76,7 @@ WAN_T2V_CONFIGS = {"1.3B": _published(1536, 8960, 12, 30), "14B": _published(512
 """Sizes of the published Wan2.1 text-to-video transformers, for building them without their files."""
 
 
-class WanDiT(nn.Module):
+class WanDiT(Transformer):
     """Velocity of B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 
     Matrix products run in the dtype of the weights; the time path, norms, modulation, rotation, residual stream and
@@ -89,14 +90,13 @@ class WanDiT(nn.Module):
     only frames whose output is kept) and `collapses_padding` (one key for all padding of a prompt).
     """
 
-    attention = "auto"
     shares_branches = True
     skips_frames = True
     collapses_padding = True
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: WanDiTConfig = config
         dim = config.dim
         patch_area = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from miga_engine.errors import CheckpointError, ConfigError
@@ -22,6 +22,10 @@ HEAD_DIM = 128  # of every published Wan2.1 transformer
 TEXT_LEN = 512
 MAX_TEXT_LEN = 4096  # no tensor tells it
 SINGLE_FILE_PREFIX = "model.diffusion_model."  # under which single-file exports put the official names
+
+_VAE_MARKS = ("decoder.conv1.weight", "decoder.conv_in.weight")
+_TEXT_ENCODER_MARKS = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+_MARKS = ("patch_embedding.weight", *_VAE_MARKS, *_TEXT_ENCODER_MARKS)  # keys that the sizes are read from
 
 # (pattern in Diffusers keys, official replacement), applied one after the other.
 _DIT_RULES = (
@@ -81,6 +85,11 @@ def official_transformer(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+def is_network(keys: Collection[str]) -> bool:
+    """Whether these are the keys of one of Wan's networks, in either layout."""
+    return any(key.removeprefix(SINGLE_FILE_PREFIX) in _MARKS for key in keys)
+
+
 def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
     """Of a Wan2.1 file's own keys, those whose tensors stay as they are when the networks are stored in another dtype.
 
@@ -90,13 +99,13 @@ def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
         official = official_transformer(checkpoint)
         kept = {official.key_in_file(key) for key in official.shapes if WanDiT.keeps_fp32(key)}
         return kept.__contains__
-    is_vae = "decoder.conv1.weight" in checkpoint.shapes or "decoder.conv_in.weight" in checkpoint.shapes
+    is_vae = not checkpoint.shapes.keys().isdisjoint(_VAE_MARKS)
     return lambda key: is_vae
 
 
 def official_vae(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official VAE keys. Raises CheckpointError when it holds something else."""
-    _require(checkpoint, "a Wan2.1 VAE", "decoder.conv1.weight", "decoder.conv_in.weight")
+    _require(checkpoint, "a Wan2.1 VAE", *_VAE_MARKS)
     if "decoder.conv_in.weight" not in checkpoint.shapes:
         return checkpoint
     # The residual blocks of a level and the upsampler behind them.
@@ -117,9 +126,7 @@ def official_vae(checkpoint: Checkpoint) -> Checkpoint:
 
 def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official UMT5 keys. Raises CheckpointError when it holds something else."""
-    _require(
-        checkpoint, "a UMT5 text encoder", "token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"
-    )
+    _require(checkpoint, "a UMT5 text encoder", *_TEXT_ENCODER_MARKS)
     if "token_embedding.weight" in checkpoint.shapes:
         return checkpoint
     has_shared = "shared.weight" in checkpoint.shapes

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops import frame_attention, untimed_backend
 
 MAX_DISTANCE = 128  # positions further apart share the last bucket
@@ -124,12 +125,12 @@ class Block(nn.Module):
         return _within_float16(x + self.ffn(self.norm2(x)), x.dtype)
 
 
-class UMT5Encoder(nn.Module):
+class UMT5Encoder(TextEncoder):
     """Token ids → text embeddings, in the dtype of the weights (bfloat16 in the published checkpoint)."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
-        self.config = config
+        self.config: UMT5Config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miga_engine.errors import ConfigError
 from miga_engine.models.layers import check_finite
+from miga_engine.models.protocols import VAE
 from miga_engine.models.wan.vae_layers import CausalConv3d, Decoder, Encoder, FeatureCache
 
 # Statistics of the published 16-channel latents, by which they are brought to zero mean and unit variance.
@@ -69,7 +70,7 @@ class WanVAEConfig:
         return self.latents_mean or mean, self.latents_std or std
 
 
-class WanVAE(nn.Module):
+class WanVAE(VAE):
     """Video [B,3,T,H,W] in [-1,1] ↔ normalised latents [B,C,F,h,w], T = 1 + 4(F-1), h = H/8, w = W/8.
 
     It computes in the dtype of its weights (the published ones are float32) and leaves gradients to the caller.
@@ -77,7 +78,8 @@ class WanVAE(nn.Module):
 
     def __init__(self, config: WanVAEConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or WanVAEConfig()
+        self.config: WanVAEConfig = config or WanVAEConfig()
+        config = self.config
         shape = (config.dim_mult, config.num_res_blocks)
         self.encoder = Encoder(config.dim, config.z_dim * 2, *shape, config.temporal_downsample)
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
@@ -128,10 +130,6 @@ class WanVAE(nn.Module):
         parts = [self.encoder(frames[:, s : s + (ratio if s else 1)], cache) for s in starts]
         mean, logvar = self.conv1(torch.cat(parts, dim=1)).chunk(2, dim=-1)
         return mean.movedim(-1, 1), logvar.movedim(-1, 1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B,C,F,h,w] → video [B,3,1 + 4(F-1),8h,8w], clamped to [-1,1]."""
-        return self.stream_decoder().push(latents)
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder that takes the latents of one clip in pieces and gives bit for bit the frames of `decode`."""

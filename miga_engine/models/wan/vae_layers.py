@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.models.layers import Conv2d
+from miga_engine.models.layers import Conv2d, pointwise, wants_gradient
 from miga_engine.ops import conv2d, frame_attention, untimed_backend
-from miga_engine.ops.linear import linear
 
 FeatureCache = dict[str, Tensor]
 
@@ -26,17 +25,6 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a picture layer to each frame: [B,T,H,W,C] → [B,T,H',W',C']."""
     pictures = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B·T,C,H,W], channels-last in memory
     return layer(pictures).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution: x [...,C], weight [C',C] → [...,C']."""
-    if wants_gradient(x, weight):  # the fast product has none
-        return F.linear(x, weight, bias)
-    return linear(x, weight, bias)
 
 
 class CausalConv3d(nn.Conv3d):
