@@ -5,8 +5,9 @@ Families import nothing of each other. What more kinds of model will need has it
 
 - Conditions (a first image, a clip): a family names the kinds it takes in `ModelFacts.conditions`; whoever asks for a
   video hands over a `Condition` of one of them.
-- Networks by noise level (the two experts of Wan2.2): the family's `open` makes one `Transformer` that holds them and
-  picks by the level in `encode_timesteps`, whose result it alone reads; nobody else learns that there are several.
+- Networks by noise level (the two experts of Wan2.2): the family's `open_bundle` makes one `Transformer` that holds
+  them and picks by the level in `encode_timesteps`, whose result it alone reads; nobody else learns that there are
+  several.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Family:
     """Latent frames that a window may have at most, whatever the model's miga.json says."""
     recognises: Callable[[Path], bool]
     """Whether the names or the keys under a path are this family's. No weights are read."""
-    open: Callable[[Path, Device, torch.dtype | None, torch.dtype], ModelBundle]
+    open_bundle: Callable[[Path, Device, torch.dtype | None, torch.dtype], ModelBundle]
     """All networks on a device: dtype of the transformer and the text encoder, then that of the VAE."""
     load_transformer: Callable[[Path, Device, torch.dtype | None], Transformer]
     load_vae: Callable[[Path, Device, torch.dtype], VAE]

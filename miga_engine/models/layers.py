@@ -1,4 +1,4 @@
-"""What the network families share: linear layers, timestep embeddings, and the sizes of what a caller gives."""
+"""What the families share: linear layers, reshapes, timestep embeddings, and the sizes of what a caller gives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import ConfigError, NumericsError
+
+
+def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
+    """`einops.rearrange`, which is imported when a network first runs, not with the package."""
+    import einops
+
+    return einops.rearrange(x, pattern, **sizes)
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def load_bundle(
     with opened_once():
         family = family_of(Path(path))
         extra = _extra_facts((Path(path).parent if Path(path).is_file() else Path(path)) / EXTRA_FILE, family)
-        return dataclasses.replace(family.open(Path(path), device, dtype, vae_dtype), extra=extra)
+        return dataclasses.replace(family.open_bundle(Path(path), device, dtype, vae_dtype), extra=extra)
 
 
 def file_bytes(path: str | Path) -> dict[str, int]:

@@ -25,7 +25,7 @@ class Format(NamedTuple):
     """A way to store tensors: what its files are called, who opens one, and whether one network may lie in several."""
 
     suffixes: tuple[str, ...]
-    open: Callable[[WeightsFile], Checkpoint]
+    opens: Callable[[WeightsFile], Checkpoint]
     has_shards: bool = False
 
 
@@ -142,7 +142,7 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def _open(path: Path, format: Format) -> Checkpoint:
-    return format.open(WeightsFile(path))
+    return format.opens(WeightsFile(path))
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.models.layers import rearrange
 from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops import frame_attention, untimed_backend
 
@@ -39,8 +40,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B,T,D], bias [1,1,T,T] → [B,T,D]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(2)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(qkv, "b t (three heads d) -> three b t heads d", three=3, heads=self.num_heads)
         attended = frame_attention(q, k, v, bias, backend=untimed_backend(x.device))
         return self.out_proj(attended.flatten(2))
 

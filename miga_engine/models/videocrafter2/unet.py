@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import CheckpointError, ConfigError
-from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
+from miga_engine.models.layers import check_timesteps, linear_fp32, rearrange, timestep_embedding
 from miga_engine.models.protocols import Transformer
 from miga_engine.models.videocrafter2.unet_layers import (
     GROUPS,
@@ -246,7 +246,7 @@ class VideoUNet(Transformer):
         short_backend = "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention
         window = Window(batch, time.flatten(0, 1), cache.layers, context_index, self.attention, short_backend)
 
-        x = self.input_blocks[0](latents.transpose(1, 2).flatten(0, 1))  # [B·F,D,H,W]
+        x = self.input_blocks[0](rearrange(latents, "b c f h w -> (b f) c h w"))
         # What comes before the first time embedding and prompt is the same for all branches.
         x = torch.cat([self.init_attn[0](x, window)] * branches)
         window = window._replace(batch=branches * batch, time=window.time.repeat(branches, 1))
@@ -260,7 +260,7 @@ class VideoUNet(Transformer):
         if keep is not None:
             rows = torch.arange(branches * batch, device=x.device)[:, None]
             x = x.unflatten(0, (-1, num_frames))[rows, keep.repeat(branches, 1)].flatten(0, 1)
-        return self.out(x).float().unflatten(0, (branches * batch, -1)).transpose(1, 2).contiguous()
+        return rearrange(self.out(x).float(), "(b f) c h w -> b c f h w", b=branches * batch).contiguous()
 
     @torch.no_grad()
     def encode_timesteps(self, timesteps: Tensor) -> Tensor:

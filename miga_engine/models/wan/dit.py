@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import ConfigError
-from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
+from miga_engine.models.layers import check_timesteps, linear_fp32, rearrange, timestep_embedding
 from miga_engine.models.protocols import Transformer
 from miga_engine.models.wan.dit_layers import (
     Block,
@@ -262,13 +262,12 @@ class WanDiT(Transformer):
 
     def _to_tokens(self, latents: Tensor, rows: int, columns: int) -> Tensor:
         """[B,C,F,H,W] → [B,F,S,D] float32; the patch convolution as the matrix product it is."""
-        _, patch_height, patch_width = self.config.patch_size
-        patches = latents.unflatten(4, (columns, patch_width)).unflatten(3, (rows, patch_height))  # [B,C,F,r,p,c,q]
-        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3).to(self.dtype)  # [B,F,S,C·p·q]
-        return ops.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
+        _, p, q = self.config.patch_size
+        patches = rearrange(latents, "b c f (r p) (s q) -> b f (r s) (c p q)", r=rows, s=columns, p=p, q=q)
+        weight = self.patch_embedding.weight.flatten(1)
+        return ops.linear(patches.to(self.dtype), weight, self.patch_embedding.bias).float()
 
     def _to_latents(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """[B,F,S,p·q·C] → [B,C,F,H,W]."""
-        _, patch_height, patch_width = self.config.patch_size
-        x = patches.unflatten(3, (patch_height, patch_width, -1)).unflatten(2, (rows, columns))  # [B,F,r,c,p,q,C]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        _, p, q = self.config.patch_size
+        return rearrange(patches, "b f (r s) (p q c) -> b c f (r p) (s q)", r=rows, s=columns, p=p, q=q)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.models.layers import rearrange
 from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops import frame_attention, untimed_backend
 
@@ -75,7 +76,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B,T,D], bias [B,heads,T,T] → [B,T,D]."""
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(x), "b t (heads d) -> b t heads d", heads=self.num_heads)
+            for layer in (self.q, self.k, self.v)
+        )
         attended = frame_attention(q, k, v, bias=bias, scale=1.0, backend=untimed_backend(x.device))
         return self.o(attended.flatten(2))
 
