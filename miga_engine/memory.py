@@ -266,10 +266,10 @@ class _LongestText(TextEncoder):
         return torch.empty(*ids.shape, self.width, device="meta")
 
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
-def _on_meta(network: Network) -> Network:
+def _on_meta(network: Module) -> Module:
     """A copy with the same shapes and no data."""
     memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
     for parameter in network.parameters():

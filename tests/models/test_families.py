@@ -21,6 +21,7 @@ from miga_engine.models.family import Family
 from miga_engine.models.protocols import VAE, TextEncoder, Transformer
 from miga_engine.weights.files import open_checkpoint
 from miga_engine.weights.load import load_module
+from miga_engine.weights.renamed import RenamedCheckpoint
 
 
 class ToyTexts:
@@ -117,8 +118,6 @@ def toy_tokenizer(prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _network(build, path: Path, prefix: str, device, dtype):
-    from miga_engine.weights.renamed import RenamedCheckpoint
-
     checkpoint = open_checkpoint(path / "toy.safetensors")
     part = RenamedCheckpoint(checkpoint, lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
     return load_module(build, part, device=device, dtype=dtype or torch.float32)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from miga_engine.errors import ConfigError
 from miga_engine.models import load_transformer
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
+from miga_engine.models.wan.dit_layers import ContextCache
 
 GOLDENS = places.GOLDENS / "wan_dit"
 TOLERANCE = 3e-5  # of the largest output
@@ -53,9 +54,18 @@ def test_padding_the_text_with_zero_rows_changes_nothing(dit: WanDiT, golden: di
     assert torch.equal(dit(golden["latent"][None], 37.0, padded), dit(golden["latent"][None], 37.0, context))
 
 
+def both_contexts(dit: WanDiT, golden: dict[str, torch.Tensor]) -> ContextCache:
+    """The two prompts, each encoded by itself, as rows of one table."""
+    prompts = [dit.encode_context(golden[f"context_{row}"][None]) for row in (0, 1)]
+    table = prompts[0].table(2, max(prompt.bias.shape[3] for prompt in prompts))
+    for row, prompt in enumerate(prompts):
+        table.write(row, prompt)
+    return table
+
+
 def test_context_is_encoded_once_and_named_by_row(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     latents = golden["latent"].expand(2, -1, -1, -1, -1)
-    cache = dit.encode_context(golden["context_0"][None]).cat(dit.encode_context(golden["context_1"][None]))
+    cache = both_contexts(dit, golden)
     assert cache.num_prompts == 2
     by_window = dit(latents, golden["t_scalar_0"], cache, torch.tensor([1, 0]))
     assert relative_error(by_window[0], golden["out_scalar_t0_c1"]) <= TOLERANCE
@@ -70,7 +80,7 @@ def test_each_frame_attends_to_its_own_prompt(dit: WanDiT, golden: dict[str, tor
     for block in silenced.blocks:
         block.self_attn.o.weight.zero_()
     latents = golden["latent"][None]
-    cache = silenced.encode_context(golden["context_0"][None]).cat(silenced.encode_context(golden["context_1"][None]))
+    cache = both_contexts(silenced, golden)
     pure = [silenced(latents, 500.0, cache, torch.full((1, 5), row)) for row in (0, 1)]
     mixed = silenced(latents, 500.0, cache, torch.tensor([[0, 0, 1, 1, 1]]))
     assert relative_error(mixed, torch.cat([pure[0][:, :, :2], pure[1][:, :, 2:]], dim=2)) <= 1e-6

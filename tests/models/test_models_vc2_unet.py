@@ -106,7 +106,10 @@ def test_a_schedule_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: di
 
 def test_context_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: dict[str, torch.Tensor]) -> None:
     latents, t = golden["x"].repeat(2, 1, 1, 1, 1), golden["t_scalar_0"]
-    cache = unet.encode_context(golden["context"]).cat(unet.encode_context(golden["context2"]))
+    prompts = [unet.encode_context(golden[name]) for name in ("context", "context2")]
+    cache = prompts[0].table(2, golden["context"].shape[1])
+    for row, prompt in enumerate(prompts):
+        cache.write(row, prompt)
     assert cache.num_prompts == 2
     by_window = unet(latents, t, cache, torch.tensor([1, 0]))
     assert relative_error(by_window[0], golden["eps_scalar_t0_c1"][0]) <= TOLERANCE
@@ -245,8 +248,6 @@ def test_refusals_name_the_size_and_the_remedy(unet: VideoUNet, golden: dict[str
         unet(latents, 1.0, contexts(golden))
     with pytest.raises(ConfigError, match=r"context_index has shape \(1, 3\): give \[1\] .* or \[1, 6\] .* multiple"):
         unet(latents, 1.0, context, torch.tensor([[0, 0, 0]]))
-    with pytest.raises(ConfigError, match=r"prompts of 7 and of 6 tokens share no cache: pad them alike$"):
-        unet.encode_context(context).cat(unet.encode_context(context[:, 1:]))
     with pytest.raises(ConfigError, match=r"ratios \(4,\) of the levels \[1, 2\]: name levels only$"):
         replace(SMALL, attention_ratios=(4,))
     with pytest.raises(

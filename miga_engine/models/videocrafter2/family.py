@@ -36,10 +36,11 @@ def recognises(path: Path) -> bool:
 def open_bundle(path: Path, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype) -> ModelBundle:
     """All networks of a model; the text encoder and the tokenizer are read when the first prompt is encoded."""
     load_tokenizer(path)  # read late, but missed at once
+    checkpoint = _open(path)
+    root, text = checkpoint.path.parent, layouts.text_encoder_config(layouts.text_encoder(checkpoint))
     unet, vae = load_unet(path, device, dtype), load_vae(path, device, vae_dtype)
-    root, config = model_file(path).parent, unet.config
+    config = unet.config
     check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_channels, output=config.out_channels)
-    text = layouts.text_encoder_config(layouts.text_encoder(_open(path)))
     check_fit(root, "widths of a text", text_encoder=text.dim, UNet=config.context_dim)
     check_fit(root, "tokens of a text", text_encoder=text.text_len, tokenizer=TEXT_LEN)
     return ModelBundle(
@@ -61,11 +62,6 @@ def open_bundle(path: Path, device: Device, dtype: torch.dtype | None, vae_dtype
         open_tokenizer=lambda: load_tokenizer(path),
         rehearse=lambda: rehearse(unet.dtype),
     )
-
-
-def model_file(path: Path) -> Path:
-    """The weights file under `path`. Raises CheckpointError."""
-    return _open(path).path
 
 
 def network_bytes(path: Path) -> dict[str, int]:

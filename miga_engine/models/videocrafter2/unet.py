@@ -26,12 +26,12 @@ from miga_engine.models.videocrafter2.unet_layers import (
     Conv2d,
     Downsample,
     GroupNorm,
+    LayerInputs,
     ResBlock,
     SpatialTransformer,
     TemporalTransformer,
     TransformerBlock,
     Upsample,
-    Window,
 )
 from miga_engine.weights.checkpoint import count_numbered
 
@@ -244,19 +244,19 @@ class VideoUNet(Transformer):
         branches = cache.check_index(batch, num_frames, context_index)
         time = self._time(timesteps, fps, batch, num_frames, latents.device)  # [B,F,E]
         short_backend = "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention
-        window = Window(batch, time.flatten(0, 1), cache.layers, context_index, self.attention, short_backend)
+        inputs = LayerInputs(batch, time.flatten(0, 1), cache.layers, context_index, self.attention, short_backend)
 
         x = self.input_blocks[0](rearrange(latents, "b c f h w -> (b f) c h w"))
         # What comes before the first time embedding and prompt is the same for all branches.
-        x = torch.cat([self.init_attn[0](x, window)] * branches)
-        window = window._replace(batch=branches * batch, time=window.time.repeat(branches, 1))
+        x = torch.cat([self.init_attn[0](x, inputs)] * branches)
+        inputs = inputs._replace(batch=branches * batch, time=inputs.time.repeat(branches, 1))
         skips = [x]
         for layers in self.input_blocks[1:]:
-            x = _run(layers, x, window)
+            x = _run(layers, x, inputs)
             skips.append(x)
-        x = _run(self.middle_block, x, window)
+        x = _run(self.middle_block, x, inputs)
         for layers in self.output_blocks:
-            x = _run(layers, torch.cat([x, skips.pop()], dim=1), window)
+            x = _run(layers, torch.cat([x, skips.pop()], dim=1), inputs)
         if keep is not None:
             rows = torch.arange(branches * batch, device=x.device)[:, None]
             x = x.unflatten(0, (-1, num_frames))[rows, keep.repeat(branches, 1)].flatten(0, 1)
@@ -332,7 +332,7 @@ def _tensor(values: Tensor | float, device: torch.device) -> Tensor:
     )
 
 
-def _run(layers: nn.Module, x: Tensor, window: Window) -> Tensor:
+def _run(layers: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
     for layer in cast(nn.ModuleList, layers):
-        x = layer(x, window)
+        x = layer(x, inputs)
     return x

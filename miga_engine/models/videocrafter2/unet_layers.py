@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
-from miga_engine.errors import ConfigError
 from miga_engine.models import layers
 from miga_engine.models.layers import Linear, guidance_branches, linear_fp32
 
@@ -30,7 +29,7 @@ class TextKeys(NamedTuple):
     values: Tensor
 
 
-class Window(NamedTuple):
+class LayerInputs(NamedTuple):
     """What the layers need to know of the latent frames beside their images."""
 
     batch: int
@@ -66,14 +65,6 @@ class ContextCache:
         for mine, theirs in zip(self.layers, prompt.layers, strict=True):
             for table, tensor in zip(mine, theirs, strict=True):
                 table[row] = tensor[0]
-
-    def cat(self, other: ContextCache) -> ContextCache:
-        """The prompts of this cache followed by those of `other`, of as many tokens, from the same network."""
-        lengths = [cache.layers[0].keys.shape[1] for cache in (self, other)]
-        if lengths[0] != lengths[1]:
-            raise ConfigError(f"prompts of {lengths[0]} and of {lengths[1]} tokens share no cache: pad them alike")
-        pairs = zip(self.layers, other.layers, strict=True)
-        return ContextCache(tuple(TextKeys(*map(torch.cat, zip(a, b, strict=True))) for a, b in pairs))
 
     def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
         """How many guidance branches the index names prompts for: G of [G·B] or [G·B,F].
@@ -164,10 +155,10 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
         self.temopral_conv = TemporalConvBlock(out_channels)  # spelt as in the published checkpoint
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
-        time = linear_fp32(cast(nn.Linear, self.emb_layers[1]), window.time)
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        time = linear_fp32(cast(nn.Linear, self.emb_layers[1]), inputs.time)
         h = self.out_layers(self.in_layers(x) + time[:, :, None, None]).add_(self.skip_connection(x))
-        rows = to_tokens(h, window.batch).permute(0, 3, 1, 2)  # [B,C,F,S]
+        rows = to_tokens(h, inputs.batch).permute(0, 3, 1, 2)  # [B,C,F,S]
         return to_images(self.temopral_conv(rows).permute(0, 2, 3, 1), x.shape[2])
 
 
@@ -241,14 +232,14 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs, dtype: torch.dtype) -> Tensor:
         """x [B,R,T,C] float32, updated in place → the same in `dtype`."""
-        backend = window.backend if self.reads_text else window.short_backend
+        backend = inputs.backend if self.reads_text else inputs.short_backend
         norm = self.norm1
         h = ops.norm_modulate(x, *_affine(norm), eps=norm.eps, dtype=dtype)
         h = self._close(x, self.attn1.along(h, backend), self.norm2)
         if self.reads_text:
-            y = self.attn2.to_text(h, window.text[self.text_layer], window.prompts, window.short_backend)
+            y = self.attn2.to_text(h, inputs.text[self.text_layer], inputs.prompts, inputs.short_backend)
         else:
             y = self.attn2.along(h, backend)
         h = self._close(x, y, self.norm3)
@@ -276,13 +267,13 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """[N,C,H,W] → the same shape and dtype."""
         h = self.norm(x).to(x.dtype, memory_format=torch.channels_last)
-        h = self.proj_in(to_tokens(h, window.batch))
+        h = self.proj_in(to_tokens(h, inputs.batch))
         stream = h.float()
         for block in self.transformer_blocks:
-            h = block(stream, window, h.dtype)
+            h = block(stream, inputs, h.dtype)
         return to_images(self.proj_out(h), x.shape[2]).add_(x)
 
 
@@ -299,14 +290,14 @@ class TemporalTransformer(nn.Module):
         )
         self.proj_out = PointwiseConv1d(inner, channels, 1) if is_first else Linear(inner, channels)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """[N,C,H,W] → the same shape and dtype."""
-        tokens = to_tokens(x, window.batch)
+        tokens = to_tokens(x, inputs.batch)
         h = self.norm(tokens.permute(0, 3, 1, 2)).permute(0, 3, 2, 1)  # [B,S,F,C]
         h = self.proj_in(h.to(x.dtype, memory_format=torch.contiguous_format).contiguous())
         stream = h.float()
         for block in self.transformer_blocks:
-            h = block(stream, window, h.dtype)
+            h = block(stream, inputs, h.dtype)
         return to_images(tokens + self.proj_out(h).transpose(1, 2), x.shape[2])
 
 
@@ -317,7 +308,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.op(x)
 
 
@@ -328,5 +319,5 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

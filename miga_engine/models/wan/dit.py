@@ -20,7 +20,7 @@ from miga_engine.models.protocols import Transformer
 from miga_engine.models.wan.dit_layers import (
     Block,
     ContextCache,
-    Frames,
+    FrameIndices,
     Head,
     Levels,
     Modulation,
@@ -163,11 +163,11 @@ class WanDiT(Transformer):
         copies = 1 if shared else branches
         x = self._to_tokens(latents, rows, columns)
         x = x if copies == 1 else x.repeat(copies, 1, 1, 1)
-        frames, prompts = Frames(level_rows, positions).repeat(copies), context_index
+        frames, prompts = FrameIndices(level_rows, positions).repeat(copies), context_index
         keep = None if keep is None else keep.repeat(branches, 1)
         blocks = [cast(Block, block) for block in self.blocks]
         table = blocks[0].table(levels.projection)  # shift, scale, gate of self-attention, then of the feed-forward
-        h = ops.norm_modulate(x, table[:, 1], table[:, 0], frames.rows, eps=config.eps, dtype=self.dtype)
+        h = ops.norm_modulate(x, table[:, 1], table[:, 0], frames.level_rows, eps=config.eps, dtype=self.dtype)
         for i, block in enumerate(blocks):
             current, is_last = table, i + 1 == len(blocks)
             if is_last:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
@@ -28,19 +27,19 @@ class RotaryTable(NamedTuple):
     spatial: Tensor
 
 
-class Frames(NamedTuple):
+class FrameIndices(NamedTuple):
     """What a block needs to know of the latent frames of its windows."""
 
-    rows: Tensor  # int64 [B,F]: row of the modulation tables
+    level_rows: Tensor  # int64 [B,F]: row of the tables of noise levels
     positions: Tensor  # int64 [B,F]: position in time, for the rotation
 
-    def take(self, keep: Tensor) -> Frames:
+    def take(self, keep: Tensor) -> FrameIndices:
         """Those frames alone that keep [B,K] names."""
-        return Frames(self.rows.gather(1, keep), self.positions.gather(1, keep))
+        return FrameIndices(self.level_rows.gather(1, keep), self.positions.gather(1, keep))
 
-    def repeat(self, count: int) -> Frames:
+    def repeat(self, count: int) -> FrameIndices:
         """The same for `count` copies of the windows, one after another."""
-        return Frames(self.rows.repeat(count, 1), self.positions.repeat(count, 1))
+        return FrameIndices(self.level_rows.repeat(count, 1), self.positions.repeat(count, 1))
 
 
 def take_frames(x: Tensor, keep: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ class SelfAttention(AttentionProjections):
     """Attention among all tokens of a window."""
 
     def forward(
-        self, x: Tensor, frames: Frames, table: RotaryTable, backend: str, keep: Tensor | None = None
+        self, x: Tensor, frames: FrameIndices, table: RotaryTable, backend: str, keep: Tensor | None = None
     ) -> Tensor:
         """x [B,F,S,D] in the dtype of the weights → the same, of the frames keep [B,K] alone if given."""
         tokens = x.flatten(1, 2)
@@ -110,7 +109,7 @@ class SelfAttention(AttentionProjections):
         return self.o(out.flatten(2)).view_as(x)
 
     def _norm_rotate(
-        self, frames: Frames, table: RotaryTable, x: Tensor, norm: nn.RMSNorm | None, k: Tensor | None = None
+        self, frames: FrameIndices, table: RotaryTable, x: Tensor, norm: nn.RMSNorm | None, k: Tensor | None = None
     ) -> None:
         """x by its norm, and k if given by norm_k, in place."""
         ops.qk_norm_rope(
@@ -186,17 +185,6 @@ class ContextCache:
         self.bias[row, ..., :num_keys] = prompt.bias[0]
         self.bias[row, ..., num_keys:] = -torch.inf
 
-    def cat(self, other: ContextCache) -> ContextCache:
-        """The prompts of this cache followed by those of `other`, from the same network."""
-        num_keys = max(self.bias.shape[3], other.bias.shape[3])
-
-        def join(mine: Tensor, theirs: Tensor) -> Tensor:
-            return torch.cat([F.pad(t, (0, 0, 0, 0, 0, num_keys - t.shape[1])) for t in (mine, theirs)])
-
-        pairs = zip(self.layers, other.layers, strict=True)
-        hidden = [F.pad(cache.bias, (0, num_keys - cache.bias.shape[3]), value=-torch.inf) for cache in (self, other)]
-        return ContextCache(tuple((join(a[0], b[0]), join(a[1], b[1])) for a, b in pairs), torch.cat(hidden))
-
     def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
         """How many guidance branches the index names prompts for: G of [G·B] or [G·B,F].
 
@@ -237,7 +225,7 @@ class Block(nn.Module):
         """Modulation [R,6,D] of the noise levels' projections `time` [R,6,D], whose scales already hold their 1."""
         return self.modulation.float() + time
 
-    def after_self_attention(self, x: Tensor, y: Tensor, table: Tensor, frames: Frames) -> Tensor:
+    def after_self_attention(self, x: Tensor, y: Tensor, table: Tensor, frames: FrameIndices) -> Tensor:
         """Add self-attention's output y to x [B,F,S,D] float32, in place; → what cross-attention reads."""
         affine = Modulation(None, None)
         if self.norm3 is not None:
@@ -250,7 +238,7 @@ class Block(nn.Module):
         h: Tensor,
         table: Tensor,
         following: Modulation,
-        frames: Frames,
+        frames: FrameIndices,
         text: TextKeys,
         prompts: Tensor | None,
         backend: str,
@@ -262,9 +250,9 @@ class Block(nn.Module):
         return self._close(x, self.ffn(h), table[:, 5], following, frames, dtype)
 
     def _close(
-        self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: Frames, dtype: torch.dtype
+        self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: FrameIndices, dtype: torch.dtype
     ) -> Tensor:
-        return ops.residual_norm_modulate(x, y, gate, *norm, frames.rows, eps=self.eps, dtype=dtype)
+        return ops.residual_norm_modulate(x, y, gate, *norm, frames.level_rows, eps=self.eps, dtype=dtype)
 
 
 class Head(nn.Module):
