@@ -35,9 +35,9 @@ class Checkpoint(ABC):
         """What the file itself calls `key`."""
         return key
 
-    @abstractmethod
     def close(self) -> None:
-        """Give back the file; its tensors can be read no more."""
+        """Give back the file, if there is one; the tensors can be read no more."""
+        self.is_closed = True
 
 
 def count_numbered(keys: Collection[str], pattern: str, holder: object) -> int:

@@ -71,7 +71,8 @@ class PickleCheckpoint(Checkpoint):
         return self._tensors[key]
 
     def close(self) -> None:
-        self._tensors, self.is_closed = {}, True
+        super().close()
+        self._tensors = {}
         self._file.close()
 
 

@@ -44,7 +44,8 @@ class SafetensorsCheckpoint(Checkpoint):
         return tensor
 
     def close(self) -> None:
-        self._handle, self.is_closed = None, True
+        super().close()
+        self._handle = None
         self._file.close()
 
 

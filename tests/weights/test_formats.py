@@ -34,8 +34,8 @@ class ToyCheckpoint(Checkpoint):
         return self._numbers.split(sizes)[names.index(key)].view(self.shapes[key])
 
     def close(self) -> None:
+        super().close()
         self._file.close()
-        self.is_closed = True
 
 
 @pytest.fixture
