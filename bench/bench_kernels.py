@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS
-from miga_engine.models.wan.dit_layers import Block, Frames, Modulation, RotaryTable, TextKeys
+from miga_engine.models.wan.dit_layers import Block, FrameIndices, Modulation, RotaryTable, TextKeys
 from miga_engine.ops import reference
 from miga_engine.schedule import make_schedule
 
@@ -376,7 +376,7 @@ class PublishedBlock:
         temporal, spatial, self.table = _rotation(frames, tokens)
         self.rotary = RotaryTable(temporal, spatial)
         rows = torch.arange(batch * frames, device=DEVICE).view(batch, frames)
-        self.frames = Frames(rows, torch.arange(frames, device=DEVICE).expand(batch, frames).contiguous())
+        self.frames = FrameIndices(rows, torch.arange(frames, device=DEVICE).expand(batch, frames).contiguous())
         self.with_one = self.time + torch.tensor([0.0, 1, 0, 0, 1, 0], device=DEVICE)[:, None]
         matmuls = 2 * 6 * width**2 + 4 * width * sizes.ffn_dim
         num_tokens = frames * tokens
@@ -387,7 +387,7 @@ class PublishedBlock:
         block, frames = self.block, self.frames
         x, table = self.x.clone(), block.table(self.with_one)
         norm = Modulation(table[:, 1], table[:, 0])
-        h = ops.norm_modulate(x, *norm, frames.rows, eps=EPS, dtype=self.dtype)
+        h = ops.norm_modulate(x, *norm, frames.level_rows, eps=EPS, dtype=self.dtype)
         y = block.self_attn(h, frames, self.rotary, "auto")
         h = block.after_self_attention(x, y, table, frames)
         block.finish(x, h, table, norm, frames, self.text, None, "auto", self.dtype)

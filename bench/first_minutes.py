@@ -243,11 +243,11 @@ def estimate(*, window_batch: int, height: int, width: int, **options: Any) -> d
     miga = dataclasses.replace(engine.preset.miga, **changes)
     request = engine.resolve(PROMPT, miga=miga, height=height, width=width, **options)
 
-    def start(bundle: Any) -> Any:
-        return Engine(bundle, engine.preset, name="random", device=engine.device).start(request)
-
+    engine.bundle = memory.longest_texts(engine.bundle)
+    with memory.counting("cuda") as ledger:
+        started = engine.start(request)
     stored = dict.fromkeys(("transformer", "VAE", "text encoder"), 0)
-    need = memory.estimate(engine.bundle, start, device="cuda", height=height, width=width, stored=stored)
+    need = memory.estimate(started, engine.bundle, ledger, stored=stored)
     return {"device_mib": need.device_total / 2**20, **{name: size / 2**20 for name, size in need.parts.items()}}
 
 

@@ -141,17 +141,11 @@ class Engine:
             config = dataclasses.replace(request.miga, window_batch=given.window_batch)
             request = dataclasses.replace(request, miga=config)
 
-        def start(bundle: ModelBundle) -> VideoRun:
-            return cls(bundle, shapes.preset, name=shapes.name, device=shapes.device).start(request)
-
-        return memory.estimate(
-            shapes.bundle,
-            start,
-            device=target.type,
-            height=request.height,
-            width=request.width,
-            stored=file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(str(given.model))),
-        )
+        shapes.bundle = memory.longest_texts(shapes.bundle)
+        with memory.counting(target.type) as ledger:
+            run = shapes.start(request)
+        stored = file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(str(given.model)))
+        return memory.estimate(run, shapes.bundle, ledger, stored=stored)
 
     @own_modes()
     def describe(self) -> dict[str, str]:
@@ -370,12 +364,10 @@ class Engine:
         config = dataclasses.replace(request.miga, window_batch=window_batch)
         sizes = dataclasses.replace(request, miga=config, seed=0, num_frames=None)
         if (key := repr(sizes)) not in self._estimates:
-
-            def start(bundle: ModelBundle) -> VideoRun:
-                return Engine(bundle, self.preset, name=self.name, device=bundle.device).start(sizes)
-
-            need = memory.running_bytes(self.bundle, start, height=request.height, width=request.width)
-            self._estimates[key] = need
+            shapes = memory.on_meta(self.bundle)
+            with memory.counting("cuda") as ledger:
+                run = Engine(shapes, self.preset, name=self.name, device=shapes.device).start(sizes)
+            self._estimates[key] = memory.running_bytes(run, shapes, ledger)
         return self._estimates[key]
 
 

@@ -15,11 +15,12 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from miga_engine.models.bundle import ModelBundle
-from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
-from miga_engine.models.wan.tokenizer import Tokenizer
-from miga_engine.models.wan.umt5 import UMT5Encoder
-from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
+from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops.attention import _SCORES_IN_CACHE
 from miga_engine.runtime.decode import Decoding
 from miga_engine.runtime.denoise import Window
@@ -192,24 +190,46 @@ def _attention_bytes(given: Sequence[Tensor], device: str) -> int:
     return q.nbytes + gathered + max(check, head + blocks if device == "cpu" else 0)
 
 
-def estimate(
-    bundle: ModelBundle,
-    start: Callable[[ModelBundle], VideoRun],
-    *,
-    device: str,
-    height: int,
-    width: int,
-    stored: Mapping[str, int],
-) -> MemoryEstimate:
-    """What a run of a model needs on a type of device ("cpu", "cuda").
+@contextmanager
+def counting(device: str) -> Iterator[Ledger]:
+    """A run on `meta` is begun within: its ledger, for a type of device ("cpu", "cuda")."""
+    with torch.no_grad(), Ledger(device) as ledger:
+        yield ledger
 
-    bundle: on `meta`; start: begins a run of it; height, width: of the video in pixels; stored: bytes of its networks
-    in their files, in the order of their loading (`models.loading.file_bytes`).
+
+def longest_texts(bundle: ModelBundle) -> ModelBundle:
+    """The same model on `meta` with its text encoder loaded, and a tokenizer to which every text is as long as can be.
+
+    What is loaded here counts as weights and not as a part of the run.
     """
-    needs = _device_needs(bundle, start, device=device, height=height, width=width)
+    encoder = bundle.text_encoder
+    tokenizer = functools.partial(_longest_texts, bundle.facts.text_len)
+    return dataclasses.replace(bundle, open_text_encoder=lambda: encoder, open_tokenizer=lambda: tokenizer)
+
+
+def on_meta(bundle: ModelBundle) -> ModelBundle:
+    """The shapes of a loaded model without its text encoder, and every text as long as can be."""
+    shapes = dataclasses.replace(
+        bundle,
+        device=torch.device("meta"),
+        transformer=_on_meta(bundle.transformer),
+        vae=_on_meta(bundle.vae),
+        open_text_encoder=lambda: _LongestText(bundle.text_dim),
+    )
+    return longest_texts(shapes)
+
+
+def estimate(run: VideoRun, bundle: ModelBundle, ledger: Ledger, *, stored: Mapping[str, int]) -> MemoryEstimate:
+    """What a run needs on the ledger's type of device.
+
+    run: begun within `counting`, of the bundle, which is on `meta` and has the `longest_texts`; stored: bytes of its
+    networks in their files, in the order of their loading (`models.loading.file_bytes`).
+    """
+    device, (height, width) = ledger.device, _video_size(run, bundle)
+    needs = _device_needs(run, bundle, ledger)
     resident, peaks, weights = dict(needs.resident), dict(needs.peaks), needs.weights
     process = {
-        "interpreter and libraries (measured)": _library_bytes(bundle.dtype),
+        "interpreter and libraries (measured)": _library_bytes(bundle),
         "video encoder": _ENCODER_BYTES + _ENCODER_FRAMES * height * width * 3 // 2,
     }
     if device == "cpu":
@@ -225,40 +245,31 @@ def estimate(
     return MemoryEstimate(device, resident, peaks, process)
 
 
-def running_bytes(bundle: ModelBundle, start: Callable[[ModelBundle], VideoRun], *, height: int, width: int) -> int:
+def running_bytes(run: VideoRun, bundle: ModelBundle, ledger: Ledger) -> int:
     """What a run needs on a GPU once its prompts are encoded, at the worst moment, with the weights of a loaded model.
 
-    start: begins a run of the model it is given, which has the shapes of `bundle` and no data; height, width: of the
-    video in pixels.
+    run: begun within `counting`, of the bundle, which is a loaded model `on_meta`.
     """
-    shapes = dataclasses.replace(
-        bundle,
-        device=torch.device("meta"),
-        transformer=_on_meta(bundle.transformer),
-        vae=_on_meta(bundle.vae),
-        open_text_encoder=lambda: cast(UMT5Encoder, _LongestText(bundle.text_dim)),
-    )
-    needs = _device_needs(shapes, start, device="cuda", height=height, width=width)
+    needs = _device_needs(run, bundle, ledger)
     return sum(needs.resident.values()) + max(size for name, size in needs.peaks.items() if name != "encoding prompts")
 
 
-class _LongestText(nn.Module):
+class _LongestText(TextEncoder):
     """A text encoder without weights: every text is as long as can be."""
-
-    config = SimpleNamespace(vocab_size=sys.maxsize)
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.config = SimpleNamespace(vocab_size=sys.maxsize)
         self.width = width
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return torch.empty(*ids.shape, self.width, device="meta")
 
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
-def _on_meta(network: Network) -> Network:
+def _on_meta(network: Module) -> Module:
     """A copy with the same shapes and no data."""
     memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
     for parameter in network.parameters():
@@ -275,26 +286,14 @@ class _Needs(NamedTuple):
     in_heap: int
 
 
-def _device_needs(
-    bundle: ModelBundle, start: Callable[[ModelBundle], VideoRun], *, device: str, height: int, width: int
-) -> _Needs:
-    """Of a run of a bundle on `meta`, in the order in which they come up."""
-    networks: dict[str, nn.Module] = {
-        "transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder
-    }  # fmt: skip
+def _device_needs(run: VideoRun, bundle: ModelBundle, ledger: Ledger) -> _Needs:
+    """Of a run that has begun on `meta`, in the order in which they come up."""
+    device, (height, width) = ledger.device, _video_size(run, bundle)
+    networks = {"transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder}
     weights = {name: _num_bytes([*network.parameters(), *network.buffers()]) for name, network in networks.items()}
     kept = dict(weights)
-    tokens = functools.partial(_longest_texts, bundle.facts.text_len)
-    bundle = dataclasses.replace(
-        bundle,
-        open_text_encoder=lambda: cast(UMT5Encoder, networks["text encoder"]),
-        open_tokenizer=lambda: cast(Tokenizer, tokens),
-    )
-    runs: list[VideoRun] = []
-    with torch.no_grad(), Ledger(device) as ledger:
-        prompts = ledger.peak_of(lambda: runs.append(start(bundle)))
-        run = runs[0]
-        prompts -= ledger.current
+    prompts = ledger.peak - ledger.current
+    with torch.no_grad(), ledger:
         rings = _num_bytes(getattr(run.store, name) for name in run.store.TENSORS)
         outputs = _num_bytes(value for value in vars(run.denoiser).values() if isinstance(value, Tensor))
         cache = ledger.current - rings - outputs
@@ -303,7 +302,7 @@ def _device_needs(
         forward = ledger.peak_of(lambda: run.denoiser.run(_windows(run)))
         rotary, in_heap = ledger.current - before, ledger.peak_in_heap
 
-        shape = (bundle.latent_channels, height // bundle.spatial_factor, width // bundle.spatial_factor)
+        shape = run.store.frame_shape
         decoder = bundle.vae.stream_decoder()
         decoder.push(torch.empty(1, shape[0], 2, *shape[1:], device="meta"))
         features = _num_bytes(decoder.state().values())
@@ -340,6 +339,12 @@ def _device_needs(
     return _Needs(resident, peaks, weights, in_heap)
 
 
+def _video_size(run: VideoRun, bundle: ModelBundle) -> tuple[int, int]:
+    """Height and width of the video in pixels."""
+    _, height, width = run.store.frame_shape
+    return height * bundle.spatial_factor, width * bundle.spatial_factor
+
+
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "meta")
 
@@ -359,16 +364,10 @@ def _windows(run: VideoRun) -> list[Window]:
     return [Window(np.arange(run.window_frames), 0, commit_stop)] * count
 
 
-def _library_bytes(dtype: torch.dtype) -> int:
+def _library_bytes(bundle: ModelBundle) -> int:
     """Resident memory of this process, after a toy run has made the libraries load and build what they need."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        transformer = WanDiT(
-            WanDiTConfig(dim=32, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=1, text_dim=8, text_len=4, in_dim=4,
-                         out_dim=4)
-        ).to(dtype)  # fmt: skip
-        transformer(torch.zeros(1, 4, 5, 32, 32, dtype=dtype), 0.0, torch.zeros(1, 4, 8))
-        vae = WanVAE(WanVAEConfig(dim=8, z_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)))
-        vae.decode(torch.zeros(1, 4, 2, 8, 8))
+        bundle.rehearse()
     return resident_bytes()
 
 

@@ -37,7 +37,8 @@ from miga_engine.runtime.session import load_session
 from miga_engine.video.paths import check_output
 from miga_engine.video.reading import read_metadata, read_video
 from miga_engine.video.sinks import open_sink
-from miga_engine.weights.checkpoint import MAX_TABLE_BYTES, open_checkpoint
+from miga_engine.weights.files import open_checkpoint
+from miga_engine.weights.untrusted import MAX_TABLE_BYTES
 
 ROOT = Path(__file__).parents[1]
 DIT = "diffusion_pytorch_model.safetensors"
@@ -123,7 +124,7 @@ def entry(shape: list[Any], start: Any, stop: Any, dtype: str = "F32") -> dict[s
 def test_safetensors_headers(tmp_path: Path, header: str) -> None:
     path = write_safetensors(tmp_path / "a.safetensors", header.encode("utf-8", "surrogateescape"), b"\0" * 16)
     assert re.search(
-        r"a\.safetensors is cut short or not a safetensors file \(.+\); download it again\.$",
+        r"a\.safetensors is cut short or not a safetensors file \(.+\): download it again$",
         refusal(lambda: open_checkpoint(path), CheckpointError),
     )
 
@@ -156,7 +157,7 @@ def test_safetensors_larger_than_memory(tmp_path: Path, maps: int) -> None:
         sentence = refusal(lambda: load_transformer(path), CheckpointError)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert re.search(r"cannot be mapped into memory \(.*\); make it readable, free memory, or give the", sentence)
+    assert re.search(r"cannot be mapped into memory \(.*\): make it readable, free memory, or give the", sentence)
 
 
 def test_names_of_tensors(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_names_of_tensors(tmp_path: Path) -> None:
 def test_two_sets_of_weights_in_one_folder(folder: Path) -> None:
     shutil.copy(folder / DIT, folder / "diffusion_pytorch_model.fp16.safetensors")
     sentence = refusal(lambda: load_transformer(folder), CheckpointError)
-    assert re.search(r"holds \S+ in two files, \S+ being one; keep the files of one set of weights\.$", sentence)
+    assert re.search(r"holds \S+ in two files, \S+ being one: keep the files of one set of weights$", sentence)
 
 
 @pytest.mark.parametrize("number", ["1000000", "9" * 30, "9" * 400])
@@ -227,12 +228,12 @@ def test_networks_of_different_models(folder: Path, tmp_path: Path) -> None:
     save_file(wide, folder / "models_t5.safetensors")
     sentence = refusal(lambda: load_bundle(folder).encode_prompts(["a"]), CheckpointError)
     assert re.search(
-        r"do not fit together, with widths of a text of 48 \(text encoder\), \d+ \(transformer\); give", sentence
+        r"do not fit together, with widths of a text of 48 \(text encoder\), \d+ \(transformer\): give", sentence
     )
     tensors["token_embedding.weight"] = tensors["token_embedding.weight"][:3].clone()
     save_file(tensors, folder / "models_t5.safetensors")
     sentence = refusal(lambda: load_bundle(folder).encode_prompts(["a corgi"]), CheckpointError)
-    assert re.search(r"gives token \d+ and the text encoder has embeddings for 3; give both of one", sentence)
+    assert re.search(r"gives token \d+ and the text encoder has embeddings for 3: give both of one", sentence)
 
 
 @pytest.mark.parametrize("frames", [0, 10**9, "many", None, 2.5, True])
@@ -584,14 +585,14 @@ class _Payload:
 @pytest.mark.parametrize("is_looked_at", [True, False])
 def test_a_pickle_runs_no_code_though_nobody_had_looked_at_it(tmp_path: Path, monkeypatch, is_looked_at: bool) -> None:
     """Two defences, each of which holds alone."""
-    from miga_engine.models import checkpoint
+    from miga_engine.weights import pickle
 
     canary = tmp_path / "canary"
     torch.save({"weight": torch.ones(2), "more": _Payload(canary)}, tmp_path / "model.pth")
     if not is_looked_at:
-        monkeypatch.setattr(checkpoint, "_check_pickle", lambda *_: None)
+        monkeypatch.setattr(pickle, "_check_pickle", lambda *_: None)
     with pytest.raises(CheckpointError, match="could run code"):
-        checkpoint.PickleCheckpoint(tmp_path / "model.pth")
+        open_checkpoint(tmp_path / "model.pth")
     assert not canary.exists()
 
 

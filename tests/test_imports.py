@@ -109,6 +109,23 @@ def test_nobody_imports_upward(path: Path) -> None:
     assert not found, "\n".join(found)
 
 
+def _family_of(path: Path) -> str | None:
+    """The family whose folder a module lies in."""
+    parts = path.relative_to(ROOT).parts
+    return parts[2] if parts[:2] == ("miga_engine", "models") and len(parts) > 3 else None
+
+
+def test_families_know_nothing_of_each_other_and_the_table_alone_knows_them() -> None:
+    families = {family for path in _modules() if (family := _family_of(path))}
+    assert {"wan", "videocrafter2"} <= families
+    for path in _modules():
+        allowed = {_family_of(path)} if path != ROOT / "miga_engine" / "models" / "loading.py" else families
+        for name, _, line in _imports(path):
+            top, *rest = name.split(".")
+            if top == "miga_engine" and rest[0] == "models" and len(rest) > 1 and rest[1] in families:
+                assert rest[1] in allowed, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
 @pytest.mark.parametrize(
     ("part", "imported", "is_loaded"),
     [

@@ -31,8 +31,9 @@ def generate(options: argparse.Namespace) -> int:
     prompt, writing = prompt_timeline(settings), WriteOptions(**picked(settings, WriteOptions))
     from miga_engine.cli.render import Outputs
     from miga_engine.runtime.ranks import Ranks
+    from miga_engine.weights.files import opened_once
 
-    with Ranks.from_environment(settings.get("device")) as ranks:
+    with opened_once(), Ranks.from_environment(settings.get("device")) as ranks:
         outputs = Outputs.check(writing) if ranks is None or ranks.rank == 0 else None
         asked = video_options(settings)
         estimate = _estimate_memory(settings, prompt, asked)

@@ -206,14 +206,13 @@ def _prompt_of(file: str) -> str | dict[int, str] | None:
 
 
 def _load_vae(model: str, device: str) -> Any:
-    from miga_engine.models import load_bundle, load_vae
-    from miga_engine.models.loading import is_videocrafter2
+    from miga_engine.models import load_vae
     from miga_engine.tiny import WEIGHTS_DIR
 
     path = WEIGHTS_DIR if model == "tiny" else Path(model)
     if not path.exists():
         raise ConfigError(f"there is no model at {model!r}: give 'tiny', a model folder or a file")
-    return load_bundle(path, device).vae if is_videocrafter2(path) else load_vae(path, device)
+    return load_vae(path, device)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -68,11 +68,6 @@ class Clip:
     sample: int = 0
 
 
-def protocol_frames(preset: str) -> int:
-    """Video frames in the paper's protocol: 128 of VideoCrafter2, 161 of Wan2.1."""
-    return 128 if preset == "videocrafter2" else 161
-
-
 def plan_vbench(prompts: Path, samples: int) -> tuple[list[Clip], dict[str, str]]:
     """Clips `videos/{prompt}-{index}.mp4`, and the text files beside them by name.
 
@@ -162,7 +157,7 @@ def export(
     `Engine.generate`. A clip appears whole or not at all, so an interrupted export goes on where it stopped, and
     `protocol.json` holds what the clips were made with. Raises OutputError where it differs from that.
     """
-    num_frames = protocol_frames(engine.bundle.facts.default_preset) if num_frames is None else num_frames
+    num_frames = engine.bundle.facts.protocol_frames if num_frames is None else num_frames
     request = engine.resolve(clips[0].prompt, num_frames=num_frames, seed=seed, **options)
     record = {k: v for k, v in request.metadata(engine.name).items() if k != "prompt"}
     protocol = json.dumps(record, indent=1, sort_keys=True, default=str) + "\n"

@@ -15,15 +15,8 @@ from torch import Tensor
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.layers import check_finite
-from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
-from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
-from miga_engine.models.videocrafter2.unet import VideoUNet
-from miga_engine.models.videocrafter2.vae import KLVAE
-from miga_engine.models.wan.dit import WanDiT
-from miga_engine.models.wan.tokenizer import Tokenizer
-from miga_engine.models.wan.umt5 import UMT5Encoder
-from miga_engine.models.wan.vae import WanVAE
-from miga_engine.weights.checkpoint import short
+from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transformer
+from miga_engine.weights.untrusted import short
 
 MOST_EMBEDDINGS = 64  # prompts whose embeddings are kept, 4 MiB each at the published sizes
 
@@ -44,6 +37,10 @@ class ModelFacts:
     """Name of the defaults, in `config.PRESETS`."""
     default_negative_prompt: str
     """Negative prompt where the caller gives none."""
+    protocol_frames: int
+    """Video frames of the clips that the MIGA paper measures."""
+    conditions: tuple[str, ...] = ("text",)
+    """Kinds of condition that a video can be made to follow: see `models.family.Condition`."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +53,23 @@ class ModelBundle:
     path: Path
     device: torch.device
     dtype: torch.dtype
-    transformer: WanDiT | VideoUNet
-    vae: WanVAE | KLVAE
+    transformer: Transformer
+    vae: VAE
     facts: ModelFacts
-    extra: dict[str, Any]
-    open_text_encoder: Callable[[], UMT5Encoder | CLIPTextEncoder] = field(repr=False)
-    open_tokenizer: Callable[[], Tokenizer | CLIPTokenizer] = field(repr=False)
+    open_text_encoder: Callable[[], TextEncoder] = field(repr=False)
+    open_tokenizer: Callable[[], Tokenizer] = field(repr=False)
+    rehearse: Callable[[], None] = field(repr=False)
+    """Runs networks of the family in small, after which the libraries hold what a run needs of them."""
+    extra: dict[str, Any] = field(default_factory=dict)
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
-    def text_encoder(self) -> UMT5Encoder | CLIPTextEncoder:
+    def text_encoder(self) -> TextEncoder:
         """Read from its file at the first use."""
         return self.open_text_encoder()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer | CLIPTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Read from its file at the first use."""
         return self.open_tokenizer()
 
@@ -80,7 +79,7 @@ class ModelBundle:
 
     @own_modes()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Text embeddings [P, T, D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
+        """Text embeddings [P,T,D] on the bundle's device, zero rows behind the shorter ones, T the longest's tokens.
 
         Each prompt is encoded alone, so that its embedding does not depend on its neighbours. On a GPU the text
         encoder's memory is given back afterwards, and the newest embeddings are kept, on the host. Raises NumericsError
@@ -93,8 +92,8 @@ class ModelBundle:
                 ids, mask = self.tokenizer([prompt])
                 if int(ids.max()) >= self.text_encoder.config.vocab_size:
                     raise CheckpointError(
-                        f"The tokenizer in {self.path} gives token {int(ids.max())} and the text encoder has "
-                        f"embeddings for {self.text_encoder.config.vocab_size}; give both of one and the same model."
+                        f"the tokenizer in {self.path} gives token {int(ids.max())} and the text encoder has "
+                        f"embeddings for {self.text_encoder.config.vocab_size}: give both of one and the same model"
                     )
                 row = self.text_encoder(ids.to(self.device), mask.to(self.device))[0]
                 what = f"the text encoder (dtype), on the prompt {short(prompt)!r},"

@@ -9,24 +9,22 @@ import torch
 
 from miga_engine.errors import OutputError
 from miga_engine.files import path_written_whole
-from miga_engine.models.videocrafter2 import layouts as videocrafter2
-from miga_engine.models.videocrafter2.loading import keeps_dtype
-from miga_engine.models.wan.layouts import keeps_fp32
-from miga_engine.weights.checkpoint import open_checkpoint
+from miga_engine.models import loading
+from miga_engine.weights.files import open_checkpoint
 
 
 def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
     """Write all tensors of `source` under their keys to `target`, replacing it only once all is written.
 
     Floating-point tensors are cast to `dtype`, except those that are loaded in float32 anyway; None keeps them all.
-    -> (number of tensors, bytes). Raises CheckpointError, OutputError.
+    → (number of tensors, bytes). Raises CheckpointError, OutputError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     checkpoint = open_checkpoint(source)
     tensors, storages = {}, set()
-    keeps = keeps_dtype if videocrafter2.is_model(checkpoint.shapes) else keeps_fp32(checkpoint)
+    keeps = next((kept for family in loading.FAMILIES if (kept := family.kept_dtypes(checkpoint))), lambda key: False)
     for key in checkpoint.shapes:
         tensor = checkpoint.read(key)
         if dtype is not None and tensor.is_floating_point() and not keeps(key):

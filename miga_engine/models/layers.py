@@ -1,12 +1,20 @@
-"""What the network families share: linear layers, timestep embeddings, and the sizes of what a caller gives."""
+"""What the families share: linear layers, reshapes, timestep embeddings, and the sizes of what a caller gives."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import ConfigError, NumericsError
+
+
+def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
+    """`einops.rearrange`, which is imported when a network first runs, not with the package."""
+    import einops
+
+    return einops.rearrange(x, pattern, **sizes)
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -34,6 +42,18 @@ class Conv2d(nn.Conv2d):
         return ops.conv2d(
             input, self.weight, self.bias, stride=self.stride, padding=self.padding, allow_tf32=self.allow_tf32
         )
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of something computed of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1x1 convolution: x [...,C], weight [C',C] → [...,C']."""
+    if wants_gradient(x, weight):  # the fast product has none
+        return F.linear(x, weight, bias)
+    return ops.linear(x, weight, bias)
 
 
 def check_finite(what: str, given: Tensor, result: Tensor, dtype: torch.dtype) -> None:
@@ -69,7 +89,7 @@ def allows_tf32(network: nn.Module) -> bool:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoids [..., dim] in float32: cosines, then sines, of t · 10000^(-i / (dim/2)), taken in float64."""
+    """Sinusoids [...,dim] in float32: cosines, then sines, of t · 10000^(-i / (dim/2)), taken in float64."""
     half = dim // 2
     frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
     angles = timesteps.double().unsqueeze(-1) * frequencies
@@ -77,34 +97,34 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def check_timesteps(timesteps: Tensor, batch: int, num_frames: int) -> None:
-    """Raises ConfigError unless timesteps are one number, [B] or [B, F]."""
+    """Raises ConfigError unless timesteps are one number, [B] or [B,F]."""
     # Compared one by one, because torch.compile may hold sizes as symbols.
     is_shared = timesteps.ndim == 0 or (timesteps.ndim == 1 and timesteps.shape[0] == 1)
     is_by_window = timesteps.ndim in (1, 2) and timesteps.shape[0] == batch
     if not (is_shared or (is_by_window and (timesteps.ndim == 1 or timesteps.shape[1] == num_frames))):
         raise ConfigError(
-            f"timesteps has shape {tuple(timesteps.shape)}; give one number, [{batch}] or [{batch}, {num_frames}]."
+            f"timesteps has shape {tuple(timesteps.shape)}: give one number, [{batch}] or [{batch}, {num_frames}]"
         )
 
 
 def guidance_branches(num_prompts: int, batch: int, num_frames: int, index: Tensor | None) -> int:
-    """How many guidance branches an index names prompts for: G of [G·B] or [G·B, F].
+    """How many guidance branches an index names prompts for: G of [G·B] or [G·B,F].
 
     Without an index there is one prompt for all windows or one for each. Raises ConfigError on other sizes.
     """
     if index is None:
         if num_prompts not in (1, batch):
             raise ConfigError(
-                f"The context holds {num_prompts} prompts for {batch} windows; "
-                "give one, one for each window, or a context_index."
+                f"the context holds {num_prompts} prompts for {batch} windows: "
+                "give one, one for each window, or a context_index"
             )
         return 1
     branches, rest = divmod(index.shape[0], batch)
     is_by_frame = index.ndim == 2 and index.shape[1] == num_frames
     if rest or not branches or not (index.ndim == 1 or is_by_frame):
         raise ConfigError(
-            f"context_index has shape {tuple(index.shape)}; give [{batch}] (a prompt for each window) "
+            f"context_index has shape {tuple(index.shape)}: give [{batch}] (a prompt for each window) "
             f"or [{batch}, {num_frames}] (one for each latent frame), or a multiple of {batch} rows for as many "
-            "guidance branches."
+            "guidance branches"
         )
     return branches

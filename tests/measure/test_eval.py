@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import golden_model
 import numpy as np
 import places
 import pytest
@@ -595,11 +596,12 @@ def test_narrlv_export_has_the_names_and_keys_its_scripts_read(tmp_path):
         export.plan_narrlv(path)
 
 
-def test_protocol_is_the_papers_and_a_foreign_export_is_left_alone(tmp_path):
-    assert (export.protocol_frames("videocrafter2"), export.protocol_frames("wan2.1")) == (128, 161)
+def test_protocol_is_the_papers_and_a_foreign_export_is_left_alone(tmp_path, tmp_path_factory):
     from miga_engine.engine import Engine
 
     engine = Engine.from_pretrained("tiny", "meta")
+    videocrafter2 = Engine.from_pretrained(golden_model.build_videocrafter2(tmp_path_factory.mktemp("vc2")), "meta")
+    assert [e.bundle.facts.protocol_frames for e in (videocrafter2, engine)] == [128, 161]
     (tmp_path / "protocol.json").write_text("{}")
     with pytest.raises(OutputError, match="made with other options"):
         export.export(engine, tmp_path, [export.Clip("videos/a-0.mp4", "a")], {})

@@ -16,17 +16,13 @@ from test_models_vc2_text import merges, write_merges
 
 from miga_engine.cli import main
 from miga_engine.errors import CheckpointError
+from miga_engine.models import loading
+from miga_engine.models.videocrafter2.family import load_text_encoder, load_tokenizer, load_unet, load_vae, recognises
 from miga_engine.models.videocrafter2.layouts import SCHEDULE_TABLES
-from miga_engine.models.videocrafter2.loading import (
-    is_videocrafter2,
-    load_text_encoder,
-    load_tokenizer,
-    load_unet,
-    load_vae,
-)
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")
 LOADERS = (load_unet, load_vae, load_text_encoder)
+PUBLIC = (loading.load_transformer, loading.load_vae, loading.load_text_encoder)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -83,12 +79,13 @@ def convert(*arguments: object) -> int:
 
 
 def test_networks_load_by_file_and_folder(ckpt: Path, released: Tensors) -> None:
-    for load, prefix in zip(LOADERS, PREFIXES, strict=True):
+    for load, public, prefix in zip(LOADERS, PUBLIC, PREFIXES, strict=True):
         module = load(ckpt)
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
         assert all(torch.equal(value, released[prefix + key]) for key, value in module.state_dict().items())
-        assert same_weights(load(str(ckpt.parent)), module)
+        assert same_weights(load(ckpt.parent), module)
+        assert same_weights(public(str(ckpt.parent)), module)
     assert load_text_encoder(ckpt).config.num_layers == 3  # the last of four is not used
     assert load_vae(ckpt).decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -100,17 +97,17 @@ def test_single_networks_load_from_their_file() -> None:
 
 
 def test_a_model_is_told_by_its_keys(ckpt: Path, tmp_path: Path) -> None:
-    assert is_videocrafter2(ckpt)
-    assert is_videocrafter2(str(ckpt.parent))
-    assert is_videocrafter2(GOLDENS / "vc2" / "unet.safetensors")
-    assert not is_videocrafter2(GOLDENS / "vc2" / "vae.safetensors")
-    assert not is_videocrafter2(GOLDENS / "wan_dit" / "official")
-    assert not is_videocrafter2(GOLDENS / "vc2" / "meta.json")
-    assert not is_videocrafter2(tmp_path)
-    assert not is_videocrafter2(tmp_path / "nowhere")
+    assert recognises(ckpt)
+    assert recognises(ckpt.parent)
+    assert recognises(GOLDENS / "vc2" / "unet.safetensors")
+    assert not recognises(GOLDENS / "vc2" / "vae.safetensors")
+    assert not recognises(GOLDENS / "wan_dit" / "official")
+    assert not recognises(GOLDENS / "vc2" / "meta.json")
+    assert not recognises(tmp_path)
+    assert not recognises(tmp_path / "nowhere")
     wan = load_file(GOLDENS / "wan_dit" / "official" / "diffusion_pytorch_model.safetensors")
     save_file({"model.diffusion_model." + key: value for key, value in wan.items()}, tmp_path / "wan.safetensors")
-    assert not is_videocrafter2(tmp_path)
+    assert not recognises(tmp_path)
 
 
 def test_dtypes(ckpt: Path, released: Tensors, tmp_path: Path) -> None:
@@ -135,14 +132,14 @@ def test_another_noise_schedule_is_refused(released: Tensors, tmp_path: Path, na
     table = released[name].clone()
     table[500] += 3e-6 + 3e-6 * table[500].abs()
     file = write_ckpt(tmp_path, tables | {name: table})
-    message = rf"model\.ckpt was trained with another noise schedule \({name}\[500\] is .*, the sampler's is .*\); give"
+    message = rf"model\.ckpt was trained with another noise schedule \({name}\[500\] is .*, the sampler's is .*\): give"
     with pytest.raises(CheckpointError, match=message):
         load_unet(file)
     table[500] = float("nan")
     with pytest.raises(CheckpointError, match=rf"{name}\[500\] is nan"):
         load_unet(write_ckpt(tmp_path, tables | {name: table}))
     with pytest.raises(
-        CheckpointError, match=rf"holds {name} as \[3\] where VideoCrafter2 has \[1[04]00\]; give the mod"
+        CheckpointError, match=rf"holds {name} as \[3\] where VideoCrafter2 has \[1[04]00\]: give the mod"
     ):
         load_unet(write_ckpt(tmp_path, tables | {name: torch.zeros(3)}))
 
@@ -164,25 +161,25 @@ def edited(tensors: Tensors, **changes: torch.Tensor | None) -> Tensors:
             load_unet,
             "betas2",
             torch.zeros(1),
-            r"holds betas2 \[1\], which VideoCrafter2 has no place for; give its mod",
+            r"holds betas2 \[1\], which VideoCrafter2 has no place for: give its mod",
         ),
         (
             load_vae,
             "first_stage_model.loss.logvar",
             torch.zeros(1),
-            r"holds first_stage_model\.loss\.logvar \[1\], which this model has no place for; give",
+            r"holds first_stage_model\.loss\.logvar \[1\], which this model has no place for: give",
         ),
         (
             load_text_encoder,
             "cond_stage_model.model.visual.proj",
             torch.zeros(1),
-            r"holds cond_stage_model\.model\.visual\.proj \[1\], which this model has no place for; give",
+            r"holds cond_stage_model\.model\.visual\.proj \[1\], which this model has no place for: give",
         ),
         (
             load_vae,
             "first_stage_model.quant_conv.bias",
             None,
-            r"lacks quant_conv\.bias \[8\]; give the complete weights",
+            r"lacks quant_conv\.bias \[8\]: give the complete weights",
         ),
         (load_vae, "first_stage_model.encoder.conv_in.weight", None, r"lacks encoder\.conv_in\.weight, from which the"),
         (
@@ -201,14 +198,14 @@ def edited(tensors: Tensors, **changes: torch.Tensor | None) -> Tensors:
             load_text_encoder,
             "cond_stage_model.model.positional_embedding",
             torch.zeros(24, 32),
-            r"positional_embedding as \[24, 32\] where the model has \[24, 64\]; give",
+            r"positional_embedding as \[24, 32\] where the model has \[24, 64\]: give",
         ),
-        (load_unet, "model.diffusion_model.out.2.bias", None, r"lacks out\.2\.bias \[4\]; give the complete weights"),
+        (load_unet, "model.diffusion_model.out.2.bias", None, r"lacks out\.2\.bias \[4\]: give the complete weights"),
         (
             load_unet,
             "model.diffusion_model.input_blocks.0.0.weight",
             torch.zeros(32, 4, 3, 3, dtype=torch.float8_e4m3fn),
-            r"stores float8_e4m3fn, in which it cannot run; choose a dtype like bfloat16\.",
+            r"stores float8_e4m3fn, in which it cannot run: choose a dtype like bfloat16$",
         ),
     ],
 )
@@ -234,11 +231,11 @@ def test_missing_networks_and_wrong_places(ckpt: Path, tmp_path: Path) -> None:
     ):
         load_unet(vae)
     with pytest.raises(
-        CheckpointError, match=r"does not hold a VideoCrafter2 text encoder .*; give the complete model"
+        CheckpointError, match=r"does not hold a VideoCrafter2 text encoder .*: give the complete model"
     ):
         load_text_encoder(vae)
     with pytest.raises(
-        CheckpointError, match=r"nowhere does not exist; give VideoCrafter2's model\.ckpt or its folder\."
+        CheckpointError, match=r"nowhere does not exist: give VideoCrafter2's model\.ckpt or its folder$"
     ):
         load_vae(tmp_path / "nowhere")
     with pytest.raises(
@@ -248,11 +245,11 @@ def test_missing_networks_and_wrong_places(ckpt: Path, tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(GOLDENS / "vc2" / "unet.safetensors", tmp_path / name)
     with pytest.raises(
-        CheckpointError, match=r"one VideoCrafter2 model but a\.safetensors, b\.safetensors; give the file"
+        CheckpointError, match=r"one VideoCrafter2 model but a\.safetensors, b\.safetensors: give the file"
     ):
         load_unet(tmp_path)
     (tmp_path / "weights.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"weights\.gguf is no known weights file; give a \.safetensors, "):
+    with pytest.raises(CheckpointError, match=r"weights\.gguf is no known weights file: give a \.safetensors, "):
         load_unet(tmp_path / "weights.gguf")
 
 
@@ -260,8 +257,8 @@ def test_missing_networks_and_wrong_places(ckpt: Path, tmp_path: Path) -> None:
 def test_cut_files(ckpt: Path, tmp_path: Path, kept: int) -> None:
     file = tmp_path / "model.ckpt"
     file.write_bytes(ckpt.read_bytes()[:kept])
-    for load in (*LOADERS, is_videocrafter2):
-        with pytest.raises(CheckpointError, match=r"model\.ckpt is cut short.*; download it again\."):
+    for load in (*LOADERS, recognises):
+        with pytest.raises(CheckpointError, match=r"model\.ckpt is cut short.*: download it again$"):
             load(file)
 
 
@@ -285,7 +282,7 @@ def test_code_in_a_ckpt_is_refused_and_not_run(
         torch.save(content, file)
     else:
         file.write_bytes(pickle.dumps(content, protocol=2))
-    for load in (*LOADERS, is_videocrafter2):
+    for load in (*LOADERS, recognises):
         for path in (file, tmp_path):
             with pytest.raises(CheckpointError, match=r"model\.ckpt holds more than tensors, which could run code"):
                 load(path)
@@ -298,8 +295,8 @@ def test_code_in_a_ckpt_is_refused_and_not_run(
 def test_ckpts_of_other_things(tmp_path: Path) -> None:
     for content in ({"state_dict": {1: torch.zeros(1)}}, {"state_dict": {"betas": 1}}, [torch.zeros(1)]):
         torch.save(content, tmp_path / "model.ckpt")
-        for load in (*LOADERS, is_videocrafter2):
-            with pytest.raises(CheckpointError, match=r"model\.ckpt is not a table of named tensors; give the model's"):
+        for load in (*LOADERS, recognises):
+            with pytest.raises(CheckpointError, match=r"model\.ckpt is not a table of named tensors: give the model's"):
                 load(tmp_path / "model.ckpt")
 
 
@@ -312,7 +309,7 @@ def test_tokenizer_beside_the_model(ckpt: Path, tmp_path: Path) -> None:
     shutil.copy(ckpt, tmp_path)
     for path in (tmp_path, tmp_path / "model.ckpt"):
         with pytest.raises(
-            CheckpointError, match=r"has 49408 tokens and the text encoder embeddings for 300; use the tok"
+            CheckpointError, match=r"has 49408 tokens and the text encoder embeddings for 300: use the tok"
         ):
             load_tokenizer(path)
 
@@ -337,7 +334,7 @@ def test_converted_model_is_the_same(
     assert list(tmp_path.iterdir()) == [out]
     for load in LOADERS:
         assert same_weights(load(out), load(ckpt))
-    assert is_videocrafter2(tmp_path)
+    assert recognises(tmp_path)
     shutil.copy(GOLDENS / "vc2" / "unet.safetensors", out)  # another beside it, which is preferred
     shutil.copy(ckpt, tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not hold a VideoCrafter2 VAE"):
@@ -402,4 +399,4 @@ def test_convert_refuses_what_it_cannot_write(
     (killed / ".tmpNMKkng").write_bytes(b"half")
     assert convert(ckpt, out, "-y") == 0
     assert {*tmp_path.iterdir()} == {out, killed}
-    assert is_videocrafter2(out)
+    assert recognises(out)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from miga_engine.errors import ConfigError
 from miga_engine.models import load_transformer
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
+from miga_engine.models.wan.dit_layers import ContextCache
 
 GOLDENS = places.GOLDENS / "wan_dit"
 TOLERANCE = 3e-5  # of the largest output
@@ -53,9 +54,18 @@ def test_padding_the_text_with_zero_rows_changes_nothing(dit: WanDiT, golden: di
     assert torch.equal(dit(golden["latent"][None], 37.0, padded), dit(golden["latent"][None], 37.0, context))
 
 
+def both_contexts(dit: WanDiT, golden: dict[str, torch.Tensor]) -> ContextCache:
+    """The two prompts, each encoded by itself, as rows of one table."""
+    prompts = [dit.encode_context(golden[f"context_{row}"][None]) for row in (0, 1)]
+    table = prompts[0].table(2, max(prompt.bias.shape[3] for prompt in prompts))
+    for row, prompt in enumerate(prompts):
+        table.write(row, prompt)
+    return table
+
+
 def test_context_is_encoded_once_and_named_by_row(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     latents = golden["latent"].expand(2, -1, -1, -1, -1)
-    cache = dit.encode_context(golden["context_0"][None]).cat(dit.encode_context(golden["context_1"][None]))
+    cache = both_contexts(dit, golden)
     assert cache.num_prompts == 2
     by_window = dit(latents, golden["t_scalar_0"], cache, torch.tensor([1, 0]))
     assert relative_error(by_window[0], golden["out_scalar_t0_c1"]) <= TOLERANCE
@@ -70,7 +80,7 @@ def test_each_frame_attends_to_its_own_prompt(dit: WanDiT, golden: dict[str, tor
     for block in silenced.blocks:
         block.self_attn.o.weight.zero_()
     latents = golden["latent"][None]
-    cache = silenced.encode_context(golden["context_0"][None]).cat(silenced.encode_context(golden["context_1"][None]))
+    cache = both_contexts(silenced, golden)
     pure = [silenced(latents, 500.0, cache, torch.full((1, 5), row)) for row in (0, 1)]
     mixed = silenced(latents, 500.0, cache, torch.tensor([[0, 0, 1, 1, 1]]))
     assert relative_error(mixed, torch.cat([pure[0][:, :, :2], pure[1][:, :, 2:]], dim=2)) <= 1e-6
@@ -134,7 +144,7 @@ def test_frame_positions_turn_the_attention(dit: WanDiT, golden: dict[str, torch
     assert torch.equal(dit(latents, 500.0, context, positions=torch.arange(5)[None]), reference)
     assert relative_error(dit(latents, 500.0, context, positions=torch.arange(5)[None] + 37), reference) <= 1e-5
     assert relative_error(dit(latents, 500.0, context, positions=torch.arange(5)[None] * 9), reference) > 1e-4
-    with pytest.raises(ConfigError, match=r"positions has shape \(5,\); give \[1, 5\]"):
+    with pytest.raises(ConfigError, match=r"positions has shape \(5,\): give \[1, 5\]"):
         dit(latents, 500.0, context, positions=torch.arange(5))
 
 
@@ -185,28 +195,28 @@ def test_padding_of_the_text_is_one_key(dit: WanDiT, golden: dict[str, torch.Ten
 def test_refusals_name_the_size_and_the_remedy(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     latents, context = golden["latent"][None], golden["context_0"][None]
     with pytest.raises(
-        ConfigError, match=r"8x11 do not divide into patches of 2x2; .* multiple of 16 and a width of 16"
+        ConfigError, match=r"8x11 do not divide into patches of 2x2: .* multiple of 16 and a width of 16"
     ):
         dit(latents[..., :11], 1.0, context)
-    with pytest.raises(ConfigError, match=r"takes latents \[B, 16, F, H, W\]; given \(1, 4, 5, 8, 12\)\."):
+    with pytest.raises(ConfigError, match=r"takes latents \[B, 16, F, H, W\]: given \(1, 4, 5, 8, 12\)$"):
         dit(latents[:, :4], 1.0, context)
-    with pytest.raises(ConfigError, match=r"timesteps has shape \(3,\); give one number, \[1\] or \[1, 5\]\."):
+    with pytest.raises(ConfigError, match=r"timesteps has shape \(3,\): give one number, \[1\] or \[1, 5\]$"):
         dit(latents, torch.ones(3), context)
-    with pytest.raises(ConfigError, match=r"shape \(1, 17, 32\); give text embeddings \[prompts, up to 16, 32\]\."):
+    with pytest.raises(ConfigError, match=r"shape \(1, 17, 32\): give text embeddings \[prompts, up to 16, 32\]$"):
         dit(latents, 1.0, torch.zeros(1, 17, 32))
     with pytest.raises(
-        ConfigError, match=r"holds 2 prompts for 1 windows; give one, one for each window, or a context"
+        ConfigError, match=r"holds 2 prompts for 1 windows: give one, one for each window, or a context"
     ):
         dit(latents, 1.0, torch.zeros(2, 3, 32))
     with pytest.raises(
-        ConfigError, match=r"context_index has shape \(1, 3\); give \[1\] .* or \[1, 5\] .* a multiple of 1 rows"
+        ConfigError, match=r"context_index has shape \(1, 3\): give \[1\] .* or \[1, 5\] .* a multiple of 1 rows"
     ):
         dit(latents, 1.0, context, torch.tensor([[0, 0, 0]]))
     with pytest.raises(
-        ConfigError, match=r"A width of 96 does not split into 5 heads of even size; correct dim or num"
+        ConfigError, match=r"a width of 96 does not split into 5 heads of even size: correct dim or num"
     ):
         WanDiTConfig(96, 192, 64, 5, 2, 32, 16, 16, 16)
-    with pytest.raises(ConfigError, match=r"patch of 2 latent frames cannot carry a noise level per frame; use \(1, h"):
+    with pytest.raises(ConfigError, match=r"patch of 2 latent frames cannot carry a noise level per frame: use \(1, h"):
         WanDiTConfig(96, 192, 64, 3, 2, 32, 16, 16, 16, patch_size=(2, 2, 2))
 
 

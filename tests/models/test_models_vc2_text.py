@@ -16,7 +16,8 @@ from miga_engine.errors import CheckpointError
 from miga_engine.models.videocrafter2 import layouts
 from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig, CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import NUM_MERGES, CLIPTokenizer, clean_prompt
-from miga_engine.weights.checkpoint import load_module, open_checkpoint
+from miga_engine.weights.files import open_checkpoint
+from miga_engine.weights.load import load_module
 
 GOLDENS = places.GOLDENS / "openclip_text"
 META = json.loads((GOLDENS / "meta.json").read_text(encoding="utf-8"))
@@ -158,25 +159,25 @@ def test_small_vocabularies(tmp_path: Path) -> None:
         (
             "merges.txt",
             b"#version: 0.2\n\xc4\xa0 t\ni n\n",
-            r"holds no merges of a CLIP tokenizer; use that of OpenCLIP",
+            r"holds no merges of a CLIP tokenizer: use that of OpenCLIP",
         ),
-        ("merges.txt", b"", r"holds no merges of a CLIP tokenizer; use that of OpenCLIP"),
-        ("merges.txt", b"#version: 0.2\na b</w> c\n", r"holds a merge that is no pair of parts, number 0; download"),
-        ("merges.txt", b"#version: 0.2\nxyz b</w>\n", r"is not a usable CLIP tokenizer \(.*\); download it again\."),
-        ("merges.txt", b"\xff\xfe", r"is cut short or damaged \(.*\); download it again\."),
-        ("bpe_simple_vocab_16e6.txt.gz", b"<html>", r"is cut short or damaged \(.*\); download it again\."),
+        ("merges.txt", b"", r"holds no merges of a CLIP tokenizer: use that of OpenCLIP"),
+        ("merges.txt", b"#version: 0.2\na b</w> c\n", r"holds a merge that is no pair of parts, number 0: download"),
+        ("merges.txt", b"#version: 0.2\nxyz b</w>\n", r"is not a usable CLIP tokenizer \(.*\): download it again$"),
+        ("merges.txt", b"\xff\xfe", r"is cut short or damaged \(.*\): download it again$"),
+        ("bpe_simple_vocab_16e6.txt.gz", b"<html>", r"is cut short or damaged \(.*\): download it again$"),
         (
             "bpe_simple_vocab_16e6.txt.gz",
             gzip.compress(b"version\n" + b"a b</w>\n" * 99, mtime=0)[:-20],
-            r"is cut short or damaged \(.*\); download it again\.",
+            r"is cut short or damaged \(.*\): download it again$",
         ),
-        ("tokenizer.json", b'{"model": {"type": "Unigram"}}', r"holds no merges of a CLIP tokenizer; use that of"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram"}}', r"holds no merges of a CLIP tokenizer: use that of"),
         (
             "tokenizer.json",
             b'{"model": {"merges": [["a", 3], 4]}}',
             r"holds a merge that is no pair of parts, number 0",
         ),
-        ("tokenizer.json", b'{"model": ', r"is not readable JSON \(.*\); download it again\."),
+        ("tokenizer.json", b'{"model": ', r"is not readable JSON \(.*\): download it again$"),
     ],
 )
 def test_unusable_vocabularies(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -189,6 +190,6 @@ def test_unusable_vocabularies(tmp_path: Path, name: str, content: bytes, messag
 def test_missing_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"holds no tokenizer \(none of bpe_simple_vocab_16e6\.txt\.gz, tokenizer\.json, merges\.txt, .*\); put",
+        match=r"holds no tokenizer \(none of bpe_simple_vocab_16e6\.txt\.gz, tokenizer\.json, merges\.txt, .*\): put",
     ):
         CLIPTokenizer.from_file(tmp_path)

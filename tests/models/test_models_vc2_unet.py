@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 from miga_engine.models.videocrafter2.unet import VIDEOCRAFTER2_CONFIG, VideoUNet, VideoUNetConfig, unet_config
 from miga_engine.models.videocrafter2.unet_layers import TemporalConvBlock, TemporalTransformer
-from miga_engine.weights.checkpoint import RenamedCheckpoint, load_module, open_checkpoint
+from miga_engine.weights.files import open_checkpoint
+from miga_engine.weights.load import load_module
+from miga_engine.weights.renamed import RenamedCheckpoint
 
 GOLDENS = places.GOLDENS / "vc2"
 TOLERANCE = 4e-6  # of the largest output; a norm with the eps of another gives 5e-6 and more
@@ -104,7 +106,10 @@ def test_a_schedule_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: di
 
 def test_context_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: dict[str, torch.Tensor]) -> None:
     latents, t = golden["x"].repeat(2, 1, 1, 1, 1), golden["t_scalar_0"]
-    cache = unet.encode_context(golden["context"]).cat(unet.encode_context(golden["context2"]))
+    prompts = [unet.encode_context(golden[name]) for name in ("context", "context2")]
+    cache = prompts[0].table(2, golden["context"].shape[1])
+    for row, prompt in enumerate(prompts):
+        cache.write(row, prompt)
     assert cache.num_prompts == 2
     by_window = unet(latents, t, cache, torch.tensor([1, 0]))
     assert relative_error(by_window[0], golden["eps_scalar_t0_c1"][0]) <= TOLERANCE
@@ -229,26 +234,24 @@ def test_published_size() -> None:
 
 def test_refusals_name_the_size_and_the_remedy(unet: VideoUNet, golden: dict[str, torch.Tensor]) -> None:
     latents, context = golden["x"], golden["context"]
-    with pytest.raises(ConfigError, match=r"8x11 cannot be halved 1 times; .* height and width .* multiples of 16\."):
+    with pytest.raises(ConfigError, match=r"8x11 cannot be halved 1 times: .* height and width .* multiples of 16$"):
         unet(latents[..., :11], 1.0, context)
-    with pytest.raises(ConfigError, match=r"takes latents \[B, 4, F, H, W\]; given \(1, 3, 6, 8, 12\)\."):
+    with pytest.raises(ConfigError, match=r"takes latents \[B, 4, F, H, W\]: given \(1, 3, 6, 8, 12\)$"):
         unet(latents[:, :3], 1.0, context)
-    with pytest.raises(ConfigError, match=r"timesteps has shape \(3,\); give one number, \[1\] or \[1, 6\]\."):
+    with pytest.raises(ConfigError, match=r"timesteps has shape \(3,\): give one number, \[1\] or \[1, 6\]$"):
         unet(latents, torch.ones(3), context)
-    with pytest.raises(ConfigError, match=r"fps has shape \(2,\); give one number or \[1\]\."):
+    with pytest.raises(ConfigError, match=r"fps has shape \(2,\): give one number or \[1\]$"):
         unet(latents, 1.0, context, fps=torch.ones(2))
-    with pytest.raises(ConfigError, match=r"shape \(1, 7, 23\); give text embeddings \[prompts, tokens, 24\]\."):
+    with pytest.raises(ConfigError, match=r"shape \(1, 7, 23\): give text embeddings \[prompts, tokens, 24\]$"):
         unet(latents, 1.0, context[..., 1:])
-    with pytest.raises(ConfigError, match=r"holds 2 prompts for 1 windows; give one, one for each window, or a"):
+    with pytest.raises(ConfigError, match=r"holds 2 prompts for 1 windows: give one, one for each window, or a"):
         unet(latents, 1.0, contexts(golden))
-    with pytest.raises(ConfigError, match=r"context_index has shape \(1, 3\); give \[1\] .* or \[1, 6\] .* multiple"):
+    with pytest.raises(ConfigError, match=r"context_index has shape \(1, 3\): give \[1\] .* or \[1, 6\] .* multiple"):
         unet(latents, 1.0, context, torch.tensor([[0, 0, 0]]))
-    with pytest.raises(ConfigError, match=r"Prompts of 7 and of 6 tokens share no cache; pad them alike\."):
-        unet.encode_context(context).cat(unet.encode_context(context[:, 1:]))
-    with pytest.raises(ConfigError, match=r"ratios \(4,\) of the levels \[1, 2\]; name levels only\."):
+    with pytest.raises(ConfigError, match=r"ratios \(4,\) of the levels \[1, 2\]: name levels only$"):
         replace(SMALL, attention_ratios=(4,))
     with pytest.raises(
-        ConfigError, match=r"width of 48 does not split into 32 groups and heads of 8 channels; correct"
+        ConfigError, match=r"width of 48 does not split into 32 groups and heads of 8 channels: correct"
     ):
         replace(SMALL, model_channels=48)
 
@@ -256,7 +259,7 @@ def test_refusals_name_the_size_and_the_remedy(unet: VideoUNet, golden: dict[str
 def test_shapes_of_no_unet_are_refused(unet: VideoUNet) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     key = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    with pytest.raises(CheckpointError, match=rf"lack {key}, from which its size is read; give the complete"):
+    with pytest.raises(CheckpointError, match=rf"lack {key}, from which its size is read: give the complete"):
         unet_config({name: shape for name, shape in shapes.items() if name != key})
     with pytest.raises(CheckpointError, match=r"lack input_blocks\.0\.0\.weight"):
         unet_config({})

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from miga_engine import ops
 from miga_engine.config import MigaConfig
-from miga_engine.models.videocrafter2.loading import load_unet, load_vae
+from miga_engine.models.videocrafter2.family import load_unet, load_vae
 from miga_engine.noise import Purpose
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Denoiser, Window

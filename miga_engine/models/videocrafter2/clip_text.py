@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.models.layers import rearrange
+from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops import frame_attention, untimed_backend
 
 
@@ -37,9 +39,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, T, D], bias [1, 1, T, T] -> [B, T, D]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(2)
+        """x [B,T,D], bias [1,1,T,T] → [B,T,D]."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(qkv, "b t (three heads d) -> three b t heads d", three=3, heads=self.num_heads)
         attended = frame_attention(q, k, v, bias, backend=untimed_backend(x.device))
         return self.out_proj(attended.flatten(2))
 
@@ -67,7 +69,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, T, D], bias [1, 1, T, T] -> [B, T, D]."""
+        """x [B,T,D], bias [1,1,T,T] → [B,T,D]."""
         x = x + self.attn(self.ln_1(x), bias)
         return x + self.mlp(self.ln_2(x))
 
@@ -80,19 +82,20 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
 
-class CLIPTextEncoder(nn.Module):
-    """Token ids -> text embeddings, in the dtype of the weights."""
+class CLIPTextEncoder(TextEncoder):
+    """Token ids → text embeddings, in the dtype of the weights."""
 
     def __init__(self, config: CLIPTextConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or CLIPTextConfig()
+        self.config: CLIPTextConfig = config or CLIPTextConfig()
+        config = self.config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positional_embedding = nn.Parameter(torch.empty(config.text_len, config.dim))
         self.transformer = Transformer(config)
         self.ln_final = nn.LayerNorm(config.dim)
 
     def forward(self, token_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """token_ids int [B, 77] -> [B, 77, D]; every row has a meaning, padding too, so `mask` is not looked at."""
+        """token_ids int [B,77] → [B,77,D]; every row has a meaning, padding too, so `mask` is not looked at."""
         x = self.token_embedding(token_ids) + self.positional_embedding
         length = x.shape[1]
         bias = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)[None, None]

@@ -5,7 +5,7 @@ A safetensors file with the same keys is read alike. Sizes follow from the shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from miga_engine.errors import CheckpointError
 from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig
 from miga_engine.models.videocrafter2.vae import KLVAEConfig
 from miga_engine.schedule import COLUMNS, make_schedule
-from miga_engine.weights.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered
+from miga_engine.weights.checkpoint import Checkpoint, count_numbered
+from miga_engine.weights.renamed import RenamedCheckpoint
 
 UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 _NETWORKS = {UNET: "UNet", VAE: "VAE", TEXT_ENCODER: "text encoder"}
@@ -44,9 +45,14 @@ _HEAD_DIM = 64  # of the published text tower
 _UNUSED_TEXT_KEYS = ("text_projection", "logit_scale")  # they serve the comparison of a text with a picture
 
 
-def is_model(keys: Iterable[str]) -> bool:
+def is_model(keys: Collection[str]) -> bool:
     """Whether these are the keys of a file with VideoCrafter2's UNet."""
     return set(_MARKS) <= set(keys)
+
+
+def is_part(keys: Collection[str]) -> bool:
+    """Whether these are the keys of that file or of one of its networks."""
+    return is_model(keys) or any(key.startswith((VAE, TEXT_ENCODER)) for key in keys)
 
 
 def network(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
@@ -57,13 +63,13 @@ def network(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(
             f"{checkpoint.path} holds {unknown[0]} {list(checkpoint.shapes[unknown[0]])}{more}, "
-            "which VideoCrafter2 has no place for; give its model.ckpt."
+            "which VideoCrafter2 has no place for: give its model.ckpt"
         )
     part = RenamedCheckpoint(checkpoint, lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
     if not part.shapes:
         raise CheckpointError(
-            f"{checkpoint.path} does not hold a VideoCrafter2 {_NETWORKS[prefix]} (no {prefix}* in it); "
-            "give the complete model.ckpt."
+            f"{checkpoint.path} does not hold a VideoCrafter2 {_NETWORKS[prefix]} (no {prefix}* in it): "
+            "give the complete model.ckpt"
         )
     return part
 
@@ -109,7 +115,7 @@ def check_schedule(checkpoint: Checkpoint) -> None:
         if checkpoint.shapes[name] != expected.shape:
             raise CheckpointError(
                 f"{checkpoint.path} holds {name} as {list(checkpoint.shapes[name])} where VideoCrafter2 has "
-                f"{list(expected.shape)}; give the model.ckpt of VideoCrafter2."
+                f"{list(expected.shape)}: give the model.ckpt of VideoCrafter2"
             )
         dtype = checkpoint.read(name).dtype
         stored = checkpoint.read(name).double()
@@ -119,7 +125,7 @@ def check_schedule(checkpoint: Checkpoint) -> None:
             i = int(differs.nonzero()[0])
             raise CheckpointError(
                 f"{checkpoint.path} was trained with another noise schedule ({name}[{i}] is {stored[i]:.6g}, the "
-                f"sampler's is {expected[i]:.6g}); give the model.ckpt of VideoCrafter2."
+                f"sampler's is {expected[i]:.6g}): give the model.ckpt of VideoCrafter2"
             )
 
 
@@ -159,11 +165,11 @@ def _size(checkpoint: Checkpoint, key: str, divisor: int) -> int:
     name = checkpoint.key_in_file(key) if shape is not None else key
     if shape is None:
         raise CheckpointError(
-            f"{checkpoint.path} lacks {name}, from which the model's size is read; give the complete weights."
+            f"{checkpoint.path} lacks {name}, from which the model's size is read: give the complete weights"
         )
     if not shape or 0 in shape or shape[0] % divisor:
         raise CheckpointError(
-            f"{checkpoint.path} holds {name} as {list(shape)}, where the model has a multiple of {divisor} first; "
-            "give weights of VideoCrafter2."
+            f"{checkpoint.path} holds {name} as {list(shape)}, where the model has a multiple of {divisor} first: "
+            "give weights of VideoCrafter2"
         )
     return shape[0]

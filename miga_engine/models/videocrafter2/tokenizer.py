@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.wan import tokenizer as wan_tokenizer
-from miga_engine.weights.checkpoint import MAX_TABLE_BYTES, read_bounded, read_json
+from miga_engine.models import tokenizing
+from miga_engine.weights.untrusted import MAX_TABLE_BYTES, read_bounded, read_json
 
 TEXT_LEN = 77
 NUM_MERGES = 48894  # of the file's, as many as make 49408 tokens
@@ -32,8 +32,8 @@ _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def clean_prompt(text: str) -> str:
-    """Clean it as for Wan2.1 and lower the case."""
-    return wan_tokenizer.clean_prompt(text).lower()
+    """Clean it as for every family and lower the case."""
+    return tokenizing.clean_prompt(text).lower()
 
 
 class CLIPTokenizer:
@@ -60,17 +60,17 @@ class CLIPTokenizer:
         """Read one of `VOCABULARY_FILES`, or the first of them that is in the folder `path`. Raises CheckpointError."""
         file = _vocabulary_file(Path(path))
         merges = _merges_of_json(file) if file.suffix == ".json" else _merges_of_text(file)
-        with wan_tokenizer.reported(f"{file} is not a usable CLIP tokenizer"):
+        with tokenizing.reported(f"{file} is not a usable CLIP tokenizer"):
             return cls(merges)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids and mask, int64 [P, 77]: start, text, end, zeros; what is too long is cut before its end.
+        """Prompts → ids and mask, int64 [P,77]: start, text, end, zeros; what is too long is cut before its end.
 
         The mask is 1 everywhere, for the network was trained to see the padding.
         """
         ids = torch.zeros(len(prompts), self.text_len, dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
-            text_ids = wan_tokenizer.encode(self._backend, clean_prompt(prompt), self.text_len - 2)
+            text_ids = tokenizing.encode(self._backend, clean_prompt(prompt), self.text_len - 2)
             tokens = [self.start_id, *text_ids, self.end_id]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids, torch.ones_like(ids)
@@ -89,8 +89,8 @@ def _vocabulary_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise CheckpointError(
-        f"{path} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}); "
-        "put bpe_simple_vocab_16e6.txt.gz of the open_clip package into it."
+        f"{path} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}): "
+        "put bpe_simple_vocab_16e6.txt.gz of the open_clip package into it"
     )
 
 
@@ -103,7 +103,7 @@ def _merges_of_text(file: Path) -> list[tuple[str, str]]:
                 content = stream.read(MAX_TABLE_BYTES)
         lines = content.decode().splitlines()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is cut short or damaged ({error}); download it again.") from error
+        raise CheckpointError(f"{file} is cut short or damaged ({error}): download it again") from error
     return _pairs(file, [line.split() for line in lines[1 : NUM_MERGES + 1]])
 
 
@@ -119,7 +119,7 @@ def _pairs(file: Path, merges: list[Any]) -> list[tuple[str, str]]:
     """The merges, each known to be a pair, some of them at the end of a word as in every CLIP vocabulary."""
     for i, merge in enumerate(merges):
         if not isinstance(merge, list) or len(merge) != 2 or not all(isinstance(part, str) for part in merge):
-            raise CheckpointError(f"{file} holds a merge that is no pair of parts, number {i}; download it again.")
+            raise CheckpointError(f"{file} holds a merge that is no pair of parts, number {i}: download it again")
     if not any(second.endswith(_END_OF_WORD) for _, second in merges):
-        raise CheckpointError(f"{file} holds no merges of a CLIP tokenizer; use that of OpenCLIP ViT-H/14.")
+        raise CheckpointError(f"{file} holds no merges of a CLIP tokenizer: use that of OpenCLIP ViT-H/14")
     return [(first, second) for first, second in merges]

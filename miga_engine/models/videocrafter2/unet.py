@@ -18,19 +18,20 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import CheckpointError, ConfigError
-from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
+from miga_engine.models.layers import check_timesteps, linear_fp32, rearrange, timestep_embedding
+from miga_engine.models.protocols import Transformer
 from miga_engine.models.videocrafter2.unet_layers import (
     GROUPS,
     ContextCache,
     Conv2d,
     Downsample,
     GroupNorm,
+    LayerInputs,
     ResBlock,
     SpatialTransformer,
     TemporalTransformer,
     TransformerBlock,
     Upsample,
-    Window,
 )
 from miga_engine.weights.checkpoint import count_numbered
 
@@ -64,14 +65,14 @@ class VideoUNetConfig:
     def __post_init__(self) -> None:
         ratios = [1 << level for level in range(len(self.channel_mult))]
         if not set(self.attention_ratios) <= set(ratios):
-            raise ConfigError(f"Attention at ratios {self.attention_ratios} of the levels {ratios}; name levels only.")
+            raise ConfigError(f"attention at ratios {self.attention_ratios} of the levels {ratios}: name levels only")
         for level, mult in enumerate(self.channel_mult):
             width = mult * self.model_channels
             has_heads = ratios[level] in self.attention_ratios or level + 1 == len(ratios)
             if width % GROUPS or (has_heads and (self.head_dim < 1 or width % self.head_dim)):
                 raise ConfigError(
-                    f"A width of {width} does not split into {GROUPS} groups and heads of {self.head_dim} channels; "
-                    "correct model_channels, channel_mult or head_dim."
+                    f"a width of {width} does not split into {GROUPS} groups and heads of {self.head_dim} channels: "
+                    "correct model_channels, channel_mult or head_dim"
                 )
 
     @property
@@ -102,12 +103,12 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoUNetConfig:
     def shape(key: str, rank: int) -> tuple[int, ...]:
         if key not in shapes:
             raise CheckpointError(
-                f"The UNet's weights lack {key}, from which its size is read; give the complete VideoCrafter2 model."
+                f"the UNet's weights lack {key}, from which its size is read: give the complete VideoCrafter2 model"
             )
         if len(shapes[key]) != rank or 0 in shapes[key]:
             raise CheckpointError(
-                f"The UNet's weights hold {key} as {list(shapes[key])} where the network has {rank} dimensions; "
-                "give weights of VideoCrafter2."
+                f"the UNet's weights hold {key} as {list(shapes[key])} where the network has {rank} dimensions: "
+                "give weights of VideoCrafter2"
             )
         return shapes[key]
 
@@ -123,8 +124,8 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoUNetConfig:
             ratios.add(1 << (len(levels) - 1))
     if any(len(set(widths)) != 1 or len(widths) != len(levels[0]) or widths[0] % model_channels for widths in levels):
         raise ConfigError(
-            f"The UNet's levels have residual blocks of widths {levels}, not equally many of one multiple of "
-            f"{model_channels} in each; give weights of VideoCrafter2."
+            f"the UNet's levels have residual blocks of widths {levels}, not equally many of one multiple of "
+            f"{model_channels} in each: give weights of VideoCrafter2"
         )
     return VideoUNetConfig(
         in_channels=in_channels,
@@ -139,7 +140,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> VideoUNetConfig:
     )
 
 
-class VideoUNet(nn.Module):
+class VideoUNet(Transformer):
     """Noise predicted in B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 
     Matrix products, convolutions and the sums between blocks run in the dtype of the weights; the time path, norms,
@@ -150,12 +151,11 @@ class VideoUNet(nn.Module):
     frame; attention to the prompt and along time, of few keys, then stays with auto.
     """
 
-    attention = "auto"
     prediction_type = "epsilon"
 
     def __init__(self, config: VideoUNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: VideoUNetConfig = config
         width = config.model_channels
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
@@ -228,52 +228,52 @@ class VideoUNet(nn.Module):
         fps: Tensor | float | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Noise [G·B, C, F, H, W] in float32, or [G·B, C, K, H, W] of the frames to keep.
+        """Noise [G·B,C,F,H,W] in float32, or [G·B,C,K,H,W] of the frames to keep.
 
-        latents [B, C, F, H, W]; timesteps one number, [B] or [B, F] (0 … 999), or what `encode_timesteps` made of a
-        schedule with each frame's row of it, int64 [B, F]; context text embeddings [P, T, D], every row of which is
-        attended to, or what `encode_context` made of them. context_index, int64 [G·B] or [G·B, F], names the prompt of
+        latents [B,C,F,H,W]; timesteps one number, [B] or [B,F] (0 … 999), or what `encode_timesteps` made of a
+        schedule with each frame's row of it, int64 [B,F]; context text embeddings [P,T,D], every row of which is
+        attended to, or what `encode_context` made of them. context_index, int64 [G·B] or [G·B,F], names the prompt of
         each window or of each latent frame in G guidance branches of the same windows, one branch after another;
         without it G is 1 and P is 1 or B. fps, one number or [B], is the rate the video shall have, NATIVE_FPS if None.
-        keep, int64 [B, K], names the frames of each window whose noise is wanted. Raises ConfigError on sizes that do
+        keep, int64 [B,K], names the frames of each window whose noise is wanted. Raises ConfigError on sizes that do
         not fit.
         """
         self._check_latents(latents)
         batch, _, num_frames = latents.shape[:3]
         cache = context if isinstance(context, ContextCache) else self.encode_context(context)
         branches = cache.check_index(batch, num_frames, context_index)
-        time = self._time(timesteps, fps, batch, num_frames, latents.device)  # [B, F, E]
+        time = self._time(timesteps, fps, batch, num_frames, latents.device)  # [B,F,E]
         short_backend = "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention
-        window = Window(batch, time.flatten(0, 1), cache.layers, context_index, self.attention, short_backend)
+        inputs = LayerInputs(batch, time.flatten(0, 1), cache.layers, context_index, self.attention, short_backend)
 
-        x = self.input_blocks[0](latents.transpose(1, 2).flatten(0, 1))  # [B·F, D, H, W]
+        x = self.input_blocks[0](rearrange(latents, "b c f h w -> (b f) c h w"))
         # What comes before the first time embedding and prompt is the same for all branches.
-        x = torch.cat([self.init_attn[0](x, window)] * branches)
-        window = window._replace(batch=branches * batch, time=window.time.repeat(branches, 1))
+        x = torch.cat([self.init_attn[0](x, inputs)] * branches)
+        inputs = inputs._replace(batch=branches * batch, time=inputs.time.repeat(branches, 1))
         skips = [x]
         for layers in self.input_blocks[1:]:
-            x = _run(layers, x, window)
+            x = _run(layers, x, inputs)
             skips.append(x)
-        x = _run(self.middle_block, x, window)
+        x = _run(self.middle_block, x, inputs)
         for layers in self.output_blocks:
-            x = _run(layers, torch.cat([x, skips.pop()], dim=1), window)
+            x = _run(layers, torch.cat([x, skips.pop()], dim=1), inputs)
         if keep is not None:
             rows = torch.arange(branches * batch, device=x.device)[:, None]
             x = x.unflatten(0, (-1, num_frames))[rows, keep.repeat(branches, 1)].flatten(0, 1)
-        return self.out(x).float().unflatten(0, (branches * batch, -1)).transpose(1, 2).contiguous()
+        return rearrange(self.out(x).float(), "(b f) c h w -> b c f h w", b=branches * batch).contiguous()
 
     @torch.no_grad()
     def encode_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Time embeddings [T, E] in float32 of timesteps [T], done once for a schedule."""
+        """Time embeddings [T,E] in float32 of timesteps [T], done once for a schedule."""
         return self._embedding(self.time_embed, timesteps)
 
     @torch.no_grad()
     def encode_context(self, context: Tensor) -> ContextCache:
-        """Text embeddings [P, T, D] -> every layer's cross-attention keys and values."""
+        """Text embeddings [P,T,D] → every layer's cross-attention keys and values."""
         if context.ndim != 3 or context.shape[2] != self.config.context_dim:
             raise ConfigError(
-                f"The context has shape {tuple(context.shape)}; "
-                f"give text embeddings [prompts, tokens, {self.config.context_dim}]."
+                f"the context has shape {tuple(context.shape)}: "
+                f"give text embeddings [prompts, tokens, {self.config.context_dim}]"
             )
         context = context.to(self.dtype)
         return ContextCache(tuple(block.attn2.keys_values(context) for block in self._text_blocks()))
@@ -288,12 +288,12 @@ class VideoUNet(nn.Module):
     def _check_latents(self, latents: Tensor) -> None:
         channels, multiple = self.config.in_channels, self.config.size_multiple
         if latents.ndim != 5 or latents.shape[1] != channels:
-            raise ConfigError(f"The network takes latents [B, {channels}, F, H, W]; given {tuple(latents.shape)}.")
+            raise ConfigError(f"the network takes latents [B, {channels}, F, H, W]: given {tuple(latents.shape)}")
         height, width = latents.shape[3:]
         if height % multiple or width % multiple:
             raise ConfigError(
-                f"Latents of {height}x{width} cannot be halved {multiple.bit_length() - 1} times; "
-                f"choose a video height and width that are multiples of {8 * multiple}."
+                f"latents of {height}x{width} cannot be halved {multiple.bit_length() - 1} times: "
+                f"choose a video height and width that are multiples of {8 * multiple}"
             )
 
     def _time(
@@ -304,7 +304,7 @@ class VideoUNet(nn.Module):
         num_frames: int,
         device: torch.device,
     ) -> Tensor:
-        """Activated embeddings [B, F, E] of each frame's noise level and the video's rate."""
+        """Activated embeddings [B,F,E] of each frame's noise level and the video's rate."""
         if isinstance(timesteps, tuple):
             levels, rows = timesteps
             time = levels[rows]
@@ -314,12 +314,12 @@ class VideoUNet(nn.Module):
             time = self.encode_timesteps(t if t.ndim == 2 else t.reshape(-1, 1))
         rate = _tensor(NATIVE_FPS if fps is None else fps, device)
         if rate.ndim > 1 or (rate.ndim == 1 and rate.shape[0] != 1 and rate.shape[0] != batch):
-            raise ConfigError(f"fps has shape {tuple(rate.shape)}; give one number or [{batch}].")
+            raise ConfigError(f"fps has shape {tuple(rate.shape)}: give one number or [{batch}]")
         time = time + self._embedding(self.fps_embedding, rate.reshape(-1, 1))
         return F.silu(time).expand(batch, num_frames, -1)
 
     def _embedding(self, layers: nn.Sequential, values: Tensor) -> Tensor:
-        """[...] -> [..., E] float32."""
+        """[...] → [...,E] float32."""
         first, last = cast(nn.Linear, layers[0]), cast(nn.Linear, layers[2])
         sinusoid = timestep_embedding(values.to(first.weight.device), self.config.model_channels)
         return linear_fp32(last, F.silu(linear_fp32(first, sinusoid)))
@@ -332,7 +332,7 @@ def _tensor(values: Tensor | float, device: torch.device) -> Tensor:
     )
 
 
-def _run(layers: nn.Module, x: Tensor, window: Window) -> Tensor:
+def _run(layers: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
     for layer in cast(nn.ModuleList, layers):
-        x = layer(x, window)
+        x = layer(x, inputs)
     return x

@@ -1,7 +1,7 @@
 """Layers of the VideoCrafter2 3-D UNet.
 
-The latent frames of all windows are images [N, C, H, W], N = B·F, channels last in memory: the same memory is tokens
-[B, F, S, C] to an attention and, to a convolution over time, images [B, C, F, S] of F rows. Matrix products and
+The latent frames of all windows are images [N,C,H,W], N = B·F, channels last in memory: the same memory is tokens
+[B,F,S,C] to an attention and, to a convolution over time, images [B,C,F,S] of F rows. Matrix products and
 convolutions run in the dtype of their weights, as do the sums of the residual blocks; norms, the residual stream within
 a transformer and the time path in float32.
 """
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
-from miga_engine.errors import ConfigError
 from miga_engine.models import layers
 from miga_engine.models.layers import Linear, guidance_branches, linear_fp32
 
@@ -24,19 +23,19 @@ GROUPS = 32  # of every group norm
 
 
 class TextKeys(NamedTuple):
-    """One layer's keys and values [P, T, heads, head_dim] of P prompts."""
+    """One layer's keys and values [P,T,heads,head_dim] of P prompts."""
 
     keys: Tensor
     values: Tensor
 
 
-class Window(NamedTuple):
+class LayerInputs(NamedTuple):
     """What the layers need to know of the latent frames beside their images."""
 
     batch: int
-    time: Tensor  # float32 [N, 4·model_channels], after its SiLU
+    time: Tensor  # float32 [N,4·model_channels], after its SiLU
     text: tuple[TextKeys, ...]
-    prompts: Tensor | None  # int64 [B] or [B, F], rows of the text keys
+    prompts: Tensor | None  # int64 [B] or [B,F], rows of the text keys
     backend: str  # of attention within a frame
     short_backend: str  # of attention to a prompt and along time, which has few keys
 
@@ -67,16 +66,8 @@ class ContextCache:
             for table, tensor in zip(mine, theirs, strict=True):
                 table[row] = tensor[0]
 
-    def cat(self, other: ContextCache) -> ContextCache:
-        """The prompts of this cache followed by those of `other`, of as many tokens, from the same network."""
-        lengths = [cache.layers[0].keys.shape[1] for cache in (self, other)]
-        if lengths[0] != lengths[1]:
-            raise ConfigError(f"Prompts of {lengths[0]} and of {lengths[1]} tokens share no cache; pad them alike.")
-        pairs = zip(self.layers, other.layers, strict=True)
-        return ContextCache(tuple(TextKeys(*map(torch.cat, zip(a, b, strict=True))) for a, b in pairs))
-
     def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
-        """How many guidance branches the index names prompts for: G of [G·B] or [G·B, F].
+        """How many guidance branches the index names prompts for: G of [G·B] or [G·B,F].
 
         Without an index the cache holds one prompt for all windows or one for each. Raises ConfigError on other sizes.
         """
@@ -84,12 +75,12 @@ class ContextCache:
 
 
 def to_tokens(images: Tensor, batch: int) -> Tensor:
-    """[N, C, H, W] channels last -> [B, F, S, C] of the same memory."""
+    """[N,C,H,W] channels last → [B,F,S,C] of the same memory."""
     return images.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (batch, -1))
 
 
 def to_images(tokens: Tensor, height: int) -> Tensor:
-    """[B, F, S, C] -> [N, C, H, W] channels last, of the same memory."""
+    """[B,F,S,C] → [N,C,H,W] channels last, of the same memory."""
     return tokens.flatten(0, 1).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
@@ -97,7 +88,7 @@ class PointwiseConv1d(nn.Conv1d):
     """A linear map whose checkpoint holds it as a convolution of one tap."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., C] -> [..., C']."""
+        """[...,C] → [...,C']."""
         return ops.linear(input, self.weight.squeeze(2), self.bias)
 
 
@@ -125,7 +116,7 @@ class TemporalConv(nn.Conv3d):
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, F, S] -> the same shape, channels last, in the dtype of the weights."""
+        """[B,C,F,S] → the same shape, channels last, in the dtype of the weights."""
         x = input.to(self.weight.dtype, memory_format=torch.channels_last)
         return ops.conv2d(x, self.weight.squeeze(4), self.bias, padding=(1, 0))
 
@@ -142,7 +133,7 @@ class TemporalConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, S] -> the same shape and dtype."""
+        """[B,C,F,S] → the same shape and dtype."""
         return self.conv4(self.conv3(self.conv2(self.conv1(x)))).add_(x)
 
 
@@ -164,10 +155,10 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
         self.temopral_conv = TemporalConvBlock(out_channels)  # spelt as in the published checkpoint
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
-        time = linear_fp32(cast(nn.Linear, self.emb_layers[1]), window.time)
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        time = linear_fp32(cast(nn.Linear, self.emb_layers[1]), inputs.time)
         h = self.out_layers(self.in_layers(x) + time[:, :, None, None]).add_(self.skip_connection(x))
-        rows = to_tokens(h, window.batch).permute(0, 3, 1, 2)  # [B, C, F, S]
+        rows = to_tokens(h, inputs.batch).permute(0, 3, 1, 2)  # [B,C,F,S]
         return to_images(self.temopral_conv(rows).permute(0, 2, 3, 1), x.shape[2])
 
 
@@ -184,21 +175,21 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(Linear(inner, dim), nn.Identity())
 
     def heads(self, x: Tensor) -> Tensor:
-        """[..., heads·head_dim] -> [..., heads, head_dim]."""
+        """[...,heads·head_dim] → [...,heads,head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, context: Tensor) -> TextKeys:
-        """Text embeddings or tokens [P, T, context_dim] -> their keys and values."""
+        """Text embeddings or tokens [P,T,context_dim] → their keys and values."""
         return TextKeys(self.heads(self.to_k(context)), self.heads(self.to_v(context)))
 
     def along(self, x: Tensor, backend: str) -> Tensor:
-        """x [B, R, T, C] -> the same shape and dtype; the T tokens of each of the R rows see each other."""
+        """x [B,R,T,C] → the same shape and dtype; the T tokens of each of the R rows see each other."""
         rows = x.flatten(0, 1)
         out = ops.frame_attention(self.heads(self.to_q(rows)), *self.keys_values(rows), backend=backend)
         return self.to_out(out.flatten(2)).view_as(x)
 
     def to_text(self, x: Tensor, text: TextKeys, prompts: Tensor | None, backend: str) -> Tensor:
-        """x [B, F, S, C] -> the same shape and dtype; prompts, int64 [B] or [B, F], are rows of the text keys."""
+        """x [B,F,S,C] → the same shape and dtype; prompts, int64 [B] or [B,F], are rows of the text keys."""
         q = self.heads(self.to_q(x.flatten(1, 2)))
         out = ops.frame_attention(q, *text, key_rows=prompts, backend=backend)
         return self.to_out(out.flatten(2)).view_as(x)
@@ -241,21 +232,21 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
-        """x [B, R, T, C] float32, updated in place -> the same in `dtype`."""
-        backend = window.backend if self.reads_text else window.short_backend
+    def forward(self, x: Tensor, inputs: LayerInputs, dtype: torch.dtype) -> Tensor:
+        """x [B,R,T,C] float32, updated in place → the same in `dtype`."""
+        backend = inputs.backend if self.reads_text else inputs.short_backend
         norm = self.norm1
         h = ops.norm_modulate(x, *_affine(norm), eps=norm.eps, dtype=dtype)
         h = self._close(x, self.attn1.along(h, backend), self.norm2)
         if self.reads_text:
-            y = self.attn2.to_text(h, window.text[self.text_layer], window.prompts, window.short_backend)
+            y = self.attn2.to_text(h, inputs.text[self.text_layer], inputs.prompts, inputs.short_backend)
         else:
             y = self.attn2.along(h, backend)
         h = self._close(x, y, self.norm3)
         return self._close(x, self.ff(h), None)
 
     def _close(self, x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-        """Add y to x in place; -> x by the norm, or as it is, in the dtype of y."""
+        """Add y to x in place; → x by the norm, or as it is, in the dtype of y."""
         weight, bias = (None, None) if norm is None else _affine(norm)
         return ops.residual_norm_modulate(x, y, None, weight, bias, eps=self.norm1.eps, dtype=y.dtype)
 
@@ -276,13 +267,13 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
-        """[N, C, H, W] -> the same shape and dtype."""
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """[N,C,H,W] → the same shape and dtype."""
         h = self.norm(x).to(x.dtype, memory_format=torch.channels_last)
-        h = self.proj_in(to_tokens(h, window.batch))
+        h = self.proj_in(to_tokens(h, inputs.batch))
         stream = h.float()
         for block in self.transformer_blocks:
-            h = block(stream, window, h.dtype)
+            h = block(stream, inputs, h.dtype)
         return to_images(self.proj_out(h), x.shape[2]).add_(x)
 
 
@@ -299,14 +290,14 @@ class TemporalTransformer(nn.Module):
         )
         self.proj_out = PointwiseConv1d(inner, channels, 1) if is_first else Linear(inner, channels)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
-        """[N, C, H, W] -> the same shape and dtype."""
-        tokens = to_tokens(x, window.batch)
-        h = self.norm(tokens.permute(0, 3, 1, 2)).permute(0, 3, 2, 1)  # [B, S, F, C]
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """[N,C,H,W] → the same shape and dtype."""
+        tokens = to_tokens(x, inputs.batch)
+        h = self.norm(tokens.permute(0, 3, 1, 2)).permute(0, 3, 2, 1)  # [B,S,F,C]
         h = self.proj_in(h.to(x.dtype, memory_format=torch.contiguous_format).contiguous())
         stream = h.float()
         for block in self.transformer_blocks:
-            h = block(stream, window, h.dtype)
+            h = block(stream, inputs, h.dtype)
         return to_images(tokens + self.proj_out(h).transpose(1, 2), x.shape[2])
 
 
@@ -317,7 +308,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.op(x)
 
 
@@ -328,5 +319,5 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

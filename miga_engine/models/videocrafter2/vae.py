@@ -1,7 +1,7 @@
 """The image VAE of VideoCrafter2: 8x smaller in space, each frame on its own.
 
 Parameter names are those of `model.ckpt` under `first_stage_model.`. Source: latent diffusion (arXiv 2112.10752), the
-VAE with a KL term. Pictures are [B, C, H, W], channels-last in memory.
+VAE with a KL term. Pictures are [B,C,H,W], channels-last in memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine.errors import ConfigError
-from miga_engine.models.layers import Conv2d, check_finite
-from miga_engine.models.wan.vae_layers import pointwise
+from miga_engine.models.layers import Conv2d, check_finite, pointwise
+from miga_engine.models.protocols import VAE
 from miga_engine.ops import frame_attention, untimed_backend
 
 
@@ -47,7 +47,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, C', H, W]."""
+        """x [B,C,H,W] → [B,C',H,W]."""
         return pointwise(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
@@ -98,7 +98,7 @@ class AttentionBlock(nn.Module):
             .squeeze(2)
             .transpose(1, 2)
             .unflatten(2, x.shape[2:])
-        )  # from [B, H·W, 1, C]
+        )  # from [B,H·W,1,C]
         return x + self.proj_out(attended)
 
 
@@ -155,7 +155,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, 3, H, W] -> [B, 2·z_dim, H/8, W/8] for four levels."""
+    """[B,3,H,W] → [B,2·z_dim,H/8,W/8] for four levels."""
 
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z_dim, h, w] -> [B, 3, 8h, 8w] for four levels; `up` counts them from the highest resolution."""
+    """[B,z_dim,h,w] → [B,3,8h,8w] for four levels; `up` counts them from the highest resolution."""
 
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
@@ -200,15 +200,16 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x))
 
 
-class KLVAE(nn.Module):
-    """Video [B, 3, T, H, W] in [-1, 1] <-> scaled latents [B, C, T, H/8, W/8], one frame at a time.
+class KLVAE(VAE):
+    """Video [B,3,T,H,W] in [-1,1] ↔ scaled latents [B,C,T,H/8,W/8], one frame at a time.
 
     It computes in the dtype of its weights (the published ones are float32) and leaves gradients to the caller.
     """
 
     def __init__(self, config: KLVAEConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or KLVAEConfig()
+        self.config: KLVAEConfig = config or KLVAEConfig()
+        config = self.config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = Pointwise(2 * config.z_dim, 2 * config.z_dim)
@@ -220,7 +221,7 @@ class KLVAE(nn.Module):
         return self.post_quant_conv.weight.dtype
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] -> scaled mean latents [B, C, T, h, w].
+        """Video [B,3,T,H,W] in [-1,1] → scaled mean latents [B,C,T,h,w].
 
         Raises ConfigError unless H and W are multiples of 8, NumericsError on NaN and infinity.
         """
@@ -229,30 +230,26 @@ class KLVAE(nn.Module):
         return mean * self.config.latents_scale
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Video [B, 3, T, H, W] -> mean and log-variance of the latents before scaling, each [B, C, T, h, w]."""
+        """Video [B,3,T,H,W] → mean and log-variance of the latents before scaling, each [B,C,T,h,w]."""
         factor = self.config.spatial_factor
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] == 0:
-            raise ConfigError(f"encode takes a video [B, 3, T >= 1, H, W]; the given tensor is {tuple(video.shape)}.")
+            raise ConfigError(f"encode takes a video [B, 3, T >= 1, H, W]: the given tensor is {tuple(video.shape)}")
         height, width = video.shape[3:]
         if height % factor or width % factor:
             raise ConfigError(
-                f"encode takes a height and width divisible by {factor} and was given {height}x{width}; "
-                "crop or resize it."
+                f"encode takes a height and width divisible by {factor} and was given {height}x{width}: "
+                "crop or resize it"
             )
         frames = [self.quant_conv(self.encoder(self._picture(frame))) for frame in video.unbind(2)]
         mean, logvar = torch.stack(frames, dim=2).chunk(2, dim=1)
         return mean, logvar
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, T, h, w] -> video [B, 3, T, 8h, 8w], clamped to [-1, 1]."""
-        return self.stream_decoder().push(latents)
 
     def stream_decoder(self) -> FrameDecoder:
         """A decoder that takes the latents of one clip in pieces and gives bit for bit the frames of `decode`."""
         return FrameDecoder(self)
 
     def decode_frame(self, latent: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] of one frame -> pictures [B, 3, 8h, 8w], not clamped."""
+        """Scaled latents [B,C,h,w] of one frame → pictures [B,3,8h,8w], not clamped."""
         return self.decoder(self.post_quant_conv(self._picture(latent / self.config.latents_scale)))
 
     def _picture(self, x: Tensor) -> Tensor:
@@ -266,13 +263,13 @@ class FrameDecoder:
         self._vae = vae
 
     def push(self, latents: Tensor) -> Tensor:
-        """Next latents [B, C, n, h, w], n >= 1 -> their frames [B, 3, n, 8h, 8w] in [-1, 1].
+        """Next latents [B,C,n,h,w], n >= 1 → their frames [B,3,n,8h,8w] in [-1,1].
 
         Raises NumericsError on NaN and infinity, which is waited for.
         """
         channels = self._vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
-            raise ConfigError(f"The VAE decodes latents [B, {channels}, n >= 1, h, w]; given {tuple(latents.shape)}.")
+            raise ConfigError(f"the VAE decodes latents [B, {channels}, n >= 1, h, w]: given {tuple(latents.shape)}")
         frames = torch.stack([self._vae.decode_frame(latent) for latent in latents.unbind(2)], dim=2)
         check_finite("the VAE, decoding (vae_dtype),", latents, frames, self._vae.dtype)
         return frames.clamp(-1.0, 1.0)
@@ -285,5 +282,5 @@ class FrameDecoder:
         """Continue from `state()` of another decoder. Raises ConfigError when it is the state of another VAE's."""
         if state:
             raise ConfigError(
-                f"The saved decoder state names {min(state)}, which this VAE lacks; resume with its own VAE."
+                f"the saved decoder state names {min(state)}, which this VAE lacks: resume with its own VAE"
             )

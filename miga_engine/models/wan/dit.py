@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from miga_engine import ops
 from miga_engine.errors import ConfigError
-from miga_engine.models.layers import check_timesteps, linear_fp32, timestep_embedding
+from miga_engine.models.layers import check_timesteps, linear_fp32, rearrange, timestep_embedding
+from miga_engine.models.protocols import Transformer
 from miga_engine.models.wan.dit_layers import (
     Block,
     ContextCache,
-    Frames,
+    FrameIndices,
     Head,
     Levels,
     Modulation,
@@ -50,12 +51,12 @@ class WanDiTConfig:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(
-                f"A width of {self.dim} does not split into {self.num_heads} heads of even size; "
-                "correct dim or num_heads."
+                f"a width of {self.dim} does not split into {self.num_heads} heads of even size: "
+                "correct dim or num_heads"
             )
         if self.patch_size[0] != 1:
             raise ConfigError(
-                f"A patch of {self.patch_size[0]} latent frames cannot carry a noise level per frame; use (1, h, w)."
+                f"a patch of {self.patch_size[0]} latent frames cannot carry a noise level per frame: use (1, h, w)"
             )
 
     @property
@@ -75,7 +76,7 @@ WAN_T2V_CONFIGS = {"1.3B": _published(1536, 8960, 12, 30), "14B": _published(512
 """Sizes of the published Wan2.1 text-to-video transformers, for building them without their files."""
 
 
-class WanDiT(nn.Module):
+class WanDiT(Transformer):
     """Velocity of B windows of F latent frames, each frame with its own timestep and, if wished, its own prompt.
 
     Matrix products run in the dtype of the weights; the time path, norms, modulation, rotation, residual stream and
@@ -89,14 +90,13 @@ class WanDiT(nn.Module):
     only frames whose output is kept) and `collapses_padding` (one key for all padding of a prompt).
     """
 
-    attention = "auto"
     shares_branches = True
     skips_frames = True
     collapses_padding = True
 
     def __init__(self, config: WanDiTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: WanDiTConfig = config
         dim = config.dim
         patch_area = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
@@ -134,14 +134,14 @@ class WanDiT(nn.Module):
         positions: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Velocity [G·B, C, F, H, W] in float32, or [G·B, C, K, H, W] of the frames to keep.
+        """Velocity [G·B,C,F,H,W] in float32, or [G·B,C,K,H,W] of the frames to keep.
 
-        latents [B, C, F, H, W]; timesteps one number, [B] or [B, F] (1000·sigma), or what `encode_timesteps` made of a
-        schedule with each frame's row of it, int64 [B, F]; context text embeddings [P, T, D], T <= text_len, or what
-        `encode_context` made of them. context_index, int64 [G·B] or [G·B, F], names the prompt of each window or of
+        latents [B,C,F,H,W]; timesteps one number, [B] or [B,F] (1000·sigma), or what `encode_timesteps` made of a
+        schedule with each frame's row of it, int64 [B,F]; context text embeddings [P,T,D], T <= text_len, or what
+        `encode_context` made of them. context_index, int64 [G·B] or [G·B,F], names the prompt of each window or of
         each latent frame in G guidance branches of the same windows, one branch after another; without it G is 1 and P
-        is 1 or B. positions, int64 [B, F] below MAX_POSITIONS, are the latent frames' places in time, 0 … F-1 if None.
-        keep, int64 [B, K], names the frames of each window whose velocity is wanted. Raises ConfigError on sizes that
+        is 1 or B. positions, int64 [B,F] below MAX_POSITIONS, are the latent frames' places in time, 0 … F-1 if None.
+        keep, int64 [B,K], names the frames of each window whose velocity is wanted. Raises ConfigError on sizes that
         do not fit.
         """
         config = self.config
@@ -154,7 +154,7 @@ class WanDiT(nn.Module):
         if positions is None:
             positions = torch.arange(num_frames, device=latents.device).expand(batch, num_frames).contiguous()
         elif positions.ndim != 2 or positions.shape[0] != batch or positions.shape[1] != num_frames:
-            raise ConfigError(f"positions has shape {tuple(positions.shape)}; give [{batch}, {num_frames}].")
+            raise ConfigError(f"positions has shape {tuple(positions.shape)}: give [{batch}, {num_frames}]")
         rotary = self._rotary_table(rows, columns, latents.device)
         cross_backend = "auto" if self.attention in ops.SELF_ATTENTION_ONLY else self.attention
 
@@ -163,11 +163,11 @@ class WanDiT(nn.Module):
         copies = 1 if shared else branches
         x = self._to_tokens(latents, rows, columns)
         x = x if copies == 1 else x.repeat(copies, 1, 1, 1)
-        frames, prompts = Frames(level_rows, positions).repeat(copies), context_index
+        frames, prompts = FrameIndices(level_rows, positions).repeat(copies), context_index
         keep = None if keep is None else keep.repeat(branches, 1)
         blocks = [cast(Block, block) for block in self.blocks]
         table = blocks[0].table(levels.projection)  # shift, scale, gate of self-attention, then of the feed-forward
-        h = ops.norm_modulate(x, table[:, 1], table[:, 0], frames.rows, eps=config.eps, dtype=self.dtype)
+        h = ops.norm_modulate(x, table[:, 1], table[:, 0], frames.level_rows, eps=config.eps, dtype=self.dtype)
         for i, block in enumerate(blocks):
             current, is_last = table, i + 1 == len(blocks)
             if is_last:
@@ -204,7 +204,7 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def encode_context(self, context: Tensor) -> ContextCache:
-        """Text embeddings [P, T, D], T <= text_len, -> every layer's cross-attention keys and values.
+        """Text embeddings [P,T,D], T <= text_len, → every layer's cross-attention keys and values.
 
         Rows beyond T are zero rows up to text_len, which the network was trained to attend to like any other: a zero
         row, wherever it stands, counts as padding, and all padding shares one key. Waits for the device once.
@@ -212,17 +212,17 @@ class WanDiT(nn.Module):
         text_len, text_dim = self.config.text_len, self.config.text_dim
         if context.ndim != 3 or context.shape[2] != text_dim or context.shape[1] > text_len:
             raise ConfigError(
-                f"The context has shape {tuple(context.shape)}; "
-                f"give text embeddings [prompts, up to {text_len}, {text_dim}]."
+                f"the context has shape {tuple(context.shape)}: "
+                f"give text embeddings [prompts, up to {text_len}, {text_dim}]"
             )
-        is_text = (context != 0).any(dim=2)  # [P, T]
+        is_text = (context != 0).any(dim=2)  # [P,T]
         if not self.collapses_padding:
             context = F.pad(context, (0, 0, 0, text_len - context.shape[1]))
             is_text = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         length = max(is_text.any(dim=0).nonzero().flatten().tolist(), default=-1) + 1
         padding = text_len - is_text.sum(dim=1, keepdim=True)
         bias = torch.where(is_text[:, :length], 0.0, -torch.inf)
-        bias = torch.cat([bias, padding.float().log()], dim=1)  # [P, length + 1], the last for the padding
+        bias = torch.cat([bias, padding.float().log()], dim=1)  # [P,length + 1], the last for the padding
         text = self.text_embedding(F.pad(context[:, :length], (0, 0, 0, 1)).to(self.dtype))
         blocks = (cast(Block, block) for block in self.blocks)
         return ContextCache(tuple(block.cross_attn.keys_values(text) for block in blocks), bias[:, None, None])
@@ -234,18 +234,18 @@ class WanDiT(nn.Module):
     def _check_latents(self, latents: Tensor) -> None:
         in_dim, (_, patch_height, patch_width) = self.config.in_dim, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != in_dim:
-            raise ConfigError(f"The network takes latents [B, {in_dim}, F, H, W]; given {tuple(latents.shape)}.")
+            raise ConfigError(f"the network takes latents [B, {in_dim}, F, H, W]: given {tuple(latents.shape)}")
         height, width = latents.shape[3:]
         if height % patch_height or width % patch_width:
             raise ConfigError(
-                f"Latents of {height}x{width} do not divide into patches of {patch_height}x{patch_width}; "
-                f"choose a video height that is a multiple of {8 * patch_height} and a width of {8 * patch_width}."
+                f"latents of {height}x{width} do not divide into patches of {patch_height}x{patch_width}: "
+                f"choose a video height that is a multiple of {8 * patch_height} and a width of {8 * patch_width}"
             )
 
     def _levels(
         self, timesteps: Tensor | float | tuple[Levels, Tensor], batch: int, num_frames: int, device: torch.device
     ) -> tuple[Levels, Tensor]:
-        """Noise levels and each frame's row of them, int64 [B, F]."""
+        """Noise levels and each frame's row of them, int64 [B,F]."""
         if isinstance(timesteps, tuple):
             return timesteps
         t = torch.as_tensor(timesteps, device=device)
@@ -261,16 +261,13 @@ class WanDiT(nn.Module):
         return self._rotary_tables[key]
 
     def _to_tokens(self, latents: Tensor, rows: int, columns: int) -> Tensor:
-        """[B, C, F, H, W] -> [B, F, S, D] float32; the patch convolution as the matrix product it is."""
-        _, patch_height, patch_width = self.config.patch_size
-        patches = latents.unflatten(4, (columns, patch_width)).unflatten(
-            3, (rows, patch_height)
-        )  # [B, C, F, r, p, c, q]
-        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3).to(self.dtype)  # [B, F, S, C·p·q]
-        return ops.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
+        """[B,C,F,H,W] → [B,F,S,D] float32; the patch convolution as the matrix product it is."""
+        _, p, q = self.config.patch_size
+        patches = rearrange(latents, "b c f (r p) (s q) -> b f (r s) (c p q)", r=rows, s=columns, p=p, q=q)
+        weight = self.patch_embedding.weight.flatten(1)
+        return ops.linear(patches.to(self.dtype), weight, self.patch_embedding.bias).float()
 
     def _to_latents(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """[B, F, S, p·q·C] -> [B, C, F, H, W]."""
-        _, patch_height, patch_width = self.config.patch_size
-        x = patches.unflatten(3, (patch_height, patch_width, -1)).unflatten(2, (rows, columns))  # [B, F, r, c, p, q, C]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        """[B,F,S,p·q·C] → [B,C,F,H,W]."""
+        _, p, q = self.config.patch_size
+        return rearrange(patches, "b f (r s) (p q c) -> b c f (r p) (s q)", r=rows, s=columns, p=p, q=q)

@@ -1,7 +1,7 @@
 """Layers of the Wan2.1 diffusion transformer.
 
-Tokens of a window are [B, F, S, D]: F latent frames of S tokens. What depends on a frame's noise level is a row of a
-table [R, D] that the frame names by index; it is never written out per token. The residual stream, the norms, the
+Tokens of a window are [B,F,S,D]: F latent frames of S tokens. What depends on a frame's noise level is a row of a
+table [R,D] that the frame names by index; it is never written out per token. The residual stream, the norms, the
 modulation and the rotation are float32; matrix products run in the dtype of their weights.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miga_engine import ops
@@ -22,29 +21,29 @@ MAX_POSITIONS = 1024
 
 
 class RotaryTable(NamedTuple):
-    """Cosines and sines of positions in time [MAX_POSITIONS, 2, t] and of a frame's tokens [S, 2, D/heads/2 - t]."""
+    """Cosines and sines of positions in time [MAX_POSITIONS,2,t] and of a frame's tokens [S,2,D/heads/2 - t]."""
 
     temporal: Tensor
     spatial: Tensor
 
 
-class Frames(NamedTuple):
+class FrameIndices(NamedTuple):
     """What a block needs to know of the latent frames of its windows."""
 
-    rows: Tensor  # int64 [B, F]: row of the modulation tables
-    positions: Tensor  # int64 [B, F]: position in time, for the rotation
+    level_rows: Tensor  # int64 [B,F]: row of the tables of noise levels
+    positions: Tensor  # int64 [B,F]: position in time, for the rotation
 
-    def take(self, keep: Tensor) -> Frames:
-        """Those frames alone that keep [B, K] names."""
-        return Frames(self.rows.gather(1, keep), self.positions.gather(1, keep))
+    def take(self, keep: Tensor) -> FrameIndices:
+        """Those frames alone that keep [B,K] names."""
+        return FrameIndices(self.level_rows.gather(1, keep), self.positions.gather(1, keep))
 
-    def repeat(self, count: int) -> Frames:
+    def repeat(self, count: int) -> FrameIndices:
         """The same for `count` copies of the windows, one after another."""
-        return Frames(self.rows.repeat(count, 1), self.positions.repeat(count, 1))
+        return FrameIndices(self.level_rows.repeat(count, 1), self.positions.repeat(count, 1))
 
 
 def take_frames(x: Tensor, keep: Tensor) -> Tensor:
-    """x [B, F, S, D], keep int64 [B, K] -> [B, K, S, D]."""
+    """x [B,F,S,D], keep int64 [B,K] → [B,K,S,D]."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], keep]
 
 
@@ -81,11 +80,11 @@ class AttentionProjections(nn.Module):
         self.norm_k = nn.RMSNorm(dim, eps) if qk_norm else None
 
     def heads(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., heads, D/heads]."""
+        """[...,D] → [...,heads,D/heads]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
     def normed(self, x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-        """x [B, N, D], normalised in place where the network has the norm."""
+        """x [B,N,D], normalised in place where the network has the norm."""
         return x if norm is None else ops.rms_norm_(x, norm.weight.float(), eps=self.eps)
 
 
@@ -93,9 +92,9 @@ class SelfAttention(AttentionProjections):
     """Attention among all tokens of a window."""
 
     def forward(
-        self, x: Tensor, frames: Frames, table: RotaryTable, backend: str, keep: Tensor | None = None
+        self, x: Tensor, frames: FrameIndices, table: RotaryTable, backend: str, keep: Tensor | None = None
     ) -> Tensor:
-        """x [B, F, S, D] in the dtype of the weights -> the same, of the frames keep [B, K] alone if given."""
+        """x [B,F,S,D] in the dtype of the weights → the same, of the frames keep [B,K] alone if given."""
         tokens = x.flatten(1, 2)
         k, v = self.k(tokens), self.v(tokens)
         if keep is None:
@@ -110,7 +109,7 @@ class SelfAttention(AttentionProjections):
         return self.o(out.flatten(2)).view_as(x)
 
     def _norm_rotate(
-        self, frames: Frames, table: RotaryTable, x: Tensor, norm: nn.RMSNorm | None, k: Tensor | None = None
+        self, frames: FrameIndices, table: RotaryTable, x: Tensor, norm: nn.RMSNorm | None, k: Tensor | None = None
     ) -> None:
         """x by its norm, and k if given by norm_k, in place."""
         ops.qk_norm_rope(
@@ -130,18 +129,18 @@ class CrossAttention(AttentionProjections):
     """Attention from the tokens of a window to a prompt, or from each frame to its own prompt."""
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded prompts [P, M, D] -> keys and values [P, M, heads, D/heads], computed once per prompt."""
+        """Embedded prompts [P,M,D] → keys and values [P,M,heads,D/heads], computed once per prompt."""
         return self.heads(self.normed(self.k(text), self.norm_k)), self.heads(self.v(text))
 
     def forward(self, x: Tensor, text: TextKeys, prompts: Tensor | None, backend: str) -> Tensor:
-        """x [B, F, S, D] -> same shape and dtype; prompts, int64 [B] or [B, F], are rows of the text keys."""
+        """x [B,F,S,D] → same shape and dtype; prompts, int64 [B] or [B,F], are rows of the text keys."""
         q = self.heads(self.normed(self.q(x.flatten(1, 2)), self.norm_q))
         out = ops.frame_attention(q, text.keys, text.values, text.bias, key_rows=prompts, backend=backend)
         return self.o(out.flatten(2)).view_as(x)
 
 
 class TextKeys(NamedTuple):
-    """One layer's keys and values [P, M, heads, D/heads] of P prompts, and each key's bias [P, 1, 1, M]."""
+    """One layer's keys and values [P,M,heads,D/heads] of P prompts, and each key's bias [P,1,1,M]."""
 
     keys: Tensor
     values: Tensor
@@ -157,7 +156,7 @@ class ContextCache:
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
-    bias: Tensor  # float32 [P, 1, 1, M]
+    bias: Tensor  # float32 [P,1,1,M]
 
     @property
     def num_prompts(self) -> int:
@@ -186,19 +185,8 @@ class ContextCache:
         self.bias[row, ..., :num_keys] = prompt.bias[0]
         self.bias[row, ..., num_keys:] = -torch.inf
 
-    def cat(self, other: ContextCache) -> ContextCache:
-        """The prompts of this cache followed by those of `other`, from the same network."""
-        num_keys = max(self.bias.shape[3], other.bias.shape[3])
-
-        def join(mine: Tensor, theirs: Tensor) -> Tensor:
-            return torch.cat([F.pad(t, (0, 0, 0, 0, 0, num_keys - t.shape[1])) for t in (mine, theirs)])
-
-        pairs = zip(self.layers, other.layers, strict=True)
-        hidden = [F.pad(cache.bias, (0, num_keys - cache.bias.shape[3]), value=-torch.inf) for cache in (self, other)]
-        return ContextCache(tuple((join(a[0], b[0]), join(a[1], b[1])) for a, b in pairs), torch.cat(hidden))
-
     def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
-        """How many guidance branches the index names prompts for: G of [G·B] or [G·B, F].
+        """How many guidance branches the index names prompts for: G of [G·B] or [G·B,F].
 
         Without an index the cache holds one prompt for all windows or one for each. Raises ConfigError on other sizes.
         """
@@ -208,12 +196,12 @@ class ContextCache:
 class Levels(NamedTuple):
     """Noise levels as the network sees them, computed once for a schedule."""
 
-    time: Tensor  # float32 [T, D]
-    projection: Tensor  # float32 [T, 6, D], a 1 added to the scales
+    time: Tensor  # float32 [T,D]
+    projection: Tensor  # float32 [T,6,D], a 1 added to the scales
 
 
 class Modulation(NamedTuple):
-    """Tables [R, D] of a norm: its weight and bias, one row for each noise level or for each frame."""
+    """Tables [R,D] of a norm: its weight and bias, one row for each noise level or for each frame."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -234,11 +222,11 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(nn.init.normal_(torch.empty(1, 6, dim), std=dim**-0.5))
 
     def table(self, time: Tensor) -> Tensor:
-        """Modulation [R, 6, D] of the noise levels' projections `time` [R, 6, D], whose scales already hold their 1."""
+        """Modulation [R,6,D] of the noise levels' projections `time` [R,6,D], whose scales already hold their 1."""
         return self.modulation.float() + time
 
-    def after_self_attention(self, x: Tensor, y: Tensor, table: Tensor, frames: Frames) -> Tensor:
-        """Add self-attention's output y to x [B, F, S, D] float32, in place; -> what cross-attention reads."""
+    def after_self_attention(self, x: Tensor, y: Tensor, table: Tensor, frames: FrameIndices) -> Tensor:
+        """Add self-attention's output y to x [B,F,S,D] float32, in place; → what cross-attention reads."""
         affine = Modulation(None, None)
         if self.norm3 is not None:
             affine = Modulation(self.norm3.weight.float()[None], self.norm3.bias.float()[None])
@@ -250,21 +238,21 @@ class Block(nn.Module):
         h: Tensor,
         table: Tensor,
         following: Modulation,
-        frames: Frames,
+        frames: FrameIndices,
         text: TextKeys,
         prompts: Tensor | None,
         backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Cross-attention and feed-forward on x in place; -> x normalised and modulated by `following`, in `dtype`."""
+        """Cross-attention and feed-forward on x in place; → x normalised and modulated by `following`, in `dtype`."""
         y = self.cross_attn(h, text, prompts, backend)
         h = self._close(x, y, None, Modulation(table[:, 4], table[:, 3]), frames, h.dtype)
         return self._close(x, self.ffn(h), table[:, 5], following, frames, dtype)
 
     def _close(
-        self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: Frames, dtype: torch.dtype
+        self, x: Tensor, y: Tensor, gate: Tensor | None, norm: Modulation, frames: FrameIndices, dtype: torch.dtype
     ) -> Tensor:
-        return ops.residual_norm_modulate(x, y, gate, *norm, frames.rows, eps=self.eps, dtype=dtype)
+        return ops.residual_norm_modulate(x, y, gate, *norm, frames.level_rows, eps=self.eps, dtype=dtype)
 
 
 class Head(nn.Module):
@@ -277,10 +265,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(nn.init.normal_(torch.empty(1, 2, dim), std=dim**-0.5))
 
     def norm(self, time: Tensor) -> Modulation:
-        """Tables of the norm for time embeddings [R, D] float32."""
+        """Tables of the norm for time embeddings [R,D] float32."""
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).unbind(1)
         return Modulation(1 + scale, shift)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h [B, F, S, D], normalised and modulated -> [B, F, S, patch channels]."""
+        """h [B,F,S,D], normalised and modulated → [B,F,S,patch channels]."""
         return linear_fp32(self.head, h)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.umt5 import MAX_DISTANCE, UMT5Config
 from miga_engine.models.wan.vae import WanVAEConfig
-from miga_engine.weights.checkpoint import Checkpoint, RenamedCheckpoint, count_numbered, short
+from miga_engine.weights.checkpoint import Checkpoint, count_numbered
+from miga_engine.weights.renamed import RenamedCheckpoint
+from miga_engine.weights.untrusted import short
 
 Config = TypeVar("Config")
 
@@ -20,6 +22,10 @@ HEAD_DIM = 128  # of every published Wan2.1 transformer
 TEXT_LEN = 512
 MAX_TEXT_LEN = 4096  # no tensor tells it
 SINGLE_FILE_PREFIX = "model.diffusion_model."  # under which single-file exports put the official names
+
+_VAE_MARKS = ("decoder.conv1.weight", "decoder.conv_in.weight")
+_TEXT_ENCODER_MARKS = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+_MARKS = ("patch_embedding.weight", *_VAE_MARKS, *_TEXT_ENCODER_MARKS)  # keys that the sizes are read from
 
 # (pattern in Diffusers keys, official replacement), applied one after the other.
 _DIT_RULES = (
@@ -79,6 +85,11 @@ def official_transformer(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+def is_network(keys: Collection[str]) -> bool:
+    """Whether these are the keys of one of Wan's networks, in either layout."""
+    return any(key.removeprefix(SINGLE_FILE_PREFIX) in _MARKS for key in keys)
+
+
 def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
     """Of a Wan2.1 file's own keys, those whose tensors stay as they are when the networks are stored in another dtype.
 
@@ -88,13 +99,13 @@ def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
         official = official_transformer(checkpoint)
         kept = {official.key_in_file(key) for key in official.shapes if WanDiT.keeps_fp32(key)}
         return kept.__contains__
-    is_vae = "decoder.conv1.weight" in checkpoint.shapes or "decoder.conv_in.weight" in checkpoint.shapes
+    is_vae = not checkpoint.shapes.keys().isdisjoint(_VAE_MARKS)
     return lambda key: is_vae
 
 
 def official_vae(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official VAE keys. Raises CheckpointError when it holds something else."""
-    _require(checkpoint, "a Wan2.1 VAE", "decoder.conv1.weight", "decoder.conv_in.weight")
+    _require(checkpoint, "a Wan2.1 VAE", *_VAE_MARKS)
     if "decoder.conv_in.weight" not in checkpoint.shapes:
         return checkpoint
     # The residual blocks of a level and the upsampler behind them.
@@ -115,9 +126,7 @@ def official_vae(checkpoint: Checkpoint) -> Checkpoint:
 
 def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official UMT5 keys. Raises CheckpointError when it holds something else."""
-    _require(
-        checkpoint, "a UMT5 text encoder", "token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"
-    )
+    _require(checkpoint, "a UMT5 text encoder", *_TEXT_ENCODER_MARKS)
     if "token_embedding.weight" in checkpoint.shapes:
         return checkpoint
     has_shared = "shared.weight" in checkpoint.shapes
@@ -138,8 +147,8 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
     """
     if str(stored.get("model_type", "t2v")) != "t2v" or stored.get("image_dim") is not None:
         raise CheckpointError(
-            f"{checkpoint.path} belongs to a {short(str(stored.get('model_type', 'image-conditioned')))} model; "
-            "give a Wan2.1 text-to-video model."
+            f"{checkpoint.path} belongs to a {short(str(stored.get('model_type', 'image-conditioned')))} model: "
+            "give a Wan2.1 text-to-video model"
         )
     shapes = _Shapes(checkpoint)
     dim, in_dim, *patch = shapes.of("patch_embedding.weight", 5)
@@ -150,8 +159,8 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
         name, value = next(((name, stored[name]) for name in names if stored.get(name) is not None), ("", default))
         if name and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
             raise CheckpointError(
-                f"The config.json beside {checkpoint.path} says {name} {reprlib.repr(value)}, where its weights allow "
-                f"whole numbers from 1 to {most}; give weights and config.json of one and the same model."
+                f"the config.json beside {checkpoint.path} says {name} {reprlib.repr(value)}, where its weights allow "
+                f"whole numbers from 1 to {most}: give weights and config.json of one and the same model"
             )
         return value
 
@@ -160,15 +169,15 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
         if dim % HEAD_DIM:
             raise CheckpointError(
                 f"{checkpoint.path} does not tell its number of heads and its width of {dim} is no multiple of "
-                f"{HEAD_DIM}; put its config.json beside it."
+                f"{HEAD_DIM}: put its config.json beside it"
             )
         num_heads = dim // HEAD_DIM
 
     eps = stored.get("eps", 1e-6)
     if isinstance(eps, bool) or not isinstance(eps, float | int) or not 0 < eps < 1:
         raise CheckpointError(
-            f"The config.json beside {checkpoint.path} says eps {reprlib.repr(eps)}, which must lie between 0 and 1; "
-            "download it again."
+            f"the config.json beside {checkpoint.path} says eps {reprlib.repr(eps)}, which must lie between 0 and 1: "
+            "download it again"
         )
     patch_channels = shapes.of("head.head.weight", 2)[0]
     num_layers = count_numbered(checkpoint.shapes, r"blocks\.(\d+)\.", checkpoint.path)
@@ -237,7 +246,7 @@ def text_encoder_config(checkpoint: Checkpoint) -> UMT5Config:
     if dim_attn % num_heads or not 4 <= num_buckets < 4 * MAX_DISTANCE:
         raise CheckpointError(
             f"{checkpoint.path} has {num_heads} heads and {num_buckets} buckets of positions for a width of "
-            f"{dim_attn}, which is no UMT5 text encoder; download it again."
+            f"{dim_attn}, which is no UMT5 text encoder: download it again"
         )
     return UMT5Config(
         vocab_size=vocab_size,
@@ -261,12 +270,12 @@ class _Shapes:
         shape = self._checkpoint.shapes.get(key)
         if shape is None:
             raise CheckpointError(
-                f"{self._checkpoint.path} lacks {key}, from which the model's size is read; give the complete weights."
+                f"{self._checkpoint.path} lacks {key}, from which the model's size is read: give the complete weights"
             )
         if len(shape) != rank or 0 in shape:
             raise CheckpointError(
-                f"{self._checkpoint.path} holds {key} as {list(shape)} where the model has {rank} dimensions; "
-                "give weights of a Wan2.1 model."
+                f"{self._checkpoint.path} holds {key} as {list(shape)} where the model has {rank} dimensions: "
+                "give weights of a Wan2.1 model"
             )
         return shape
 
@@ -285,14 +294,14 @@ def _checked(checkpoint: Checkpoint, build: Callable[[], Config]) -> Config:
         raise
     except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{checkpoint.path} and its config.json do not describe a model ({error}); download both again."
+            f"{checkpoint.path} and its config.json do not describe a model ({error}): download both again"
         ) from error
 
 
 def _require(checkpoint: Checkpoint, what: str, *keys: str) -> None:
     if not any(key in checkpoint.shapes for key in keys):
         raise CheckpointError(
-            f"{checkpoint.path} does not hold {what} (no {' or '.join(keys)} in it); give the file or folder that does."
+            f"{checkpoint.path} does not hold {what} (no {' or '.join(keys)} in it): give the file or folder that does"
         )
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import html
-import logging
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
-from miga_engine.weights.checkpoint import first_line, read_bounded, refuse_spoilt
+from miga_engine.models.tokenizing import clean_prompt, encode, reported
+from miga_engine.weights.untrusted import read_bounded, refuse_spoilt
 
 if TYPE_CHECKING:
     import tokenizers
-
-_log = logging.getLogger("miga_engine")
 
 MAX_TOKENIZER_BYTES = 32 * 2**20  # twice that of google/umt5-xxl
 
@@ -32,56 +25,7 @@ WAN_DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
-def clean_prompt(text: str) -> str:
-    """Repair broken Unicode, resolve HTML entities (also doubly escaped ones), collapse white space."""
-    text = html.unescape(html.unescape(_unicode_repair()(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
-@functools.cache
-def _unicode_repair() -> Callable[[str], str]:
-    """`ftfy.fix_text`, or the text as it is where ftfy is missing, said once."""
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        _log.warning(
-            "the package ftfy is not installed: prompts are used as typed, with broken or full-width characters that "
-            "the model's training text did not have; install ftfy to have them repaired"
-        )
-        return str
-    return cast("Callable[[str], str]", fix_text)
-
-
-@contextmanager
-def reported(sentence: str) -> Iterator[None]:
-    """What the tokenizers library raises, which is bare Exception and Rust's panics, as one CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{sentence} ({first_line(error)}); download it again.") from error
-
-
-def encode(backend: tokenizers.Tokenizer, text: str, most: int) -> list[int]:
-    """Token ids without special tokens, at most so many; a cut is said in the log. Raises CheckpointError."""
-    with reported("the tokenizer fails on the prompt"):
-        encoding = backend.encode(text, add_special_tokens=False)
-    ids: list[int] = encoding.ids
-    if len(ids) > most:
-        end = encoding.offsets[most][0]
-        before, behind = text[:end].split()[-4:], text[end:].split()[:4]
-        _log.warning(
-            "a prompt has %d tokens and the text encoder reads %d: it is cut behind %r, and %r and what follows "
-            "is lost",
-            len(ids), most, " ".join(before), " ".join(behind),
-        )  # fmt: skip
-    return ids[:most]
-
-
-class Tokenizer:
+class UMT5Tokenizer:
     """Wraps a `tokenizer.json`; every prompt ends in </s>, also one cut to `text_len` tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, text_len: int = 512) -> None:
@@ -91,21 +35,19 @@ class Tokenizer:
         self.text_len = text_len
         end_id = backend.token_to_id("</s>")
         if end_id is None:
-            raise CheckpointError("The tokenizer has no </s> token; use the tokenizer.json of google/umt5-xxl.")
+            raise CheckpointError("the tokenizer has no </s> token: use the tokenizer.json of google/umt5-xxl")
         self.end_id: int = end_id
         self.pad_id: int = backend.token_to_id("<pad>") or 0
 
     @classmethod
-    def from_folder(cls, path: str | Path, text_len: int = 512) -> Tokenizer:
+    def from_folder(cls, path: str | Path, text_len: int = 512) -> UMT5Tokenizer:
         """Read `tokenizer.json` in the folder `path`, or that file itself. Raises CheckpointError."""
         import tokenizers
 
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise CheckpointError(
-                f"{file} does not exist; download the tokenizer.json of the model's tokenizer folder."
-            )
+            raise CheckpointError(f"{file} does not exist: download the tokenizer.json of the model's tokenizer folder")
         if file.stat().st_size:
             refuse_spoilt(file)
         content = read_bounded(file, MAX_TOKENIZER_BYTES)
@@ -114,7 +56,7 @@ class Tokenizer:
         return cls(backend, text_len)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids and mask, int64 [P, T], padded to the longest; T <= text_len."""
+        """Prompts → ids and mask, int64 [P,T], padded to the longest; T <= text_len."""
         rows = []
         for prompt in prompts:
             text_ids = encode(self._backend, clean_prompt(prompt), self.text_len - 1)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.models.layers import rearrange
+from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops import frame_attention, untimed_backend
 
 MAX_DISTANCE = 128  # positions further apart share the last bucket
@@ -50,7 +52,7 @@ class RelativeBias(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
     def forward(self, length: int) -> Tensor:
-        """-> [1, heads, length, length]."""
+        """→ [1,heads,length,length]."""
         positions = torch.arange(length, device=self.embedding.weight.device)
         distance = positions[None, :] - positions[:, None]
         half = self.embedding.num_embeddings // 2
@@ -73,8 +75,11 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, T, D], bias [B, heads, T, T] -> [B, T, D]."""
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        """x [B,T,D], bias [B,heads,T,T] → [B,T,D]."""
+        q, k, v = (
+            rearrange(layer(x), "b t (heads d) -> b t heads d", heads=self.num_heads)
+            for layer in (self.q, self.k, self.v)
+        )
         attended = frame_attention(q, k, v, bias=bias, scale=1.0, backend=untimed_backend(x.device))
         return self.o(attended.flatten(2))
 
@@ -117,25 +122,25 @@ class Block(nn.Module):
         self.pos_embedding = RelativeBias(config.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, is_text: Tensor) -> Tensor:
-        """x [B, T, D], is_text bool [B, 1, 1, T] -> [B, T, D]."""
+        """x [B,T,D], is_text bool [B,1,1,T] → [B,T,D]."""
         bias = self.pos_embedding(x.shape[1])
         bias = bias.masked_fill(~is_text, torch.finfo(bias.dtype).min)
         x = _within_float16(x + self.attn(self.norm1(x), bias), x.dtype)
         return _within_float16(x + self.ffn(self.norm2(x)), x.dtype)
 
 
-class UMT5Encoder(nn.Module):
-    """Token ids -> text embeddings, in the dtype of the weights (bfloat16 in the published checkpoint)."""
+class UMT5Encoder(TextEncoder):
+    """Token ids → text embeddings, in the dtype of the weights (bfloat16 in the published checkpoint)."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
-        self.config = config
+        self.config: UMT5Config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """token_ids int [B, T] and mask [B, T] (nonzero at text) -> [B, T, D]; rows outside the mask mean nothing."""
+        """token_ids int [B,T] and mask [B,T] (nonzero at text) → [B,T,D]; rows outside the mask mean nothing."""
         x = self.token_embedding(token_ids)
         is_text = mask.bool()[:, None, None, :]
         for block in self.blocks:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miga_engine.errors import ConfigError
 from miga_engine.models.layers import check_finite
+from miga_engine.models.protocols import VAE
 from miga_engine.models.wan.vae_layers import CausalConv3d, Decoder, Encoder, FeatureCache
 
 # Statistics of the published 16-channel latents, by which they are brought to zero mean and unit variance.
@@ -44,12 +45,12 @@ class WanVAEConfig:
     def __post_init__(self) -> None:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ConfigError(
-                f"temporal_downsample has {len(self.temporal_downsample)} entries for {len(self.dim_mult)} levels; "
-                "give one entry for each level but the last."
+                f"temporal_downsample has {len(self.temporal_downsample)} entries for {len(self.dim_mult)} levels: "
+                "give one entry for each level but the last"
             )
         for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
             if values is not None and len(values) != self.z_dim:
-                raise ConfigError(f"{name} has {len(values)} numbers; give one for each of the {self.z_dim} channels.")
+                raise ConfigError(f"{name} has {len(values)} numbers: give one for each of the {self.z_dim} channels")
 
     @property
     def spatial_factor(self) -> int:
@@ -69,15 +70,16 @@ class WanVAEConfig:
         return self.latents_mean or mean, self.latents_std or std
 
 
-class WanVAE(nn.Module):
-    """Video [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, C, F, h, w], T = 1 + 4(F-1), h = H/8, w = W/8.
+class WanVAE(VAE):
+    """Video [B,3,T,H,W] in [-1,1] ↔ normalised latents [B,C,F,h,w], T = 1 + 4(F-1), h = H/8, w = W/8.
 
     It computes in the dtype of its weights (the published ones are float32) and leaves gradients to the caller.
     """
 
     def __init__(self, config: WanVAEConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or WanVAEConfig()
+        self.config: WanVAEConfig = config or WanVAEConfig()
+        config = self.config
         shape = (config.dim_mult, config.num_res_blocks)
         self.encoder = Encoder(config.dim, config.z_dim * 2, *shape, config.temporal_downsample)
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
@@ -106,7 +108,7 @@ class WanVAE(nn.Module):
         return self
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] -> normalised mean latents [B, C, F, h, w].
+        """Video [B,3,T,H,W] in [-1,1] → normalised mean latents [B,C,F,h,w].
 
         Raises ConfigError unless T = 1 mod 4 and H, W are multiples of 8, NumericsError on NaN and infinity.
         """
@@ -116,7 +118,7 @@ class WanVAE(nn.Module):
         return frames.to(self.dtype).movedim(-1, 1)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Video [B, 3, T, H, W] -> mean and log-variance of the latents before normalisation, each [B, C, F, h, w].
+        """Video [B,3,T,H,W] → mean and log-variance of the latents before normalisation, each [B,C,F,h,w].
 
         The clip runs through in chunks of 1, 4, 4, ... frames with causal caches, which is differentiable as a whole.
         """
@@ -128,10 +130,6 @@ class WanVAE(nn.Module):
         parts = [self.encoder(frames[:, s : s + (ratio if s else 1)], cache) for s in starts]
         mean, logvar = self.conv1(torch.cat(parts, dim=1)).chunk(2, dim=-1)
         return mean.movedim(-1, 1), logvar.movedim(-1, 1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, F, h, w] -> video [B, 3, 1 + 4(F-1), 8h, 8w], clamped to [-1, 1]."""
-        return self.stream_decoder().push(latents)
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder that takes the latents of one clip in pieces and gives bit for bit the frames of `decode`."""
@@ -148,18 +146,18 @@ class WanVAE(nn.Module):
     def _check_video(self, video: Tensor) -> None:
         ratio, factor = self.config.frame_ratio, self.config.spatial_factor
         if video.ndim != 5 or video.shape[1] != 3:
-            raise ConfigError(f"encode takes a video [B, 3, T, H, W]; the given tensor is {tuple(video.shape)}.")
+            raise ConfigError(f"encode takes a video [B, 3, T, H, W]: the given tensor is {tuple(video.shape)}")
         num_frames, height, width = video.shape[2:]
         if num_frames % ratio != 1 % ratio:
             longer = num_frames + (1 - num_frames) % ratio
             raise ConfigError(
-                f"encode takes 1 + {ratio}·n frames and was given {num_frames}; "
-                f"cut the clip to {max(1, longer - ratio)} frames or repeat its last frame up to {longer}."
+                f"encode takes 1 + {ratio}·n frames and was given {num_frames}: "
+                f"cut the clip to {max(1, longer - ratio)} frames or repeat its last frame up to {longer}"
             )
         if height % factor or width % factor:
             raise ConfigError(
-                f"encode takes a height and width divisible by {factor} and was given {height}x{width}; "
-                "crop or resize it."
+                f"encode takes a height and width divisible by {factor} and was given {height}x{width}: "
+                "crop or resize it"
             )
 
 
@@ -172,19 +170,19 @@ class StreamDecoder:
         self._sizes: tuple[int, ...] | None = None
 
     def push(self, latents: Tensor) -> Tensor:
-        """Next latents [B, C, n, h, w], n >= 1 -> their frames [B, 3, t, 8h, 8w] in [-1, 1].
+        """Next latents [B,C,n,h,w], n >= 1 → their frames [B,3,t,8h,8w] in [-1,1].
 
         t = 4n, less 3 in the piece that opens the clip. Raises ConfigError when the sizes differ from the earlier ones,
         NumericsError on NaN and infinity, which is waited for.
         """
         channels = self._vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
-            raise ConfigError(f"The VAE decodes latents [B, {channels}, n >= 1, h, w]; given {tuple(latents.shape)}.")
+            raise ConfigError(f"the VAE decodes latents [B, {channels}, n >= 1, h, w]: given {tuple(latents.shape)}")
         sizes = (latents.shape[0], *latents.shape[3:])
         if self._sizes is not None and self._sizes != sizes:
             raise ConfigError(
-                f"The stream was opened with (batch, height, width) = {self._sizes} and now gets {sizes}; "
-                "open a new stream_decoder() for another clip."
+                f"the stream was opened with (batch, height, width) = {self._sizes} and now gets {sizes}: "
+                "open a new stream_decoder() for another clip"
             )
         cache = dict(self._cache)  # a push that fails leaves the stream as it was
         frames = torch.cat([self._vae.decode_core(latent, cache) for latent in latents.split(1, dim=2)], dim=2)
@@ -194,7 +192,7 @@ class StreamDecoder:
         return pictures
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next push depends on: a tensor [B, frames, h, w, C] by name of each layer that looks back."""
+        """All that the next push depends on: a tensor [B,frames,h,w,C] by name of each layer that looks back."""
         return dict(self._cache)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -203,7 +201,7 @@ class StreamDecoder:
         unknown = sorted(set(state) - known)
         if unknown:
             raise ConfigError(
-                f"The saved decoder state names {unknown[0]}, which this VAE lacks; resume with its own VAE."
+                f"the saved decoder state names {unknown[0]}, which this VAE lacks: resume with its own VAE"
             )
         device = self._vae.latents_mean.device
         self._cache = {name: tensor.to(device) for name, tensor in state.items()}

@@ -1,6 +1,6 @@
 """Layers of the Wan2.1 video VAE, causal in time.
 
-Inside the network a clip is [B, T, H, W, C], contiguous: a frame is a picture to every 2-D operation (channels-last,
+Inside the network a clip is [B,T,H,W,C], contiguous: a frame is a picture to every 2-D operation (channels-last,
 the layout that convolutions are fastest in on CPUs and GPUs), a norm reads neighbours in memory, a 1x1 convolution is a
 matrix product, and a temporal convolution is a 2-D convolution over the channels of neighbouring frames.
 
@@ -15,32 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miga_engine.models.layers import Conv2d
+from miga_engine.models.layers import Conv2d, pointwise, wants_gradient
 from miga_engine.ops import conv2d, frame_attention, untimed_backend
-from miga_engine.ops.linear import linear
 
 FeatureCache = dict[str, Tensor]
 
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a picture layer to each frame: [B, T, H, W, C] -> [B, T, H', W', C']."""
-    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B·T, C, H, W], channels-last in memory
+    """Apply a picture layer to each frame: [B,T,H,W,C] → [B,T,H',W',C']."""
+    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B·T,C,H,W], channels-last in memory
     return layer(pictures).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution: x [..., C], weight [C', C] -> [..., C']."""
-    if wants_gradient(x, weight):  # the fast product has none
-        return F.linear(x, weight, bias)
-    return linear(x, weight, bias)
-
-
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution over [B, T, H, W, C] that sees the present and `kernel - 1` past frames, zeros before the first.
+    """3-D convolution over [B,T,H,W,C] that sees the present and `kernel - 1` past frames, zeros before the first.
 
     The parameters are those of nn.Conv3d. It is computed as one 2-D convolution over the stacked channels of the frames
     in reach. On one CPU core (float32, best of 10) that took 1.9 ms against 8.1 of conv3d at 32 channels of 4x32x48,
@@ -78,7 +66,7 @@ class CausalConv3d(nn.Conv3d):
         self.weight.data = self.weight.data.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
 
     def taps(self, frames: Tensor, num_taps: int) -> Tensor:
-        """Convolve with the last `num_taps` time taps, unpadded in time: T -> (T - num_taps) // stride + 1 frames."""
+        """Convolve with the last `num_taps` time taps, unpadded in time: T → (T - num_taps) // stride + 1 frames."""
         stride = self.stride[0]
         num_out = (frames.shape[1] - num_taps) // stride + 1
         span = stride * (num_out - 1) + 1
@@ -86,7 +74,7 @@ class CausalConv3d(nn.Conv3d):
             stacked = frames[:, :span:stride]
         else:
             stacked = torch.cat([frames[:, i : i + span : stride] for i in range(num_taps)], dim=-1)
-        kernel = self.weight[:, :, -num_taps:].permute(0, 3, 4, 2, 1).flatten(3)  # [C', kh, kw, num_taps·C]
+        kernel = self.weight[:, :, -num_taps:].permute(0, 3, 4, 2, 1).flatten(3)  # [C',kh,kw,num_taps·C]
         if self.kernel_size[1:] == (1, 1):
             return pointwise(stacked, kernel.flatten(1), self.bias)
         pictures = stacked.flatten(0, 1).permute(0, 3, 1, 2)
@@ -96,7 +84,7 @@ class CausalConv3d(nn.Conv3d):
         return out.permute(0, 2, 3, 1).unflatten(0, (frames.shape[0], num_out))
 
     def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
-        """x [B, T, H, W, C], any T >= 1, continuing the clip in `cache` -> [B, T, H', W', C']."""
+        """x [B,T,H,W,C], any T >= 1, continuing the clip in `cache` → [B,T,H',W',C']."""
         if self.is_pointwise_in_time():
             return self.taps(x, 1)
         past = None if cache is None else cache.get(self.cache_name)
@@ -112,7 +100,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """x / ‖x‖ · √C · γ over the channels of [..., C], followed by SiLU where `has_silu`."""
+    """x / ‖x‖ · √C · γ over the channels of [...,C], followed by SiLU where `has_silu`."""
 
     def __init__(self, channels: int, is_video: bool = True, has_silu: bool = True) -> None:
         super().__init__()
@@ -163,7 +151,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(0, 1).flatten(1, 2).unsqueeze(2)  # [B·T, H·W, 1, C]
+        tokens = self.norm(x).flatten(0, 1).flatten(1, 2).unsqueeze(2)  # [B·T,H·W,1,C]
         q, k, v = pointwise(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
         out = pointwise(
             frame_attention(q, k, v, backend=untimed_backend(x.device)), self.proj.weight.flatten(1), self.proj.bias
@@ -205,7 +193,7 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if is_temporal else None
 
     def double_time(self, x: Tensor, cache: FeatureCache | None, time_conv: CausalConv3d) -> Tensor:
-        """[B, T, H, W, C] -> [B, 2T, H, W, C]; the clip's first frame stays single and outside the history."""
+        """[B,T,H,W,C] → [B,2T,H,W,C]; the clip's first frame stays single and outside the history."""
 
         def doubled(frames: Tensor) -> Tensor:
             return time_conv(frames, cache).unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
@@ -233,7 +221,7 @@ def run_sequence(layers: nn.Sequential, x: Tensor, cache: FeatureCache | None) -
 
 
 class Encoder(nn.Module):
-    """[B, T, H, W, 3] -> [B, F, H/8, W/8, out_channels] for four levels."""
+    """[B,T,H,W,3] → [B,F,H/8,W/8,out_channels] for four levels."""
 
     def __init__(
         self,
@@ -263,7 +251,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, F, h, w, z_dim] -> [B, T, 8h, 8w, 3] for four levels."""
+    """[B,F,h,w,z_dim] → [B,T,8h,8w,3] for four levels."""
 
     def __init__(
         self,

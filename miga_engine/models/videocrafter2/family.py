@@ -1,54 +1,46 @@
-"""Load VideoCrafter2's networks from its `model.ckpt`, from the same as safetensors, or from the folder of either."""
+"""The family of VideoCrafter2: its `model.ckpt`, the same as safetensors, or the folder of either."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from miga_engine.device import own_modes
-from miga_engine.errors import CheckpointError
+from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
+from miga_engine.models.family import Device, Family
 from miga_engine.models.videocrafter2 import layouts
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
-from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
-from miga_engine.models.videocrafter2.vae import KLVAE
-from miga_engine.weights.checkpoint import (
-    PICKLE_SUFFIXES,
-    Checkpoint,
-    check_fit,
-    load_module,
-    open_checkpoint,
-    stored_dtype,
-)
+from miga_engine.models.videocrafter2.unet import VideoUNet, VideoUNetConfig, unet_config
+from miga_engine.models.videocrafter2.vae import KLVAE, KLVAEConfig
+from miga_engine.weights.checkpoint import Checkpoint, check_fit, stored_dtype
+from miga_engine.weights.files import format_of, open_checkpoint
+from miga_engine.weights.load import load_module
 
-Device = torch.device | str | None
-
-WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+WINDOW_BOUND = 1024  # latent frames; the network knows no positions in time, but the rings of a run grow with them
+PROTOCOL_FRAMES = 128  # video frames of MIGA's evaluation
 
 
-def is_videocrafter2(path: str | Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether `path` is a weights file with VideoCrafter2's UNet, or a folder that holds one, judged by its keys.
 
     Raises CheckpointError where a file is damaged.
     """
-    path = Path(path)
     if path.is_file():
-        return path.suffix in WEIGHTS_SUFFIXES and layouts.is_model(open_checkpoint(path).shapes)
+        return format_of(path) is not None and layouts.is_model(open_checkpoint(path).shapes)
     return bool(_models_in(path))
 
 
-def load_bundle(
-    path: str | Path, extra: dict[str, Any], device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype
-) -> ModelBundle:
+def open_bundle(path: Path, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype) -> ModelBundle:
     """All networks of a model; the text encoder and the tokenizer are read when the first prompt is encoded."""
     load_tokenizer(path)  # read late, but missed at once
+    checkpoint = _open(path)
+    root, text = checkpoint.path.parent, layouts.text_encoder_config(layouts.text_encoder(checkpoint))
     unet, vae = load_unet(path, device, dtype), load_vae(path, device, vae_dtype)
-    root, config = model_file(path).parent, unet.config
+    config = unet.config
     check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_channels, output=config.out_channels)
-    text = layouts.text_encoder_config(layouts.text_encoder(_open(path)))
     check_fit(root, "widths of a text", text_encoder=text.dim, UNet=config.context_dim)
     check_fit(root, "tokens of a text", text_encoder=text.text_len, tokenizer=TEXT_LEN)
     return ModelBundle(
@@ -64,19 +56,15 @@ def load_bundle(
             prediction_type=unet.prediction_type,
             default_preset="videocrafter2",
             default_negative_prompt="",
+            protocol_frames=PROTOCOL_FRAMES,
         ),
-        extra=extra,
         open_text_encoder=lambda: load_text_encoder(path, device, dtype),
         open_tokenizer=lambda: load_tokenizer(path),
+        rehearse=lambda: rehearse(unet.dtype),
     )
 
 
-def model_file(path: str | Path) -> Path:
-    """The weights file under `path`. Raises CheckpointError."""
-    return _open(path).path
-
-
-def network_bytes(path: str | Path) -> dict[str, int]:
+def network_bytes(path: Path) -> dict[str, int]:
     """Bytes that each network has in the weights file under `path`, of which no others are read with it.
 
     Raises CheckpointError.
@@ -90,8 +78,7 @@ def network_bytes(path: str | Path) -> dict[str, int]:
     return {name: sum(part.read(key).nbytes for key in part.shapes) for name, part in networks.items()}
 
 
-@own_modes()
-def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
+def load_unet(path: Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
     """The UNet under `path`, a weights file or its folder.
 
     device defaults to the CPU, dtype to the file's own; what the network uses in float32 stays float32.
@@ -110,8 +97,7 @@ def load_unet(path: str | Path, device: Device = None, dtype: torch.dtype | None
     )
 
 
-@own_modes()
-def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch.float32) -> KLVAE:
+def load_vae(path: Path, device: Device = None, dtype: torch.dtype = torch.float32) -> KLVAE:
     """The image VAE under `path`, a weights file or its folder. device defaults to the CPU. Raises CheckpointError."""
     vae = layouts.network(_open(path), layouts.VAE)
     config = layouts.vae_config(vae)
@@ -119,8 +105,7 @@ def load_vae(path: str | Path, device: Device = None, dtype: torch.dtype = torch
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-@own_modes()
-def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtype | None = None) -> CLIPTextEncoder:
+def load_text_encoder(path: Path, device: Device = None, dtype: torch.dtype | None = None) -> CLIPTextEncoder:
     """The text encoder under `path`, a weights file or its folder.
 
     device defaults to the CPU, dtype to the file's own. Raises CheckpointError.
@@ -131,43 +116,54 @@ def load_text_encoder(path: str | Path, device: Device = None, dtype: torch.dtyp
     return load_module(lambda: CLIPTextEncoder(config), text, device=device, dtype=dtype)
 
 
-def load_tokenizer(path: str | Path) -> CLIPTokenizer:
+def load_tokenizer(path: Path, text_len: int | None = None) -> CLIPTokenizer:
     """The tokenizer under `path`: the model's folder or weights file, beside which it lies, or the tokenizer's file.
 
-    Raises CheckpointError, also where the model beside it has embeddings for another number of tokens.
+    Raises CheckpointError, also where the model beside it has embeddings for another number of tokens, and ConfigError
+    for any other text_len than the one that the text tower has positions for.
     """
-    path = Path(path)
-    folder = path.parent if path.suffix in WEIGHTS_SUFFIXES else path
+    if text_len not in (None, TEXT_LEN):
+        raise ConfigError(f"text_len is {text_len}: VideoCrafter2 takes {TEXT_LEN}, so leave it out")
+    folder = path if format_of(path) is None else path.parent
     tokenizer = CLIPTokenizer.from_file(folder)
     if path != folder or _models_in(path):
         num_embeddings = layouts.text_encoder_config(layouts.text_encoder(_open(path))).vocab_size
         if num_embeddings != tokenizer.vocab_size:
             raise CheckpointError(
-                f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens and the text encoder embeddings for "
-                f"{num_embeddings}; use the tokenizer of OpenCLIP ViT-H/14."
+                f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the text encoder embeddings for "
+                f"{num_embeddings}: use the tokenizer of OpenCLIP ViT-H/14"
             )
     return tokenizer
 
 
-def keeps_dtype(key: str) -> bool:
-    """Whether a tensor of model.ckpt stays as it is when the networks are stored in another dtype.
+def kept_dtypes(checkpoint: Checkpoint) -> Callable[[str], bool] | None:
+    """The VAE, what the UNet uses in float32 whatever its dtype, and the tables of the noise schedule."""
+    return keeps_dtype if layouts.is_part(checkpoint.shapes) else None
 
-    True of the VAE, of what the UNet uses in float32 whatever its dtype, and of the tables of the noise schedule.
-    """
+
+def keeps_dtype(key: str) -> bool:
+    """Whether a tensor of model.ckpt stays as it is when the networks are stored in another dtype."""
     is_fp32 = key.startswith(layouts.UNET) and VideoUNet.keeps_fp32(key.removeprefix(layouts.UNET))
     return is_fp32 or key.startswith(layouts.VAE) or key in layouts.SCHEDULE_TABLES
 
 
-def _open(path: str | Path) -> Checkpoint:
-    path = Path(path)
+def rehearse(dtype: torch.dtype) -> None:
+    """A run in small, which makes the libraries load and build what a run needs of them."""
+    sizes = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1, "head_dim": 16}
+    config = VideoUNetConfig(**sizes, channel_mult=(1,), attention_ratios=(1,), transformer_depth=1, context_dim=8)
+    VideoUNet(config).to(dtype)(torch.zeros(1, 4, 5, 16, 16, dtype=dtype), 0.0, torch.zeros(1, 4, 8))
+    KLVAE(KLVAEConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1)).decode(torch.zeros(1, 4, 2, 8, 8))
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_file():
         return open_checkpoint(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give VideoCrafter2's model.ckpt or its folder.")
+        raise CheckpointError(f"{path} does not exist: give VideoCrafter2's model.ckpt or its folder")
     models = _models_in(path)
     if len(models) != 1:
         found = ", ".join(model.path.name for model in models) or "no .safetensors or .ckpt file with its UNet"
-        raise CheckpointError(f"{path} does not hold one VideoCrafter2 model but {found}; give the file itself.")
+        raise CheckpointError(f"{path} does not hold one VideoCrafter2 model but {found}: give the file itself")
     return models[0]
 
 
@@ -178,3 +174,17 @@ def _models_in(folder: Path) -> list[Checkpoint]:
         if models := [checkpoint for checkpoint in checkpoints if layouts.is_model(checkpoint.shapes)]:
             return models
     return []
+
+
+VIDEOCRAFTER2 = Family(
+    name="VideoCrafter2",
+    window_bound=WINDOW_BOUND,
+    recognises=recognises,
+    open_bundle=open_bundle,
+    load_transformer=load_unet,
+    load_vae=load_vae,
+    load_text_encoder=load_text_encoder,
+    load_tokenizer=load_tokenizer,
+    network_bytes=network_bytes,
+    kept_dtypes=kept_dtypes,
+)
