@@ -75,7 +75,7 @@ def extensions() -> list[Extension]:
             "miga_engine._C",
             sources=sorted(str(path) for path in (*Path("csrc").glob("*.cpp"), *Path("csrc/bindings").glob("*.cpp"))),
             depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
-            include_dirs=[str(torch / "include")],
+            include_dirs=["csrc", str(torch / "include")],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],

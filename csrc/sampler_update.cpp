@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // all buffers of a block stay in the first-level cache
 
-enum Column { kMX, kMV, kCX, kCY, kCM, kCM1, kCM2, kPX, kPV, kPM, kPM1, kPN };
-
 template <typename T>
 MIGA_INLINE void add_term(T* sum, T coefficient, const T* values, int64_t size) {
   if (coefficient == 0) return;

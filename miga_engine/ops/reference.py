@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miga_engine.noise import FrameNoise
+from miga_engine.schedule import COLUMNS
 
 
 def sampler_update(
@@ -43,7 +44,11 @@ def sampler_update(
     steps = torch.where(is_used, step_index[source], 0)
     lengths = torch.where(is_used, history_length[source], 0).clamp(max=coefficients.shape[1] - 1)
     columns = coefficients[steps, lengths].to(dtype).view(count, -1, 1, 1, 1).unbind(1)
-    m_x, m_v, c_x, c_y, c_m, c_m1, c_m2, p_x, p_v, p_m, p_m1, p_n = columns
+    weights = dict(zip(COLUMNS, columns, strict=True))
+
+    def term(column: str, value: Tensor) -> Tensor:
+        weight = weights[column]
+        return torch.where(weight == 0, 0, weight * value)
 
     x, y, m1, m2 = (state[slot] for state in (sample, last_sample, x0, x0_previous))  # [n,C,H,W]
     v = velocity_cond[source].to(dtype)
@@ -51,11 +56,11 @@ def sampler_update(
         v_uncond = velocity_uncond[source].to(dtype)
         v = v_uncond + guidance_scale * (v - v_uncond)
 
-    m = _term(m_x, x) + _term(m_v, v)
-    corrected = _term(c_x, x) + _term(c_y, y) + _term(c_m, m) + _term(c_m1, m1) + _term(c_m2, m2)
-    following = _term(p_x, corrected) + _term(p_v, v) + _term(p_m, m) + _term(p_m1, m1)
+    m = term("m_x", x) + term("m_v", v)
+    corrected = term("c_x", x) + term("c_y", y) + term("c_m", m) + term("c_m1", m1) + term("c_m2", m2)
+    following = term("p_x", corrected) + term("p_v", v) + term("p_m", m) + term("p_m1", m1)
     if noise is not None:
-        following = following + _term(p_n, noise[source].to(dtype))
+        following = following + term("p_n", noise[source].to(dtype))
 
     is_written = is_used.view(-1, 1, 1, 1)
     kept_m1 = torch.where(lengths.view(-1, 1, 1, 1) > 0, m1, 0)
@@ -68,10 +73,6 @@ def consistency_score(reference: Tensor, candidates: Tensor, channels: str = "me
     """⟨mean û_E, mean û_R⟩ per candidate group, [k] in at least float32; contract in `miga_engine.ops`."""
     reference_mean = _frame_directions(reference, channels).mean(0)  # [P]
     return _frame_directions(candidates, channels).mean(1) @ reference_mean
-
-
-def _term(coefficient: Tensor, value: Tensor) -> Tensor:
-    return torch.where(coefficient == 0, 0, coefficient * value)
 
 
 def _frame_directions(frames: Tensor, channels: str) -> Tensor:

@@ -13,9 +13,9 @@ from miga_engine.ops._registry import (
     require_like,
     require_tensors,
 )
+from miga_engine.schedule import NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS
 
 _CHANNEL_MODES = ("mean", "all")
-_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS = 3, 12  # as in miga_engine.schedule
 
 torch.library.define(
     "miga::sampler_update",
@@ -115,7 +115,7 @@ def sampler_update(
     for name, indices in (("slots", slots), ("step_index", step_index), ("history_length", history_length)):
         require(indices.shape == slots.shape, name, "shape", tuple(indices.shape), f"{tuple(slots.shape)} as slots")
         require(indices.dtype == torch.int64, name, "dtype", indices.dtype, "int64")
-    table = (_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS)
+    table = (NUM_HISTORY_LENGTHS, NUM_COEFFICIENTS)
     require(coefficients.dtype.is_floating_point, "coefficients", "dtype", coefficients.dtype, "a floating point type")
     is_table = coefficients.ndim == 3 and coefficients.shape[1:] == table
     require(is_table, "coefficients", "shape", tuple(coefficients.shape), f"(num_steps, {table[0]}, {table[1]})")

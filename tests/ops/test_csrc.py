@@ -1,6 +1,7 @@
 """The C++ CPU kernels against the float64 oracle, and how they are found."""
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from places import ROOT
 from miga_engine import _extension, ops
 from miga_engine.noise import FrameNoise, Purpose, frame_noise
 from miga_engine.ops import reference as oracle
-from miga_engine.schedule import make_schedule
+from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_schedule
 
 COMPILER = shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0])
 
@@ -233,8 +234,9 @@ def test_sampler_update_draws_the_noise_of_the_oracle(shape: tuple[int, ...], dt
     state, frames, keywords = _update_arguments(dtype, torch.bfloat16, shape)
     generator = torch.Generator().manual_seed(4)
     keywords["coefficients"] = keywords["coefficients"].clone()
-    keywords["coefficients"][:, :, 11] = torch.rand(keywords["coefficients"].shape[:2], generator=generator)
-    keywords["coefficients"][0, 0, 11] = keywords["coefficients"][4, 2, 11] = 0
+    p_n = keywords["coefficients"][..., COLUMNS.index("p_n")]
+    p_n.copy_(torch.rand(p_n.shape, generator=generator))
+    p_n[0, 0] = p_n[4, 2] = 0
     noise = frame_noise(-3, Purpose.SOLVER, [7, -1, 2**40 + 5, 0, 9], stream=[3, 0, 2**32 - 1, 4, 1])
     drawn = noise.draw(shape[1:])
     drawn[[0, 4]] = torch.nan
@@ -248,12 +250,22 @@ def test_sampler_update_draws_the_noise_of_the_oracle(shape: tuple[int, ...], dt
         torch.testing.assert_close(read, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def test_columns_have_one_order() -> None:
+    """The kernels name the columns that schedule.py lays out."""
+    source = (ROOT / "csrc" / "sampler_update.h").read_text()
+    *names, last = re.search(r"enum Column : int64_t {(.*?)}", source)[1].replace(" ", "").split(",")
+    assert names == ["k" + name.replace("_", "").upper() for name in COLUMNS]
+    assert last == "kNumCoefficients"
+    kernel = pytest.importorskip("miga_engine.kernels.sampler_update", reason="Triton is for Linux only")
+    assert [getattr(kernel, f"_{name.upper()}").value for name in COLUMNS] == list(range(len(COLUMNS)))
+
+
 def _only_noise(noise: FrameNoise, shape: tuple[int, ...]) -> torch.Tensor:
     """What sampler_update adds to x where every coefficient but the noise's is 0."""
     count = noise.counters.shape[0]
     state = [torch.full((count, *shape), torch.nan) for _ in range(4)]
-    coefficients = torch.zeros(1, 3, 12)
-    coefficients[..., 11] = 1
+    coefficients = torch.zeros(1, NUM_HISTORY_LENGTHS, NUM_COEFFICIENTS)
+    coefficients[..., COLUMNS.index("p_n")] = 1
     index = torch.zeros(count, dtype=torch.int64)
     ops.sampler_update(
         *state, torch.full((count, *shape), torch.nan), None, slots=torch.arange(count), coefficients=coefficients,

@@ -9,7 +9,7 @@ import torch
 
 from miga_engine.noise import Purpose, frame_noise
 from miga_engine.ops import reference as oracle
-from miga_engine.schedule import NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_schedule
+from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_schedule
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -258,7 +258,8 @@ def _queue(velocity: torch.dtype, fill: float = torch.nan, frame: tuple[int, ...
     values = (SLOTS, LENGTHS, STEPS)
     keywords = {name: torch.tensor(value, device=DEVICE) for name, value in zip(names, values, strict=True)}
     rows = make_schedule("unipc", 6, 3.0).coefficients.rows.clone()
-    rows[..., -1] = torch.tensor([0.0, 0.7])[torch.arange(6) % 2][:, None]  # noise at every other step
+    noise = torch.tensor([0.0, 0.7])[torch.arange(6) % 2]  # at every other step
+    rows[..., COLUMNS.index("p_n")] = noise[:, None]
     keywords |= {"coefficients": _guarded(rows), "guidance_scale": 4.5}
     return state, frames, keywords
 
@@ -347,7 +348,7 @@ def test_drawn_noise_has_the_bits_of_the_noise_module() -> None:
     """A row that is the noise alone, over 20,000 normals of an odd frame; frame numbers beyond 32 bits and below 0."""
     frame, numbers = (3, 37, 37), [0, 1, -1, (1 << 40) + 3, -(1 << 55)]
     rows = torch.zeros(1, NUM_HISTORY_LENGTHS, NUM_COEFFICIENTS, device=DEVICE)
-    rows[..., -1] = 1
+    rows[..., COLUMNS.index("p_n")] = 1
     zeros = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     for seed, stream in ((-2, 0), (0x123456789ABCDEF, 0xFFFFFFFF)):
         state = [torch.full((5, *frame), torch.nan, device=DEVICE) for _ in range(4)]
