@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "elements.h"
-#include "normal_noise.h"
+#include "core/elements.h"
+#include "core/normal_noise.h"
 
 namespace miga {
 

@@ -1,10 +1,10 @@
-#include "normal_noise.h"
+#include "core/normal_noise.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
-#include "clones.h"
+#include "core/clones.h"
 
 namespace miga {
 namespace {
