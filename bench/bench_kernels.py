@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from miga_engine import ops
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS
 from miga_engine.models.wan.dit_layers import Block, Frames, Modulation, RotaryTable, TextKeys
-from miga_engine.ops import reference
 from miga_engine.schedule import make_schedule
 
 with contextlib.suppress(ImportError):  # of tests/, which gpu.sh has on the path
@@ -120,19 +119,19 @@ def _modulation_arguments(dtype: torch.dtype, sizes: Sizes) -> tuple[Tensor, ...
 def norm_modulate(dtype: torch.dtype, sizes: Sizes) -> Case:
     x, _, _, weight, bias, rows = _modulation_arguments(dtype, sizes)
     arguments = (x, weight, bias, rows)
-    compiled = _compiled(lambda: reference.norm_modulate(*arguments, EPS, dtype))
+    compiled = _compiled(lambda: ops.norm_modulate_reference(*arguments, EPS, dtype))
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
         ours = ops.norm_modulate(*arguments, eps=EPS, dtype=dtype)
-        exact = reference.norm_modulate(x.double(), weight.double(), bias.double(), rows, EPS, torch.float64)
-        return ours, reference.norm_modulate(*arguments, EPS, dtype), exact
+        exact = ops.norm_modulate_reference(x.double(), weight.double(), bias.double(), rows, EPS, torch.float64)
+        return ours, ops.norm_modulate_reference(*arguments, EPS, dtype), exact
 
     return Case(
         "norm_modulate",
         _shape(x),
         dtype,
         lambda: ops.norm_modulate(*arguments, eps=EPS, dtype=dtype),
-        {"eager": lambda: reference.norm_modulate(*arguments, EPS, dtype), "compiled": compiled},
+        {"eager": lambda: ops.norm_modulate_reference(*arguments, EPS, dtype), "compiled": compiled},
         results,
         num_bytes=x.numel() * (4 + dtype.itemsize),
     )
@@ -142,12 +141,12 @@ def residual_norm_modulate(dtype: torch.dtype, sizes: Sizes) -> Case:
     x, y, gate, weight, bias, rows = _modulation_arguments(dtype, sizes)
     y *= 1e-3  # repeated updates of x stay small
     rest = (gate, weight, bias, rows)
-    compiled = _compiled(lambda x: reference.residual_norm_modulate(x, y, *rest, EPS, dtype))
+    compiled = _compiled(lambda x: ops.residual_norm_modulate_reference(x, y, *rest, EPS, dtype))
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
         doubles = [t.double() for t in (x, y, gate, weight, bias)]
-        exact = reference.residual_norm_modulate(*doubles, rows, EPS, torch.float64)
-        eager = reference.residual_norm_modulate(x.clone(), y, *rest, EPS, dtype)
+        exact = ops.residual_norm_modulate_reference(*doubles, rows, EPS, torch.float64)
+        eager = ops.residual_norm_modulate_reference(x.clone(), y, *rest, EPS, dtype)
         return ops.residual_norm_modulate(x.clone(), y, *rest, eps=EPS, dtype=dtype), eager, exact
 
     return Case(
@@ -156,7 +155,7 @@ def residual_norm_modulate(dtype: torch.dtype, sizes: Sizes) -> Case:
         dtype,
         lambda: ops.residual_norm_modulate(x, y, *rest, eps=EPS, dtype=dtype),
         {
-            "eager": lambda: reference.residual_norm_modulate(x, y, *rest, EPS, dtype),
+            "eager": lambda: ops.residual_norm_modulate_reference(x, y, *rest, EPS, dtype),
             "compiled": lambda: compiled(x),
         },
         results,
@@ -188,7 +187,7 @@ def qk_norm_rope(dtype: torch.dtype, sizes: Sizes) -> Case:
     temporal, spatial, table = _rotation(sizes.frames, sizes.tokens)
     positions = torch.arange(sizes.frames, device=DEVICE).expand(sizes.batch, sizes.frames).contiguous()
     rest = (weight, weight, temporal, spatial, positions, sizes.heads, EPS)
-    compiled = _compiled(lambda q, k: reference.qk_norm_rope(q, k, *rest))
+    compiled = _compiled(lambda q, k: ops.qk_norm_rope_reference(q, k, *rest))
 
     def run() -> None:
         named = {"temporal": temporal, "spatial": spatial, "positions": positions}
@@ -198,8 +197,8 @@ def qk_norm_rope(dtype: torch.dtype, sizes: Sizes) -> Case:
         start = _randn(*shape, dtype=dtype)
         ours, theirs, exact = start.clone(), start.clone(), start.double()
         torch.ops.miga.qk_norm_rope(ours, None, *rest)
-        reference.qk_norm_rope(theirs, None, *rest)
-        reference.qk_norm_rope(exact, None, *rest)
+        ops.qk_norm_rope_reference(theirs, None, *rest)
+        ops.qk_norm_rope_reference(exact, None, *rest)
         return ours, theirs, exact
 
     return Case(
@@ -209,7 +208,7 @@ def qk_norm_rope(dtype: torch.dtype, sizes: Sizes) -> Case:
         run,
         {
             "eager": lambda: (complex_rope(q, weight, table), complex_rope(k, weight, table)),
-            "eager float32": lambda: reference.qk_norm_rope(q, k, *rest),
+            "eager float32": lambda: ops.qk_norm_rope_reference(q, k, *rest),
             "compiled": lambda: compiled(q, k),
         },
         results,
@@ -233,14 +232,14 @@ def sampler_update(dtype: torch.dtype, sizes: Sizes) -> Case:
 
     def loop() -> None:
         for i in range(queue):
-            call(reference.sampler_update, start, slice(i, i + 1))
+            call(ops.sampler_update_reference, start, slice(i, i + 1))
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
         outcomes = []
         for function, kind in (
             (ops.sampler_update, torch.float32),
-            (reference.sampler_update, torch.float32),
-            (reference.sampler_update, torch.float64),
+            (ops.sampler_update_reference, torch.float32),
+            (ops.sampler_update_reference, torch.float64),
         ):
             state = [s.to(kind, copy=True) for s in start]
             call(function, state)
@@ -252,7 +251,7 @@ def sampler_update(dtype: torch.dtype, sizes: Sizes) -> Case:
         f"{queue}×{'×'.join(map(str, latent))}",
         dtype,
         lambda: call(ops.sampler_update, start),
-        {"eager": lambda: call(reference.sampler_update, start), "loop": loop},
+        {"eager": lambda: call(ops.sampler_update_reference, start), "loop": loop},
         results,
         num_bytes=start[0].numel() * (4 * 7 + 2 * dtype.itemsize),  # reads x, y, m1 and both velocities, writes four
     )
@@ -260,11 +259,11 @@ def sampler_update(dtype: torch.dtype, sizes: Sizes) -> Case:
 
 def consistency_score(dtype: torch.dtype, sizes: Sizes) -> Case:
     frames, candidates = _randn(14, *sizes.latent, dtype=dtype), _randn(3, 7, *sizes.latent, dtype=dtype)
-    compiled = _compiled(reference.consistency_score)
+    compiled = _compiled(ops.consistency_score_reference)
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
-        exact = reference.consistency_score(frames.double(), candidates.double())
-        return ops.consistency_score(frames, candidates), reference.consistency_score(frames, candidates), exact
+        exact = ops.consistency_score_reference(frames.double(), candidates.double())
+        return ops.consistency_score(frames, candidates), ops.consistency_score_reference(frames, candidates), exact
 
     return Case(
         "consistency_score",
@@ -272,7 +271,7 @@ def consistency_score(dtype: torch.dtype, sizes: Sizes) -> Case:
         dtype,
         lambda: ops.consistency_score(frames, candidates),
         {
-            "eager": lambda: reference.consistency_score(frames, candidates),
+            "eager": lambda: ops.consistency_score_reference(frames, candidates),
             "compiled": lambda: compiled(frames, candidates, "mean"),
         },
         results,
@@ -334,8 +333,8 @@ def _attention_case(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
 
     def results() -> tuple[Tensor, Tensor, Tensor]:
         part = slice(0, 256)
-        exact = reference.frame_attention(q[:, part].double(), k, v, bias, None, None)
-        eager = reference.frame_attention(q[:, part], k, v, bias, None, None)
+        exact = ops.frame_attention_reference(q[:, part].double(), k, v, bias, None, None)
+        eager = ops.frame_attention_reference(q[:, part], k, v, bias, None, None)
         return run("auto")[:, part], eager, exact
 
     # A few keys are read once: then q and the result bound it.
@@ -477,8 +476,8 @@ def sweep_configurations(*, specialized: bool) -> None:
     torch.manual_seed(0)
     q, k, v = _self_attention(HALF, SIZES)
     part = slice(0, 64)
-    exact = reference.frame_attention(q[:, part].double(), k, v, None, None, None)
-    eager = reference.frame_attention(q[:, part], k, v, None, None, None)
+    exact = ops.frame_attention_reference(q[:, part].double(), k, v, None, None, None)
+    eager = ops.frame_attention_reference(q[:, part], k, v, None, None, None)
     budget = 2 * ((eager - exact).abs().max() + torch.finfo(HALF).eps * exact.abs().max())
     contenders: dict[str, Callable[[], object]] = {}
     for config in kernel.CONFIGS[kernel._arch(), 128]:

@@ -16,7 +16,6 @@ from places import ROOT
 
 from miga_engine import _extension, ops
 from miga_engine.noise import FrameNoise, Purpose, frame_noise
-from miga_engine.ops import reference as oracle
 from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_schedule
 
 COMPILER = shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0])
@@ -85,8 +84,8 @@ def test_consistency_score_is_within_the_error_budget(
     common = torch.randn(frame, generator=generator)
     reference = (common + torch.randn(n, *frame, generator=generator)).to(dtype)
     candidates = (common + torch.randn(k, m, *frame, generator=generator)).to(dtype)
-    exact = oracle.consistency_score(reference.double(), candidates.double(), channels)
-    eager = oracle.consistency_score(reference, candidates, channels).float()
+    exact = ops.consistency_score_reference(reference.double(), candidates.double(), channels)
+    eager = ops.consistency_score_reference(reference, candidates, channels).float()
     result = ops.consistency_score(reference, candidates, channels)
     assert result.dtype == torch.float32
     assert _err(result, exact) <= 2 * (_err(eager, exact) + torch.finfo(torch.float32).eps * float(exact.abs().max()))
@@ -99,7 +98,7 @@ def test_consistency_score_takes_strides_and_mixed_types() -> None:
     poisoned = torch.full((2, 6, 8, 7, 11), torch.nan)  # what lies between the candidates' elements
     candidates = poisoned[:, 1::2, ::2, 1:6, 1:10]
     candidates.copy_(torch.randn(candidates.shape, generator=generator))
-    exact = oracle.consistency_score(reference.double(), candidates.bfloat16().double())
+    exact = ops.consistency_score_reference(reference.double(), candidates.bfloat16().double())
     result = ops.consistency_score(reference, candidates.bfloat16())
     torch.testing.assert_close(result.double(), exact, atol=1e-6, rtol=0)
 
@@ -197,7 +196,7 @@ def test_sampler_update_equals_the_oracle_bit_for_bit(dtype, velocity, is_guided
     keywords["noise"] = frames[2] if with_noise else None
     expected = [tensor.clone() for tensor in state]
     velocities = (frames[0], frames[1] if is_guided else None)
-    oracle.sampler_update(*expected, *velocities, **keywords)
+    ops.sampler_update_reference(*expected, *velocities, **keywords)
     ops.sampler_update(*state, *velocities, **keywords)
     for ours, theirs in zip(state, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
@@ -207,7 +206,7 @@ def test_sampler_update_equals_the_oracle_bit_for_bit(dtype, velocity, is_guided
 def test_sampler_update_in_strided_memory_and_on_several_threads() -> None:
     state, frames, keywords = _update_arguments(torch.float32, torch.float32, (7, 16, 60, 104))
     expected = [tensor.clone() for tensor in state]
-    oracle.sampler_update(*expected, frames[0], frames[1], **keywords)
+    ops.sampler_update_reference(*expected, frames[0], frames[1], **keywords)
     strided = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in state]
     before = torch.get_num_threads()
     try:
@@ -241,7 +240,7 @@ def test_sampler_update_draws_the_noise_of_the_oracle(shape: tuple[int, ...], dt
     drawn = noise.draw(shape[1:])
     drawn[[0, 4]] = torch.nan
     expected = [tensor.clone() for tensor in state]
-    oracle.sampler_update(*expected, *frames[:2], **keywords, noise=drawn)
+    ops.sampler_update_reference(*expected, *frames[:2], **keywords, noise=drawn)
     given = [tensor.clone() for tensor in state]
     ops.sampler_update(*given, *frames[:2], **keywords, noise=drawn)
     ops.sampler_update(*state, *frames[:2], **keywords, noise=noise)
@@ -332,8 +331,8 @@ SHAPES = [(1, 2, 1, 7), (2, 3, 5, 24), (1, 4, 5, 192), (2, 2, 3, 1536), (1, 3, 5
 def test_norm_modulate_is_within_the_error_budget(shape, table, state, dtype) -> None:
     x, _, weight, bias, rows = _modulation(shape, state, table)
     before = x.clone()
-    exact = oracle.norm_modulate(x.double(), weight.double(), bias.double(), rows, 1e-6, torch.float64)
-    eager = oracle.norm_modulate(x, weight, bias, rows, 1e-6, dtype)
+    exact = ops.norm_modulate_reference(x.double(), weight.double(), bias.double(), rows, 1e-6, torch.float64)
+    eager = ops.norm_modulate_reference(x, weight, bias, rows, 1e-6, dtype)
     result = ops.norm_modulate(x, weight, bias, rows, eps=1e-6, dtype=dtype)
     _assert_within_budget(result, eager, exact)
     assert torch.equal(x, before)
@@ -352,8 +351,8 @@ def test_residual_norm_modulate_is_within_the_error_budget(shape, table, state, 
     y = _guarded(torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype))
     exact_x, eager_x = x.to(torch.float64, copy=True), x.clone()
     tables = [None if part is None else part.double() for part in (gate, weight, bias)]
-    exact = oracle.residual_norm_modulate(exact_x, y.double(), *tables, rows, 1e-6, torch.float64)
-    eager = oracle.residual_norm_modulate(eager_x, y, gate, weight, bias, rows, 1e-6, dtype)
+    exact = ops.residual_norm_modulate_reference(exact_x, y.double(), *tables, rows, 1e-6, torch.float64)
+    eager = ops.residual_norm_modulate_reference(eager_x, y, gate, weight, bias, rows, 1e-6, dtype)
     result = ops.residual_norm_modulate(x, y, gate, weight, bias, rows, eps=1e-6, dtype=dtype)
     _assert_within_budget(x, eager_x, exact_x)
     _assert_within_budget(result, eager, exact)
@@ -386,8 +385,8 @@ def test_modulation_of_nothing_and_of_large_means() -> None:
         assert ops.norm_modulate(x, weight, bias, rows, eps=1e-6, dtype=torch.bfloat16).shape == shape
     x, _, weight, bias, rows = _modulation((1, 2, 3, 1536), torch.float32, "many")
     x += 1000  # statistics in two passes: no cancellation
-    exact = oracle.norm_modulate(x.double(), weight.double(), bias.double(), rows, 1e-6, torch.float64)
-    eager = oracle.norm_modulate(x, weight, bias, rows, 1e-6, torch.float32)
+    exact = ops.norm_modulate_reference(x.double(), weight.double(), bias.double(), rows, 1e-6, torch.float64)
+    eager = ops.norm_modulate_reference(x, weight, bias, rows, 1e-6, torch.float32)
     _assert_within_budget(ops.norm_modulate(x, weight, bias, rows, eps=1e-6, dtype=torch.float32), eager, exact)
 
 
@@ -432,8 +431,8 @@ HEADS = [(1, 8, 2, 3, 1), (2, 12, 2, 3, 5), (4, 48, 1, 4, 5), (12, 128, 1, 2, 3)
 def test_qk_norm_rope_is_within_the_error_budget(shape, parts, table_dtype, dtype) -> None:
     num_heads = shape[0]
     case = _heads(*shape, dtype, table_dtype)
-    exact = _rotate(oracle.qk_norm_rope, case, torch.float64, num_heads, parts)
-    eager = _rotate(oracle.qk_norm_rope, case, dtype, num_heads, parts)
+    exact = _rotate(ops.qk_norm_rope_reference, case, torch.float64, num_heads, parts)
+    eager = _rotate(ops.qk_norm_rope_reference, case, dtype, num_heads, parts)
     weights = case["weights"] if "norm" in parts else [None, None]
     tables = [case["temporal"], case["spatial"], case["positions"]] if "rope" in parts else [None] * 3
     given = [tensor.clone() for tensor in (*case["weights"], *case["temporal"], *case["spatial"])]
@@ -454,7 +453,7 @@ def test_rms_norm_is_within_the_error_budget(width: int, dtype: torch.dtype) -> 
     weight = _guarded(torch.rand(width, generator=generator) + 0.5)
     exact, eager = q.to(torch.float64, copy=True), q.clone()
     for tensor, factor in ((exact, weight.double()), (eager, weight)):
-        oracle.qk_norm_rope(tensor, None, factor, None, None, None, None, 1, 1e-6)
+        ops.qk_norm_rope_reference(tensor, None, factor, None, None, None, None, 1, 1e-6)
     assert ops.rms_norm_(q, weight, eps=1e-6) is q
     _assert_within_budget(q, eager, exact)
     assert _bands_are_untouched(q)
@@ -474,7 +473,7 @@ def test_modulation_in_float64_is_within_the_error_budget_of_long_double(shape: 
     centered = exact_x - exact_x.mean(-1, keepdims=True)
     exact = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6) * weights + biases
     eager_x = x.clone()
-    eager = oracle.residual_norm_modulate(eager_x, y, gate, weight, bias, rows, 1e-6, torch.float64)
+    eager = ops.residual_norm_modulate_reference(eager_x, y, gate, weight, bias, rows, 1e-6, torch.float64)
     result = ops.residual_norm_modulate(x, y, gate, weight, bias, rows, eps=1e-6, dtype=torch.float64)
     _assert_within_budget(x, eager_x, exact_x)
     _assert_within_budget(result, eager, exact)
@@ -489,7 +488,7 @@ def test_qk_norm_rope_in_float64_is_within_the_error_budget_of_long_double(shape
     in_time = _long(case["temporal"][case["positions"]]).repeat(tokens_per_frame, axis=1)  # [B,N,2,t]
     in_space = np.tile(_long(case["spatial"]), (batch, num_frames, 1, 1))
     cos, sin = np.moveaxis(np.concatenate([in_time, in_space], axis=-1)[:, :, :, None], 2, 0)  # [B,N,1,pairs]
-    eager = _rotate(oracle.qk_norm_rope, case, torch.float64, num_heads, "norm and rope")
+    eager = _rotate(ops.qk_norm_rope_reference, case, torch.float64, num_heads, "norm and rope")
     results = _rotate(torch.ops.miga.qk_norm_rope, case, torch.float64, num_heads, "norm and rope")
     for name, weight, other, result in zip("qk", case["weights"], eager, results, strict=True):
         x = _long(case[name])

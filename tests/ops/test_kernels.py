@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from miga_engine import ops
 from miga_engine.noise import Purpose, frame_noise
-from miga_engine.ops import reference as oracle
 from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_schedule
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -128,8 +128,8 @@ def _each_with_the_first(shapes: list, sets: list) -> list:
 def test_norm_modulate_is_within_the_error_budget(shape, num_rows, with_rows, dtype) -> None:
     x = _guarded(_randn(*shape) + 10)
     (weight, bias, _), rows = _modulation(shape, num_rows, with_rows)
-    exact = oracle.norm_modulate(*_wide([x, weight, bias, rows]), 1e-6, torch.float64)
-    eager = oracle.norm_modulate(x, weight, bias, rows, 1e-6, dtype)
+    exact = ops.norm_modulate_reference(*_wide([x, weight, bias, rows]), 1e-6, torch.float64)
+    eager = ops.norm_modulate_reference(x, weight, bias, rows, 1e-6, dtype)
     before = x.clone()
     out = norm_modulate.launch(x, weight, bias, rows, 1e-6, dtype)
     _assert_within_budget(out, eager, exact)
@@ -151,8 +151,8 @@ def test_residual_norm_modulate_is_within_the_error_budget(shape, num_rows, has_
     weight, bias = (weight, bias) if has_norm else (None, None)
     exact_x, eager_x = x.double(), x.clone()
     tables = [y, gate, weight, bias, rows]
-    exact = oracle.residual_norm_modulate(exact_x, *_wide(tables), 1e-6, torch.float64)
-    eager = oracle.residual_norm_modulate(eager_x, *tables, 1e-6, dtype)
+    exact = ops.residual_norm_modulate_reference(exact_x, *_wide(tables), 1e-6, torch.float64)
+    eager = ops.residual_norm_modulate_reference(eager_x, *tables, 1e-6, dtype)
     out = norm_modulate.launch_residual(x, *tables, 1e-6, dtype)
     _assert_within_budget(out, eager, exact)
     _assert_within_budget(x, eager_x, exact_x)
@@ -208,8 +208,8 @@ def test_qk_norm_rope_is_within_the_error_budget(shape, has_weights, dtype) -> N
     positions = torch.randint(0, num_frames + 4, (batch, num_frames), generator=torch.Generator().manual_seed(2))
     positions = positions.to(DEVICE)
     exact, eager = [q.double(), k.double()], [q.clone(), k.clone()]
-    oracle.qk_norm_rope(*exact, *_wide(weights), *_wide(tables), positions, num_heads, 1e-6)
-    oracle.qk_norm_rope(*eager, *weights, *tables, positions, num_heads, 1e-6)
+    ops.qk_norm_rope_reference(*exact, *_wide(weights), *_wide(tables), positions, num_heads, 1e-6)
+    ops.qk_norm_rope_reference(*eager, *weights, *tables, positions, num_heads, 1e-6)
     qk_norm_rope.launch(q, k, *weights, *tables, positions, num_heads, 1e-6)
     _assert_within_budget(q, eager[0], exact[0])
     _assert_within_budget(k, eager[1], exact[1])
@@ -220,8 +220,8 @@ def test_qk_norm_rope_is_within_the_error_budget(shape, has_weights, dtype) -> N
 def test_rms_norm_is_within_the_error_budget(width: int, dtype: torch.dtype) -> None:
     q, weight = _guarded(_randn(2, 5, width).to(dtype)), _guarded(_randn(width) + 1)
     exact, eager = q.double(), q.clone()
-    oracle.qk_norm_rope(exact, None, weight.double(), None, None, None, None, 1, 1e-6)
-    oracle.qk_norm_rope(eager, None, weight, None, None, None, None, 1, 1e-6)
+    ops.qk_norm_rope_reference(exact, None, weight.double(), None, None, None, None, 1, 1e-6)
+    ops.qk_norm_rope_reference(eager, None, weight, None, None, None, None, 1, 1e-6)
     qk_norm_rope.launch(q, None, weight, None, None, None, None, 1, 1e-6)
     _assert_within_budget(q, eager, exact)
 
@@ -234,7 +234,7 @@ def test_qk_norm_rope_writes_only_q_and_k() -> None:
     tables = [table.double() for table in _rotary(3, 5, 12)]
     positions = torch.arange(6, device=DEVICE).view(2, 3)
     expected = [q.clone(), k.clone()]
-    oracle.qk_norm_rope(*expected, weight, weight, *tables, positions, 2, 1e-6)
+    ops.qk_norm_rope_reference(*expected, weight, weight, *tables, positions, 2, 1e-6)
     qk_norm_rope.launch(q, k, weight, weight, *tables, positions, 2, 1e-6)
     torch.testing.assert_close([q, k], expected)
     between = _outside(q.as_strided((2, 15, 2, 48), (15 * 144, 144, 48, 1)))  # q and k side by side
@@ -277,7 +277,7 @@ def test_sampler_update_equals_the_oracle_bit_for_bit(velocity: torch.dtype, is_
         keywords |= {"noise_counters": _guarded_counters(drawn.counters), "noise_seed": drawn.seed}
     expected = [tensor.clone() for tensor in state]
     velocities = (frames[0], frames[1] if is_guided else None)
-    oracle.sampler_update(*expected, *velocities, **keywords)
+    ops.sampler_update_reference(*expected, *velocities, **keywords)
     sampler_update.launch(*state, *velocities, **keywords)
     for ours, theirs in zip(state, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
@@ -302,7 +302,7 @@ def test_sampler_update_writes_only_the_frames_of_its_slots() -> None:
 def test_sampler_update_of_strided_memory_and_of_nothing() -> None:
     state, frames, keywords = _queue(torch.float32)
     expected = [tensor.clone() for tensor in state]
-    oracle.sampler_update(*expected, frames[0], frames[1], **keywords)
+    ops.sampler_update_reference(*expected, frames[0], frames[1], **keywords)
     strided = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in state]
     arguments = (*strided, frames[0].transpose(2, 3).contiguous().transpose(2, 3), frames[1])
     nothing = {name: value[:0] if name != "guidance_scale" else value for name, value in keywords.items()}
@@ -338,8 +338,8 @@ def test_every_solver_stays_within_the_error_budget_over_its_steps(solver: str) 
         }  # fmt: skip
         rows, rows64 = coefficients.rows.to(DEVICE), coefficients.rows64.to(DEVICE)
         sampler_update.launch(*ours, *v, coefficients=rows, **keywords)
-        oracle.sampler_update(*eager, *v, coefficients=rows, **keywords)
-        oracle.sampler_update(*exact, *v, coefficients=rows64, **keywords)
+        ops.sampler_update_reference(*eager, *v, coefficients=rows, **keywords)
+        ops.sampler_update_reference(*exact, *v, coefficients=rows64, **keywords)
     for result, rounded, truth in zip(ours, eager, exact, strict=True):
         _assert_within_budget(result, rounded, truth)
 
@@ -370,8 +370,8 @@ def test_consistency_score_is_within_the_error_budget(
     common = _randn(*frame)
     reference = _guarded((common + _randn(n, *frame, seed=1)).to(dtype))
     candidates = _guarded((common + _randn(k, m, *frame, seed=2)).to(dtype))
-    exact = oracle.consistency_score(reference.double(), candidates.double(), channels)
-    eager = oracle.consistency_score(reference, candidates, channels)
+    exact = ops.consistency_score_reference(reference.double(), candidates.double(), channels)
+    eager = ops.consistency_score_reference(reference, candidates, channels)
     result = consistency_score.launch(reference, candidates, channels)
     _assert_within_budget(result, eager.float(), exact)
     assert torch.equal(result, consistency_score.launch(reference, candidates, channels))
@@ -385,7 +385,7 @@ def test_consistency_score_of_zero_nan_mixed_types_and_no_candidates() -> None:
     assert consistency_score.launch(frames, bad, "mean").isnan().tolist() == [False, True]
     assert consistency_score.launch(frames, frames.new_empty(0, 2, 4, 3, 3), "all").shape == (0,)
     mixed = consistency_score.launch(frames.bfloat16(), frames[None], "all")
-    torch.testing.assert_close(mixed, oracle.consistency_score(frames.bfloat16(), frames[None], "all"))
+    torch.testing.assert_close(mixed, ops.consistency_score_reference(frames.bfloat16(), frames[None], "all"))
 
 
 def _misnamed(indices: torch.Tensor, wrong: list[int]) -> torch.Tensor:
@@ -436,7 +436,8 @@ def test_sampler_update_touches_nothing_beside_its_state_and_rows() -> None:
         *state, frames[0], None, **(keywords | {"slots": slots, "step_index": steps, "history_length": lengths})
     )
     nearest = {"slots": torch.tensor([4, -1, 0, 6, -1, -1]), "step_index": steps.clamp(0, 5)}
-    oracle.sampler_update(*expected, frames[0], None, **keywords | nearest | {"history_length": lengths.clamp(min=0)})
+    nearest["history_length"] = lengths.clamp(min=0)
+    ops.sampler_update_reference(*expected, frames[0], None, **keywords | nearest)
     for ours, theirs in zip(state, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         assert bool((_outside(ours) == 1.5).all())

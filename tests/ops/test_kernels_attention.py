@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from miga_engine import ops
-from miga_engine.ops import reference as oracle
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -64,10 +63,10 @@ def _check(
     assert memory[:BAND].isnan().all()
     assert memory[-BAND:].isnan().all()
     wide = None if bias is None else bias[:, None, None]
-    exact = oracle.frame_attention(
+    exact = ops.frame_attention_reference(
         q.double(), k.double(), v.double(), None if wide is None else wide.double(), key_rows, scale
     )
-    eager = oracle.frame_attention(q, k, v, wide, key_rows, scale)
+    eager = ops.frame_attention_reference(q, k, v, wide, key_rows, scale)
     error, eager_error = (float((x.double() - exact).abs().max()) for x in (out, eager))
     assert error <= 2 * (eager_error + torch.finfo(q.dtype).eps * float(exact.abs().max()))
     return out
@@ -158,8 +157,8 @@ def test_padded_text_collapses_to_one_key(dtype: torch.dtype) -> None:
     bias = torch.zeros(1, num_words + 1, device=DEVICE)
     bias[:, -1] = math.log(num_padding)
     padded, collapsed = _check(q, k, v), _check(q, k[:, short], v[:, short], bias)
-    exact = oracle.frame_attention(q.double(), k.double(), v.double(), None, None, None)
-    eager = oracle.frame_attention(q, k, v, None, None, None)
+    exact = ops.frame_attention_reference(q.double(), k.double(), v.double(), None, None, None)
+    eager = ops.frame_attention_reference(q, k, v, None, None, None)
     budget = float((eager - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
     assert float((collapsed.double() - padded.double()).abs().max()) <= 2 * budget
 
