@@ -104,6 +104,26 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shapes", "rows", "message"),
+    [
+        (((2, 6, 2, 8), (2, 4, 2, 4), (2, 4, 2, 8)), None, r"k has shape \(2, 4, 2, 4\), expected \[P,M,2,8\], as q"),
+        (((2, 6, 2, 8), (2, 4, 2, 8), (2, 5, 2, 8)), None, r"v has shape \(2, 5, 2, 8\), expected \[P,M,2,8\]"),
+        (((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)), None, "k has batch 3, expected 1 or 2, or key_rows"),
+        (
+            ((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)),
+            [0],
+            r"key_rows has shape \(1,\), expected int64 \[2\] or \[2,F\]",
+        ),
+        (((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)), [[0] * 4] * 2, "q has length 6, expected a multiple of 4 frames"),
+    ],
+)
+def test_refuses_what_does_not_fit(shapes, rows, message) -> None:
+    rows = None if rows is None else torch.tensor(rows)
+    with pytest.raises(ValueError, match=message):
+        ops.frame_attention(*map(torch.zeros, shapes), key_rows=rows)
+
+
+@pytest.mark.parametrize(
     ("out", "fault"),
     [(torch.zeros_like, "error .* against the oracle"), (lambda q: q * torch.nan, "values that are not finite")],
 )
