@@ -41,9 +41,9 @@ MIGA_INLINE void update_block(
   add_term(following, row[kPV], v, size);
   add_term(following, row[kPM], prediction, size);
   add_term(following, row[kPM1], m1, size);
-  if (row[kPN] != 0 && run.stream != nullptr) {
+  if (row[kPN] != 0 && run.noise_state != nullptr) {
     float drawn[kBlock];
-    draw_normals(*run.stream, run.first_of_frame + start, size, drawn);
+    draw_normals(*run.noise_state, run.first_of_frame + start, size, drawn);
     add_term(following, row[kPN], widen({drawn, ElementType::kFloat}, 0, size, buffer), size);
   } else if (row[kPN] != 0 && run.noise.data != nullptr) {
     add_term(following, row[kPN], widen(run.noise, first, size, buffer), size);

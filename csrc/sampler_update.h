@@ -23,7 +23,7 @@ struct SamplerRun {
   ConstElements velocity_uncond;  // data null: no guidance
   ConstElements noise;            // data null: no noise term, unless it is drawn
   int64_t first_of_pass;
-  const NoiseStream* stream;  // null: no noise is drawn
+  const NoiseState* noise_state;  // null: no noise is drawn
   int64_t first_of_frame;     // the run's first element in its frame, a multiple of 4
 };
 

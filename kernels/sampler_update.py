@@ -80,9 +80,9 @@ def _frame_noise(seed, p_words, i_block, BLOCK: tl.constexpr):
     """Normals [BLOCK] of one block of a frame; p_words: the last three words of its counters."""
     o_counter = (i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     frame = tl.load(p_words).to(tl.uint32)
-    stream = tl.load(p_words + 1).to(tl.uint32)
+    series = tl.load(p_words + 1).to(tl.uint32)
     high = tl.load(p_words + 2).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_counter, frame, stream, high)
+    w0, w1, w2, w3 = tl.philox(seed, o_counter, frame, series, high)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK)

@@ -19,7 +19,7 @@ template <typename T>
 void update_frames(
     std::vector<Tensor>& states, const Tensor& velocity_cond, const std::optional<Tensor>& velocity_uncond, const Tensor& slots,
     const Tensor& coefficients, const Tensor& step_index, const Tensor& history_length, double guidance_scale,
-    const std::optional<Tensor>& noise, const std::vector<NoiseStream>& streams) {
+    const std::optional<Tensor>& noise, const std::vector<NoiseState>& noise_states) {
   const int64_t num_frames = slots.numel();
   if (num_frames == 0) return;
   const int64_t frame_size = velocity_cond.numel() / num_frames;
@@ -42,7 +42,7 @@ void update_frames(
       const SamplerRun<T> run{
           state[0] + to, state[1] + to, state[2] + to, state[3] + to,
           cond,          uncond,        given_noise,   frame * frame_size + start,
-          streams.empty() ? nullptr : &streams[frame], start};
+          noise_states.empty() ? nullptr : &noise_states[frame], start};
       update_run(
           run, rows + (step[frame] * num_histories + length) * kNumCoefficients, length > 0, static_cast<T>(guidance_scale),
           std::min(kRunElements, frame_size - start));
@@ -51,15 +51,15 @@ void update_frames(
 }
 
 // counters [n,3]: words 1, 2 and 3 of each frame
-std::vector<NoiseStream> noise_streams(const Tensor& counters, int64_t seed) {
+std::vector<NoiseState> unpack_noise(const Tensor& counters, int64_t seed) {
   const uint64_t key = static_cast<uint64_t>(seed);
   const int64_t* words = counters.const_data_ptr<int64_t>();
-  std::vector<NoiseStream> streams;
+  std::vector<NoiseState> noise_states;
   for (int64_t i = 0; i < counters.size(0); ++i, words += 3)
-    streams.push_back(
+    noise_states.push_back(
         {{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)},
          {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[2])}});
-  return streams;
+  return noise_states;
 }
 
 // Indices in bounds for every frame that has a slot, and no slot named twice: threads write them at the same time.
@@ -106,12 +106,12 @@ void sampler_update(
   Tensor* states[] = {&sample, &last_sample, &x0, &x0_previous};
   std::vector<Tensor> dense;
   for (Tensor* state : states) dense.push_back(packed(*state));
-  std::vector<NoiseStream> streams;
-  if (noise_counters) streams = noise_streams(packed(*noise_counters), noise_seed);
+  std::vector<NoiseState> noise_states;
+  if (noise_counters) noise_states = unpack_noise(packed(*noise_counters), noise_seed);
   const auto update = type == ScalarType::Double ? update_frames<double> : update_frames<float>;
   update(
       dense, readable(velocity_cond), readable(velocity_uncond), packed_slots, packed(coefficients, type), packed_steps,
-      packed_lengths, guidance_scale, readable(noise), streams);
+      packed_lengths, guidance_scale, readable(noise), noise_states);
   for (size_t i = 0; i < dense.size(); ++i)
     if (!states[i]->is_contiguous()) torch::stable::copy_(*states[i], dense[i]);
 }

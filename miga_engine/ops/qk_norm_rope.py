@@ -50,7 +50,7 @@ def qk_norm_rope(
     width = q.shape[2] // num_heads
     require(width % 2 == 0, "q", "channels a head", width, "an even number, for they turn in pairs")
     for name, table in (("temporal", temporal), ("spatial", spatial)):
-        require(table.ndim == 3 and table.shape[1] == 2, name, "shape", tuple(table.shape), "[rows, 2, pairs]")
+        require(table.ndim == 3 and table.shape[1] == 2, name, "shape", tuple(table.shape), "[rows,2,pairs]")
         require(table.dtype.is_floating_point, name, "dtype", table.dtype, "a floating point type")
     pairs = temporal.shape[2] + spatial.shape[2]
     require(pairs == width // 2, "temporal and spatial", "pairs", pairs, f"{width // 2}, half of a head's channels")

@@ -102,10 +102,10 @@ template <typename T> void update() {
   for (int i = 0; i < 4; ++i) state[i] = numbers<T>(1503, 11 + i);
   auto velocity = numbers<float>(2000, 20), uncond = numbers<float>(2000, 21);
   auto row = numbers<T>(kNumCoefficients, 22);
-  const NoiseStream stream{{1, 2}, {3, 4, 5}};
+  const NoiseState noise_state{{1, 2}, {3, 4, 5}};
   const SamplerRun<T> run{state[0].data(), state[1].data(), state[2].data(), state[3].data(),
                           {velocity.data(), ElementType::kFloat}, {uncond.data(), ElementType::kFloat},
-                          {nullptr, ElementType::kFloat}, 7, &stream, 20};
+                          {nullptr, ElementType::kFloat}, 7, &noise_state, 20};
   update_run(run, row.data(), true, T(4.5), 1500);
   for (const auto& values : state) print(values);
 }

@@ -254,9 +254,9 @@ def test_triton_draws_noise_that_has_the_bits_of_the_noise_module() -> None:
     rows = torch.zeros(1, NUM_HISTORY_LENGTHS, NUM_COEFFICIENTS, device=DEVICE)
     rows[..., COLUMNS.index("p_n")] = 1
     zeros = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    for seed, stream in ((-2, 0), (0x123456789ABCDEF, 0xFFFFFFFF)):
+    for seed, series in ((-2, 0), (0x123456789ABCDEF, 0xFFFFFFFF)):
         state = [torch.full((5, *frame), torch.nan, device=DEVICE) for _ in range(4)]
-        noise = frame_noise(seed, Purpose.SOLVER, numbers, stream=stream, device=DEVICE)
+        noise = frame_noise(seed, Purpose.SOLVER, numbers, stream=series, device=DEVICE)
         kernel.launch(
             *state, state[0].clone(), None, slots=torch.arange(5, device=DEVICE), coefficients=rows, step_index=zeros,
             history_length=zeros, guidance_scale=1.0, noise_counters=noise.counters, noise_seed=noise.seed,
