@@ -16,6 +16,7 @@ MODE = os.environ.get("MIGA_BUILD_EXT", "auto")
 if MODE not in ("auto", "1", "0"):
     raise SystemExit(f"MIGA_BUILD_EXT is {MODE!r}: choose auto, 1 or 0")
 
+SOURCES = ("csrc", "csrc/core", "csrc/bindings")  # csrc/embed is a library of its own
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest whose stable symbols the extension may use
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
 
@@ -73,9 +74,9 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "miga_engine._C",
-            sources=sorted(str(path) for path in (*Path("csrc").glob("*.cpp"), *Path("csrc/bindings").glob("*.cpp"))),
+            sources=sorted(str(path) for room in SOURCES for path in Path(room).glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
-            include_dirs=[str(torch / "include")],
+            include_dirs=["csrc", str(torch / "include")],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],

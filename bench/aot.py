@@ -30,6 +30,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from miga_engine.schedule import NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -126,7 +128,7 @@ def _sampler(num_velocities: int, has_noise: bool) -> None:
         *state,
         *velocities[:2],
         slots=index,
-        coefficients=_empty(54, 3, 12),
+        coefficients=_empty(54, NUM_HISTORY_LENGTHS, NUM_COEFFICIENTS),
         step_index=index,
         history_length=index,
         guidance_scale=5.0,

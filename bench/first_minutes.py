@@ -50,7 +50,7 @@ IS_SMALL = measure.IS_SMALL
 PROMPT = "a red balloon over snowy hills at dawn"
 PACKAGES = ("av", "diffusers", "ftfy", "matplotlib", "pytest_benchmark", "transformers", "triton", "xdist")
 ATTENTION_OPS = ("frame_attention", "cross_attention", "block")
-TEST_FILES = ("test_kernels.py", "test_kernels_attention.py", "test_attention.py", "test_op_contracts.py")
+ON_CPU_ONLY = ("test_aot.py", "test_extension.py", "test_gelu.py", "test_linear.py")  # of tests/ops
 _started = time.perf_counter()
 
 
@@ -314,11 +314,15 @@ class _TestRows:
 
 
 def tests() -> None:
-    files = TEST_FILES[2:3] if IS_SMALL and DEVICE == "cpu" else TEST_FILES  # interpreted, the others take minutes
+    folder = measure.ROOT / "tests" / "ops"
+    files = sorted(path for path in folder.glob("test_*.py") if path.name not in ON_CPU_ONLY)
+    if IS_SMALL and DEVICE == "cpu":
+        files = [folder / "test_frame_attention.py"]  # interpreted, the others take minutes
     rows = _TestRows()
     processes = 1 if IS_SMALL else min(os.cpu_count() or 1, 8)
     arguments = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-n", str(processes), "--dist", "worksteal"]
-    status = pytest.main([*arguments, *(str(measure.ROOT / "tests" / name) for name in files)], plugins=[rows])
+    arguments += ["-k", "not cpp"]
+    status = pytest.main([*arguments, *map(str, files)], plugins=[rows])
     say("tests", status=int(status), **rows.counts)
 
 

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "clones.h"
+#include "core/clones.h"
 
 namespace miga {
 namespace {

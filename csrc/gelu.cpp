@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "clones.h"
+#include "core/clones.h"
 
 namespace miga {
 namespace {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "reductions.h"
+#include "core/reductions.h"
 
 namespace miga {
 namespace {

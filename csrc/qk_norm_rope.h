@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "elements.h"
+#include "core/elements.h"
 
 namespace miga {
 

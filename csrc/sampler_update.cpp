@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // all buffers of a block stay in the first-level cache
 
-enum Column { kMX, kMV, kCX, kCY, kCM, kCM1, kCM2, kPX, kPV, kPM, kPM1, kPN };
-
 template <typename T>
 MIGA_INLINE void add_term(T* sum, T coefficient, const T* values, int64_t size) {
   if (coefficient == 0) return;
@@ -43,9 +41,9 @@ MIGA_INLINE void update_block(
   add_term(following, row[kPV], v, size);
   add_term(following, row[kPM], prediction, size);
   add_term(following, row[kPM1], m1, size);
-  if (row[kPN] != 0 && run.stream != nullptr) {
+  if (row[kPN] != 0 && run.noise_state != nullptr) {
     float drawn[kBlock];
-    draw_normals(*run.stream, run.first_of_frame + start, size, drawn);
+    draw_normals(*run.noise_state, run.first_of_frame + start, size, drawn);
     add_term(following, row[kPN], widen({drawn, ElementType::kFloat}, 0, size, buffer), size);
   } else if (row[kPN] != 0 && run.noise.data != nullptr) {
     add_term(following, row[kPN], widen(run.noise, first, size, buffer), size);

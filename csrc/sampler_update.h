@@ -3,12 +3,13 @@
 
 #include <cstdint>
 
-#include "elements.h"
-#include "normal_noise.h"
+#include "core/elements.h"
+#include "core/normal_noise.h"
 
 namespace miga {
 
-constexpr int64_t kNumCoefficients = 12;
+// The coefficients of a row, as miga_engine.schedule.COLUMNS names them.
+enum Column : int64_t { kMX, kMV, kCX, kCY, kCM, kCM1, kCM2, kPX, kPV, kPM, kPM1, kPN, kNumCoefficients };
 
 // A run of elements of one frame. Terms with coefficient 0 are left out, so what they point to is never read.
 template <typename T>
@@ -22,11 +23,11 @@ struct SamplerRun {
   ConstElements velocity_uncond;  // data null: no guidance
   ConstElements noise;            // data null: no noise term, unless it is drawn
   int64_t first_of_pass;
-  const NoiseStream* stream;  // null: no noise is drawn
+  const NoiseState* noise_state;  // null: no noise is drawn
   int64_t first_of_frame;     // the run's first element in its frame, a multiple of 4
 };
 
-// One solver step over `size` elements; row holds the coefficients in the order of miga_engine.schedule.COLUMNS.
+// One solver step over `size` elements; row: [kNumCoefficients].
 void update_run(const SamplerRun<float>& run, const float* row, bool has_history, float guidance_scale, int64_t size);
 void update_run(const SamplerRun<double>& run, const double* row, bool has_history, double guidance_scale, int64_t size);
 

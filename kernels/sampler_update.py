@@ -18,11 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from miga_engine.schedule import NUM_COEFFICIENTS
+
 # (elements of a block, warps). Eight elements a thread: 128-bit accesses of bfloat16 velocities too, and two Philox
 # counters, whose float64 normals spill on no GPU compiled for. The others are for tuning.
 CONFIGS = ((1024, 4), (2048, 8), (512, 4))
 
-_NUM_COEFFICIENTS = tl.constexpr(12)
+_NUM_COEFFICIENTS = tl.constexpr(NUM_COEFFICIENTS)
+# As miga_engine.schedule.COLUMNS has them.
+_M_X, _M_V, _C_X, _C_Y, _C_M, _C_M1, _C_M2, _P_X, _P_V, _P_M, _P_M1, _P_N = map(tl.constexpr, range(NUM_COEFFICIENTS))
 _TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 _TWO_PI = tl.constexpr(6.283185307179586)
 # π/2 in two parts: 33 bits, so that up to four times the first is exact, and the rest.
@@ -76,9 +80,9 @@ def _frame_noise(seed, p_words, i_block, BLOCK: tl.constexpr):
     """Normals [BLOCK] of one block of a frame; p_words: the last three words of its counters."""
     o_counter = (i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     frame = tl.load(p_words).to(tl.uint32)
-    stream = tl.load(p_words + 1).to(tl.uint32)
+    series = tl.load(p_words + 1).to(tl.uint32)
     high = tl.load(p_words + 2).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_counter, frame, stream, high)
+    w0, w1, w2, w3 = tl.philox(seed, o_counter, frame, series, high)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK)
@@ -117,18 +121,18 @@ def _sampler_update_kernel(
     length = tl.minimum(tl.maximum(tl.load(p_history_length + i_frame), 0), NUM_HISTORY_LENGTHS - 1)
     step = tl.minimum(tl.maximum(tl.load(p_step_index + i_frame), 0), num_steps - 1)
     p_row = p_coefficients + (step * NUM_HISTORY_LENGTHS + length) * _NUM_COEFFICIENTS
-    m_x = tl.load(p_row).to(tl.float32)
-    m_v = tl.load(p_row + 1).to(tl.float32)
-    c_x = tl.load(p_row + 2).to(tl.float32)
-    c_y = tl.load(p_row + 3).to(tl.float32)
-    c_m = tl.load(p_row + 4).to(tl.float32)
-    c_m1 = tl.load(p_row + 5).to(tl.float32)
-    c_m2 = tl.load(p_row + 6).to(tl.float32)
-    p_x = tl.load(p_row + 7).to(tl.float32)
-    p_v = tl.load(p_row + 8).to(tl.float32)
-    p_m = tl.load(p_row + 9).to(tl.float32)
-    p_m1 = tl.load(p_row + 10).to(tl.float32)
-    p_n = tl.load(p_row + 11).to(tl.float32)
+    m_x = tl.load(p_row + _M_X).to(tl.float32)
+    m_v = tl.load(p_row + _M_V).to(tl.float32)
+    c_x = tl.load(p_row + _C_X).to(tl.float32)
+    c_y = tl.load(p_row + _C_Y).to(tl.float32)
+    c_m = tl.load(p_row + _C_M).to(tl.float32)
+    c_m1 = tl.load(p_row + _C_M1).to(tl.float32)
+    c_m2 = tl.load(p_row + _C_M2).to(tl.float32)
+    p_x = tl.load(p_row + _P_X).to(tl.float32)
+    p_v = tl.load(p_row + _P_V).to(tl.float32)
+    p_m = tl.load(p_row + _P_M).to(tl.float32)
+    p_m1 = tl.load(p_row + _P_M1).to(tl.float32)
+    p_n = tl.load(p_row + _P_N).to(tl.float32)
 
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     m = o < frame_size

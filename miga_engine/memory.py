@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.protocols import TextEncoder
-from miga_engine.ops.attention import _SCORES_IN_CACHE
+from miga_engine.ops.frame_attention import workspace_bytes
 from miga_engine.runtime.decode import Decoding
 from miga_engine.runtime.denoise import Window
 from miga_engine.runtime.stages import VideoRun
@@ -149,7 +149,8 @@ class Ledger(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
             self._known.update(tensor.untyped_storage() for tensor in given if tensor.is_meta)
             if name == "miga::frame_attention":
-                self.peak = max(self.peak, self.current + _attention_bytes(given, self.device))
+                needed = workspace_bytes(*given[:2], has_rows=len(given) > 3, is_cpu=self.device == "cpu")
+                self.peak = max(self.peak, self.current + needed)
         result = func(*args, **kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage() not in self._known:
@@ -171,23 +172,6 @@ class Ledger(TorchDispatchMode):
 
 def _as_meta(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta or tensor.ndim == 0 else torch.empty_like(tensor, device="meta")
-
-
-def _attention_bytes(given: Sequence[Tensor], device: str) -> int:
-    """What `ops.frame_attention` needs for a while, its result included.
-
-    The comparison of a backend's first call with the oracle (one head of all keys in float64, scores of 64 queries) or,
-    on CPUs, oneDNN's head of one window and blocks of scores, whichever is more. Kernels on GPUs keep theirs on chip.
-    """
-    q, k = given[:2]
-    (batch, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
-    is_gathered = len(given) > 3 and k.shape[0] != batch  # by key_rows
-    gathered = 2 * batch * num_keys * num_heads * head_dim * q.element_size() if is_gathered else 0
-    check = 8 * batch * (2 * num_keys * head_dim + 3 * min(num_queries, 64) * num_keys)
-    rows = min(num_queries, max(64, _SCORES_IN_CACHE // num_keys))
-    head = 4 * (num_queries + num_keys) * head_dim + k.element_size() * num_keys * head_dim
-    blocks = (8 + (k.element_size() if k.element_size() < 4 else 0)) * rows * num_keys
-    return q.nbytes + gathered + max(check, head + blocks if device == "cpu" else 0)
 
 
 @contextmanager

@@ -44,14 +44,14 @@ _DDIM_TRAIN_STEPS = 1000
 _DDIM_SCALE_STEPS = 400
 _DDIM_SCALE_LAST = 0.7
 
-Row = dict[str, float]
+CoefficientRow = dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
     """The update of one solver as data.
 
-    rows [num_steps, 3, 12] float32: by step_index and history length, columns as in `COLUMNS`. A history longer than
+    rows [num_steps,3,12] float32: by step_index and history length, columns as in `COLUMNS`. A history longer than
     the steps behind a level cannot occur; such rows repeat the longest possible one, so every entry is finite.
     rows64: the same in float64, for oracles. alphas [num_steps + 1] float32: share of the clean sample at a step_index.
     """
@@ -121,7 +121,7 @@ def make_schedule(
 
 
 def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, step_index: Tensor | int) -> Tensor:
-    """alphas[s]·x0 + sigmas[s]·noise per frame: x0, noise [n, ...] any float dtype, step_index [n] int64 or an int."""
+    """alphas[s]·x0 + sigmas[s]·noise per frame: x0, noise [n,…] any float dtype, step_index [n] int64 or an int."""
     if isinstance(step_index, int):
         if not 0 <= step_index <= schedule.num_steps:
             raise ConfigError(f"step_index is {step_index}: give one between 0 and {schedule.num_steps} (clean)")
@@ -171,10 +171,10 @@ def _ddim_schedule(num_steps: int, eta: float, use_scale_array: bool, prediction
     levels = [(*pair,) for pair in zip(alpha_bars.tolist(), scales.tolist(), strict=True)]
     levels.append((levels[-1][0], scales[-1].item()))
 
-    def row(levels: Sequence[tuple[float, float]], step_index: int, history_length: int) -> Row:
+    def coefficient_row(levels: Sequence[tuple[float, float]], step_index: int, history_length: int) -> CoefficientRow:
         return _ddim_row(levels[step_index], levels[step_index + 1], eta, prediction)
 
-    rows64 = _fill_table(num_steps, levels, row)
+    rows64 = _fill_table(num_steps, levels, coefficient_row)
     clean = torch.ones(1, dtype=torch.float64)
     alphas = torch.cat((alpha_bars.sqrt(), clean)).to(torch.float32)
     sigmas = torch.cat(((1 - alpha_bars).sqrt(), 0 * clean)).to(torch.float32)
@@ -187,8 +187,8 @@ def _assemble(
     return Schedule(sigmas, timesteps, Coefficients(rows64.to(torch.float32), rows64, alphas, solver, prediction_type))
 
 
-def _fill_table(num_steps: int, levels: Sequence, row: Callable[[Sequence, int, int], Row]) -> Tensor:
-    """[num_steps, 3, 12] float64 from row(levels, step_index, history_length); columns left out are 0."""
+def _fill_table(num_steps: int, levels: Sequence, row: Callable[[Sequence, int, int], CoefficientRow]) -> Tensor:
+    """[num_steps,3,12] float64 from row(levels, step_index, history_length); columns left out are 0."""
     table = [
         [[row(levels, s, min(h, s)).get(column, 0.0) for column in COLUMNS] for h in range(NUM_HISTORY_LENGTHS)]
         for s in range(num_steps)
@@ -205,18 +205,18 @@ def _log_snr(sigma: float) -> float:
     return math.log1p(-sigma) - math.log(sigma)
 
 
-def _flow_x0(sigma: float) -> Row:
+def _flow_x0(sigma: float) -> CoefficientRow:
     """m = x − σ·v, no corrector."""
     return {"m_x": 1.0, "m_v": -sigma, "c_x": 1.0}
 
 
-def _euler_row(sigmas: Sequence[float], step_index: int, history_length: int) -> Row:
+def _euler_row(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     """x' = x + (σ_{s+1} − σ_s)·v."""
     sigma, sigma_next = sigmas[step_index : step_index + 2]
     return {**_flow_x0(sigma), "p_x": 1.0, "p_v": sigma_next - sigma}
 
 
-def _exponential_predictor(sigmas: Sequence[float], step_index: int, history_length: int) -> Row:
+def _exponential_predictor(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     """x' = (σ'/σ)·xc − α'·φ·(m + (m − m1)/(2q)), φ = e^{−h} − 1, h = λ_{s+1} − λ_s, q = (λ_s − λ_{s−1})/h.
 
     First order without history and at the last step. UniPC's second-order predictor (bh2, ρ = ½) and DPM-Solver++ 2M
@@ -232,17 +232,17 @@ def _exponential_predictor(sigmas: Sequence[float], step_index: int, history_len
     return row
 
 
-def _dpmpp_row(sigmas: Sequence[float], step_index: int, history_length: int) -> Row:
+def _dpmpp_row(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     return _flow_x0(sigmas[step_index]) | _exponential_predictor(sigmas, step_index, history_length)
 
 
-def _unipc_row(sigmas: Sequence[float], step_index: int, history_length: int) -> Row:
+def _unipc_row(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     predictor = _exponential_predictor(sigmas, step_index, history_length)
     corrector = _unipc_corrector(sigmas, step_index, history_length) if history_length else {}
     return _flow_x0(sigmas[step_index]) | corrector | predictor
 
 
-def _unipc_corrector(sigmas: Sequence[float], step_index: int, history_length: int) -> Row:
+def _unipc_corrector(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     """xc = (σ/σ₋)·y − α·φ·m1 − α·φ·(ρ₁·D + ρ₂·(m − m1)), D = (m2 − m1)/r, with the order of the frame's previous step.
 
     Order 1: ρ₁ = 0, ρ₂ = ½. Order 2: [[1, 1], [r, 1]]·ρ = (k/φ, 2(k/(−h) − ½)/φ), k = φ/(−h) − 1, r = (λ₋₋ − λ₋)/h.
@@ -268,14 +268,16 @@ def _unipc_corrector(sigmas: Sequence[float], step_index: int, history_length: i
     }
 
 
-_FLOW_ROWS: dict[str, Callable[[Sequence[float], int, int], Row]] = {
+_FLOW_ROWS: dict[str, Callable[[Sequence[float], int, int], CoefficientRow]] = {
     "unipc": _unipc_row,
     "dpmpp_2m": _dpmpp_row,
     "euler": _euler_row,
 }
 
 
-def _ddim_row(level: tuple[float, float], level_next: tuple[float, float], eta: float, prediction: str) -> Row:
+def _ddim_row(
+    level: tuple[float, float], level_next: tuple[float, float], eta: float, prediction: str
+) -> CoefficientRow:
     """x' = scale'·√ᾱ'·m + √(1 − ᾱ' − s²)·e + s·noise, s = η·√((1 − ᾱ')/(1 − ᾱ)·(1 − ᾱ/ᾱ')); levels are (ᾱ, scale).
 
     epsilon: m = (x − √(1−ᾱ)·e)/√ᾱ/scale, e = v. "v": m = (√ᾱ·x − √(1−ᾱ)·v)/scale, e = √ᾱ·v + √(1−ᾱ)·x.

@@ -30,7 +30,8 @@ import torch._dynamo  # before anything of torch is replaced: it keeps tables of
 from pretended_device import CudaTensor, Devices, Event, Graph, OnDevice, OnMachine, Stream, leaves, machines, mapped
 from torch import Tensor
 
-from miga_engine.ops import _registry, attention, reference
+from miga_engine.ops import _registry, frame_attention_reference
+from miga_engine.ops.frame_attention import dispatch, probe
 from miga_engine.runtime import decode
 
 HOST = torch.device("cpu")
@@ -59,7 +60,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_rows: Tensor | None, scale: float | None
 ) -> Tensor:
     bias = None if bias is None or bias.ndim == 4 else bias[:, None, None]
-    return reference.frame_attention(q, k, v, bias, key_rows, scale)
+    return frame_attention_reference(q, k, v, bias, key_rows, scale)
 
 
 @functools.cache
@@ -113,7 +114,7 @@ class Machine(Devices):
         if op in KERNELS:
             return _registry.run_kernel(_no_eager, *KERNELS[op], *args, **kwargs)
         if op == "frame_attention":
-            return attention._dispatch(*args, **kwargs)
+            return dispatch(*args, **kwargs)
         raise AssertionError(f"{op} has no form for GPUs that is known here")
 
     def launch(self, op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -303,7 +304,7 @@ def pretended_cuda() -> Iterator[Machine]:
             "mem_get_info": lambda device=None: ((80 << 30) - here.live_bytes, 80 << 30),
         },
         torch.backends.cudnn: {"is_available": lambda: True},
-        attention: {"_fastest": {}, "_tested": set()},
+        probe: {"_fastest": {}, "_tested": set()},
         torch.Tensor: {"pin_memory": pinned},
         decode.Decoding: {"_run": decoding},
     }

@@ -69,15 +69,16 @@ def test_rows_are_finite_and_keep_a_point_mass(solver, num_steps):
     last = None if solver != "ddim" else levels[-2]  # ddim's last step is an identity
     for s in range(num_steps):
         for h in range(min(s, 2) + 1):
-            m_x, m_v, c_x, c_y, c_m, c_m1, c_m2, p_x, p_v, p_m, p_m1, _ = rows[s, h].tolist()
+            row = dict(zip(COLUMNS, rows[s, h].tolist(), strict=True))
             x, v = levels[s].item(), noise if solver == "ddim" else noise - sample
             y = levels[s - 1].item() if s else 0.0
-            m = m_x * x + m_v * v
-            corrected = c_x * x + c_y * y + (c_m + c_m1 + c_m2) * sample
+            m = row["m_x"] * x + row["m_v"] * v
+            corrected = row["c_x"] * x + row["c_y"] * y + (row["c_m"] + row["c_m1"] + row["c_m2"]) * sample
             expected = levels[s + 1] if s + 1 < num_steps or last is None else last
             assert m == pytest.approx(sample, abs=2e-6)
             assert corrected == pytest.approx(x, abs=1e-6)
-            assert p_x * corrected + p_v * v + p_m * m + p_m1 * sample == pytest.approx(expected.item(), abs=2e-6)
+            received = row["p_x"] * corrected + row["p_v"] * v + row["p_m"] * m + row["p_m1"] * sample
+            assert received == pytest.approx(expected.item(), abs=2e-6)
 
 
 def test_v_prediction_equals_epsilon_prediction():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miga_engine.ops._registry import require, require_tensors
+from miga_engine.ops.gelu import gelu_, gelu_reference
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 IS_MKL_FASTER = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -12,14 +13,6 @@ IS_MKL_FASTER = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if HAS_ONEDNN else ()
 # oneDNN has no bfloat16 products for processors without AVX-512 (or its like on other architectures), and refuses them.
 _HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-torch.library.define("miga::gelu_", "(Tensor(a!) x) -> ()")
-torch.library.register_fake("miga::gelu_", lambda x: None)
-
-
-@torch.library.impl("miga::gelu_", "CompositeExplicitAutograd")
-def _gelu_eager(x: Tensor) -> None:
-    torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
@@ -53,9 +46,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         return rows.unflatten(0, x.shape[:-1])
     out = F.linear(x, weight, bias)
     if gelu and is_cpu and out.dtype == torch.float32:
-        torch.ops.miga.gelu_(out)
+        gelu_(out)
     elif gelu:
-        torch.ops.aten.gelu_(out, approximate="tanh")
+        gelu_reference(out)
     return out
 
 

@@ -1,46 +1,18 @@
 """Every op under torch.compile, opcheck, and its refusals; with whichever implementation this device has."""
 
+import inspect
 import subprocess
 import sys
 
 import places
 import pytest
 import torch
+from op_inputs import DEVICE, NUM_HEADS, NUM_TOKENS, D, Kernel, small_arguments
 
 from miga_engine import ops
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.noise import Purpose, frame_noise
 from miga_engine.schedule import make_schedule
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-B, F, S, D, HEADS = 2, 3, 5, 24, 2
-TOKENS = F * S
-
-
-def _tensors(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    table = draw(4, 6, D)
-    rows = torch.tensor([[0, 3, 1], [2, 2, 0]], device=DEVICE)
-    angles = draw(9, 4), draw(S, 2)
-    return {
-        "x": draw(B, F, S, D),
-        "y": draw(B, F, S, D).to(dtype),
-        "weight": table[:, 1],
-        "bias": table[:, 0],
-        "gate": table[:, 2],
-        "rows": rows,
-        "q": draw(B, TOKENS, D).to(dtype),
-        "k": draw(B, TOKENS, D).to(dtype),
-        "norm": draw(D),
-        "temporal": torch.stack([angles[0].cos(), angles[0].sin()], 1),
-        "spatial": torch.stack([angles[1].cos(), angles[1].sin()], 1),
-        "positions": torch.tensor([[0, 1, 2], [5, 6, 8]], device=DEVICE),
-        "frames": draw(4, 2, 3, 5),
-    }
 
 
 def _sampler_arguments(t):
@@ -56,10 +28,10 @@ def _sampler_arguments(t):
 
 def _calls(dtype):
     """Each op as (overload, arguments, keyword arguments)."""
-    t, miga = _tensors(dtype), torch.ops.miga
+    t, miga = small_arguments(dtype), torch.ops.miga
     args, indices, noise = _sampler_arguments(t)
     tables = (t["weight"], t["bias"], t["rows"], 1e-6, dtype)
-    heads = [t[name].unflatten(2, (HEADS, -1)) for name in "qk"]
+    heads = [t[name].unflatten(2, (NUM_HEADS, -1)) for name in "qk"]
     return {
         "sampler_update": (
             miga.sampler_update.default,
@@ -71,7 +43,7 @@ def _calls(dtype):
         "residual_norm_modulate": (miga.residual_norm_modulate.default, (t["x"], t["y"], t["gate"], *tables), {}),
         "qk_norm_rope": (
             miga.qk_norm_rope.default,
-            (t["q"], t["k"], t["norm"], t["norm"], t["temporal"], t["spatial"], t["positions"], HEADS, 1e-6),
+            (t["q"], t["k"], t["norm"], t["norm"], t["temporal"], t["spatial"], t["positions"], NUM_HEADS, 1e-6),
             {},
         ),
         "frame_attention": (miga.frame_attention.default, (*heads, heads[1], None, None, None, "sdpa"), {}),
@@ -118,90 +90,23 @@ def test_the_transformer_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kernel", "launch", "op"),
     [
-        ({"x": lambda x: x[0]}, r"x has shape \(3, 5, 24\), expected \[B,F,S,D\]"),
-        ({"x": lambda x: x.half()}, "x has dtype torch.float16, expected float32 or float64"),
-        ({"x": lambda x: x.transpose(0, 1)}, "x has strides .* expected a contiguous tensor"),
-        ({"rows": lambda rows: None}, r"rows has value None, expected \[B,F\], for weight has 4 rows"),
-        ({"rows": lambda rows: rows.T}, r"rows has shape \(3, 2\), expected \(2, 3\), \[B,F\] of x"),
-        ({"rows": lambda rows: rows.int()}, "rows has dtype torch.int32, expected int64"),
-        ({"weight": lambda w: w[:, :7]}, r"weight has shape \(4, 7\), expected \[R,D\]"),
-        ({"weight": lambda w: w.double()}, "weight has dtype torch.float64, expected torch.float32 as x"),
-        ({"bias": lambda b: None}, "bias has value None, expected one with weight"),
+        ("norm_modulate", "launch", "norm_modulate"),
+        ("norm_modulate", "launch_residual", "residual_norm_modulate"),
+        ("qk_norm_rope", "launch", "qk_norm_rope"),
+        ("sampler_update", "launch", "sampler_update"),
+        ("consistency_score", "launch", "consistency_score"),
     ],
 )
-def test_norm_modulate_refuses(change, message) -> None:
-    t = _tensors()
-    t |= {name: alter(t[name]) for name, alter in change.items()}
-    with pytest.raises(ValueError, match=message):
-        ops.norm_modulate(t["x"], t["weight"], t["bias"], t["rows"], eps=1e-6, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"y": lambda y: y[:, :2]}, r"y has shape \(2, 2, 5, 24\), expected \(2, 3, 5, 24\) as x"),
-        ({"y": lambda y: y.long()}, "y has dtype torch.int64, expected a floating point type"),
-        ({"gate": lambda g: g.bfloat16()}, "gate has dtype torch.bfloat16, expected torch.float32 as x"),
-        ({"gate": lambda g: g.T.contiguous().T}, "gate has strides .* expected a contiguous last dimension"),
-    ],
-)
-def test_residual_norm_modulate_refuses(change, message) -> None:
-    t = _tensors()
-    t |= {name: alter(t[name]) for name, alter in change.items()}
-    before = t["x"].clone()
-    with pytest.raises(ValueError, match=message):
-        ops.residual_norm_modulate(
-            t["x"], t["y"], t["gate"], t["weight"], t["bias"], t["rows"], eps=1e-6, dtype=torch.float32
-        )
-    assert torch.equal(t["x"], before)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"k": lambda k: k[:, :7]}, r"k has shape \(2, 7, 24\), expected \(2, 15, 24\) as q"),
-        ({"k": lambda k: k.half()}, "k has dtype torch.float16, expected torch.float32 as q"),
-        ({"q": lambda q: q.mT.contiguous().mT}, "q has strides .* expected a contiguous last dimension"),
-        ({"norm": lambda w: w[:6]}, r"weight_q has shape \(6,\), expected \(24,\)"),
-        ({"norm": lambda w: w.half()}, "weight_q has dtype torch.float16, expected float32 or float64"),
-        ({"temporal": lambda t: t[..., :3]}, "temporal and spatial has pairs 5, expected 6, half of a head's channels"),
-        ({"positions": lambda p: p[:, :2]}, r"q has shape \(2, 15, 24\), expected \(2, 10 = F·S, D\)"),
-    ],
-)
-def test_qk_norm_rope_refuses(change, message) -> None:
-    t = _tensors()
-    t |= {name: alter(t[name]) for name, alter in change.items()}
-    tables = {name: t[name] for name in ("temporal", "spatial", "positions")}
-    with pytest.raises(ValueError, match=message):
-        ops.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], **tables, num_heads=HEADS, eps=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "rows", "message"),
-    [
-        (((2, 6, 2, 8), (2, 4, 2, 4), (2, 4, 2, 8)), None, r"k has shape \(2, 4, 2, 4\), expected \[P,M,2,8\], as q"),
-        (((2, 6, 2, 8), (2, 4, 2, 8), (2, 5, 2, 8)), None, r"v has shape \(2, 5, 2, 8\), expected \[P,M,2,8\]"),
-        (((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)), None, "k has batch 3, expected 1 or 2, or key_rows"),
-        (
-            ((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)),
-            [0],
-            r"key_rows has shape \(1,\), expected int64 \[2\] or \[2,F\]",
-        ),
-        (((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)), [[0] * 4] * 2, "q has length 6, expected a multiple of 4 frames"),
-    ],
-)
-def test_frame_attention_refuses(shapes, rows, message) -> None:
-    rows = None if rows is None else torch.tensor(rows)
-    with pytest.raises(ValueError, match=message):
-        ops.frame_attention(*map(torch.zeros, shapes), key_rows=rows)
-
-
-def test_a_norm_without_a_weight_is_a_cast() -> None:
-    t = _tensors()
-    out = ops.residual_norm_modulate(t["x"].clone(), t["y"], None, None, None, None, eps=1e-6, dtype=torch.bfloat16)
-    assert torch.equal(out, (t["x"] + t["y"]).bfloat16())
+def test_launch_takes_the_arguments_of_its_op(kernel: str, launch: str, op: str) -> None:
+    schema = getattr(torch.ops.miga, op).default._schema.arguments
+    parameters = list(inspect.signature(getattr(Kernel(kernel), launch)).parameters.values())
+    for argument, parameter in zip(schema, parameters, strict=False):
+        assert (parameter.name, parameter.kind is parameter.KEYWORD_ONLY) == (argument.name, argument.kwarg_only)
+        if argument.has_default_value():
+            assert parameter.default == argument.default_value
+    assert all(parameter.default is not parameter.empty for parameter in parameters[len(schema) :])
 
 
 INDEX_ARGUMENTS = {
@@ -218,12 +123,12 @@ INDEX_ARGUMENTS = {
 
 def _call_with(name: str, wrong: int, *, registered: bool) -> None:
     """A call of the op with one wrong index, of a frame that has a slot where there are such."""
-    t = _tensors()
+    t = small_arguments()
     argument = INDEX_ARGUMENTS[name][0]
     args, indices, noise = _sampler_arguments(t)
     index = {**t, **indices, "key_rows": torch.tensor([[0, 1, 1], [1, 0, 0]]), "noise.counters": noise.counters}
     index[argument].view(-1)[0] = wrong
-    q, k = (t[name].unflatten(2, (HEADS, -1)) for name in "qk")
+    q, k = (t[name].unflatten(2, (NUM_HEADS, -1)) for name in "qk")
     tables = {name: t[name] for name in ("temporal", "spatial", "positions")}
     miga = torch.ops.miga
     rows = (t["weight"], t["bias"], t["rows"])
@@ -236,9 +141,9 @@ def _call_with(name: str, wrong: int, *, registered: bool) -> None:
     elif name == "residual_norm_modulate":
         ops.residual_norm_modulate(t["x"], t["y"], t["gate"], *rows, eps=1e-6, dtype=torch.float32)
     elif name == "qk_norm_rope" and registered:
-        miga.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], *tables.values(), HEADS, 1e-6)
+        miga.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], *tables.values(), NUM_HEADS, 1e-6)
     elif name == "qk_norm_rope":
-        ops.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], **tables, num_heads=HEADS, eps=1e-6)
+        ops.qk_norm_rope(t["q"], t["k"], t["norm"], t["norm"], **tables, num_heads=NUM_HEADS, eps=1e-6)
     elif name == "frame_attention" and registered:
         miga.frame_attention(q, k, k, None, index["key_rows"], None, "auto")
     elif name == "frame_attention":
@@ -272,7 +177,7 @@ def test_wrong_calls_end_in_sentences_and_never_in_a_signal() -> None:
 
 
 def test_states_that_share_memory_are_refused() -> None:
-    t = _tensors()
+    t = small_arguments()
     args, indices, _ = _sampler_arguments(t)
     overlapping = args[0][:1].expand(args[0].shape)
     with pytest.raises(ValueError, match=r"x0 has strides .* memory of its own for each element"):
@@ -280,4 +185,4 @@ def test_states_that_share_memory_are_refused() -> None:
     with pytest.raises(ValueError, match="last_sample has memory that is sample's too"):
         ops.sampler_update(args[0], args[0], *args[2:], **indices, guidance_scale=3.0)
     with pytest.raises(ValueError, match="q has strides"):
-        ops.rms_norm_(t["q"][:1].expand(2, TOKENS, D), t["norm"], eps=1e-6)
+        ops.rms_norm_(t["q"][:1].expand(2, NUM_TOKENS, D), t["norm"], eps=1e-6)

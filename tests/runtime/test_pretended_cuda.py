@@ -19,7 +19,7 @@ from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.device import to_device
 from miga_engine.errors import ConfigError, SessionError
 from miga_engine.noise import Purpose, frame_noise
-from miga_engine.ops import attention
+from miga_engine.ops.frame_attention import probe
 from miga_engine.runtime import capture
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.stages import DONE
@@ -153,9 +153,9 @@ def test_cudnn_attention_leaves_the_switches_of_other_threads_alone(gpu) -> None
 
     gpu.before = look
     q, k, v = (torch.randn(1, 40, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    out = attention.frame_attention(q, k, v, backend="cudnn")
+    out = ops.frame_attention(q, k, v, backend="cudnn")
     assert seen == [(True, True, True)]
-    assert (out - attention.frame_attention(q, k, v, backend="reference")).abs().max() < 0.02
+    assert (out - ops.frame_attention(q, k, v, backend="reference")).abs().max() < 0.02
 
 
 def _slow(name: str, call: Any) -> float:
@@ -166,10 +166,10 @@ def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, t
     timed: list[str] = []
 
     def milliseconds(name: str, call: Any) -> float:
-        timed.append(attention._kind(call))
+        timed.append(call.kind)
         return _slow(name, call)
 
-    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(probe, "_milliseconds", milliseconds)
     engine = Engine.from_pretrained("tiny", "cuda", "bfloat16")
     path, options = tmp_path / "run.safetensors", options_of("tiny")
     during: list[int] = []
@@ -188,8 +188,8 @@ def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, t
     assert video.metadata["attention_choices"] == choices
 
     # Elsewhere another backend would win; a run that is gone on with keeps its own.
-    monkeypatch.setattr(attention, "_fastest", {})
-    monkeypatch.setattr(attention, "_milliseconds", lambda name, call: -_slow(name, call))
+    monkeypatch.setattr(probe, "_fastest", {})
+    monkeypatch.setattr(probe, "_milliseconds", lambda name, call: -_slow(name, call))
     used = set()
     gpu.before = lambda name, args: used.add(name)
     parts += [chunk.frames.cpu() for chunk in Engine.from_pretrained("tiny", "cuda", "bfloat16").resume(path)]

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "clones.h"
+#include "core/clones.h"
 
 namespace miga {
 

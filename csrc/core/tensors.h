@@ -4,12 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
 
-#include "elements.h"
+#include "core/elements.h"
 
 namespace miga {
 
@@ -91,6 +92,11 @@ inline void check_indices(const char* name, const Tensor& packed_indices, int64_
   const int64_t* indices = packed_indices.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < packed_indices.numel(); ++i) check_index(name, indices[i], least, most);
 }
+
+constexpr int64_t kGrainElements = 16384;  // the least work for a thread
+
+// In tokens of this width.
+inline int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width)); }
 
 template <typename T>
 const T* data_if(const std::optional<Tensor>& tensor) {

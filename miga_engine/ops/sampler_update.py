@@ -1,10 +1,9 @@
-"""Ops on latent frames: one solver step of a pass, and the score that self-reflection judges by."""
+"""sampler_update: one solver step of all latent frames of a pass, each at its own step_index."""
 
 import torch
 from torch import Tensor
 
 from miga_engine.noise import FrameNoise
-from miga_engine.ops import reference as _reference
 from miga_engine.ops._registry import (
     is_written_once,
     register,
@@ -13,9 +12,7 @@ from miga_engine.ops._registry import (
     require_like,
     require_tensors,
 )
-
-_CHANNEL_MODES = ("mean", "all")
-_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS = 3, 12  # as in miga_engine.schedule
+from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS
 
 torch.library.define(
     "miga::sampler_update",
@@ -23,25 +20,11 @@ torch.library.define(
     "Tensor? velocity_uncond, *, Tensor slots, Tensor coefficients, Tensor step_index, Tensor history_length, "
     "float guidance_scale, Tensor? noise=None, Tensor? noise_counters=None, int noise_seed=0) -> ()",
 )
-torch.library.define("miga::consistency_score", '(Tensor reference, Tensor candidates, str channels="mean") -> Tensor')
-
-
-def _consistency_score_eager(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
-    return _reference.consistency_score(reference, candidates, channels).to(torch.float32)
-
-
-register("sampler_update", _reference.sampler_update, kernel="sampler_update")
-register("consistency_score", _consistency_score_eager, kernel="consistency_score")
 
 
 @torch.library.register_fake("miga::sampler_update")
-def _sampler_update_fake(*args: Tensor | None, **kwargs: Tensor | float | None) -> None:
+def _fake(*args: Tensor | None, **kwargs: Tensor | float | None) -> None:
     return None
-
-
-@torch.library.register_fake("miga::consistency_score")
-def _consistency_score_fake(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
-    return candidates.new_empty((candidates.shape[0],), dtype=torch.float32)
 
 
 def sampler_update(
@@ -115,7 +98,7 @@ def sampler_update(
     for name, indices in (("slots", slots), ("step_index", step_index), ("history_length", history_length)):
         require(indices.shape == slots.shape, name, "shape", tuple(indices.shape), f"{tuple(slots.shape)} as slots")
         require(indices.dtype == torch.int64, name, "dtype", indices.dtype, "int64")
-    table = (_NUM_HISTORY_LENGTHS, _NUM_COEFFICIENTS)
+    table = (NUM_HISTORY_LENGTHS, NUM_COEFFICIENTS)
     require(coefficients.dtype.is_floating_point, "coefficients", "dtype", coefficients.dtype, "a floating point type")
     is_table = coefficients.ndim == 3 and coefficients.shape[1:] == table
     require(is_table, "coefficients", "shape", tuple(coefficients.shape), f"(num_steps, {table[0]}, {table[1]})")
@@ -150,22 +133,65 @@ def _check_frames(slots: Tensor, step_index: Tensor, history_length: Tensor, *, 
         raise ValueError(f"slots names {int(owned.bincount().argmax())} twice, expected each row once")
 
 
-def consistency_score(reference: Tensor, candidates: Tensor, channels: str = "mean") -> Tensor:
-    """Mean cosine similarity between each candidate group of latent frames and a reference group: [k] float32.
+def sampler_update_reference(
+    sample: Tensor,
+    last_sample: Tensor,
+    x0: Tensor,
+    x0_previous: Tensor,
+    velocity_cond: Tensor,
+    velocity_uncond: Tensor | None,
+    *,
+    slots: Tensor,
+    coefficients: Tensor,
+    step_index: Tensor,
+    history_length: Tensor,
+    guidance_scale: float,
+    noise: Tensor | None = None,
+    noise_counters: Tensor | None = None,
+    noise_seed: int = 0,
+) -> None:
+    """The oracle: any device, any float dtype; no checks.
 
-    u = mean over channels of a frame, a vector over H·W (channels="mean"), or the whole frame, a vector over C·H·W
-    ("all"); û = u/‖u‖, 0 for a zero frame; score = mean over frame pairs of ⟨û_E, û_R⟩ = ⟨mean û_E, mean û_R⟩, which is
-    linear in the number of frames. reference [n,C,H,W], candidates [k,m,C,H,W], any float dtypes; arithmetic in float32
-    at least. Source: MIGA (arXiv 2605.18233), consistency score of the dynamic correction.
+    A term whose coefficient is 0 is left out rather than multiplied, so NaN in memory that a row does not use never
+    spreads. Frames without a slot take part as copies of the first frame that has one: equal values written twice, no
+    host sync.
     """
-    if channels not in _CHANNEL_MODES:
-        raise ValueError(f"channels is {channels!r}: choose {' or '.join(map(repr, _CHANNEL_MODES))}")
-    require_tensors("reference candidates", reference, candidates)
-    for name, frames in (("reference", reference), ("candidates", candidates)):
-        require(frames.dtype.is_floating_point, name, "dtype", frames.dtype, "a floating point type")
-    is_frames = reference.ndim == 4 and min(reference.shape[:2]) > 0
-    require(is_frames, "reference", "shape", tuple(reference.shape), "[n,C,H,W], n ≥ 1, C ≥ 1")
-    is_group = candidates.ndim == 5 and candidates.shape[1] > 0 and candidates.shape[2:] == reference.shape[1:]
-    expected = f"[k,m,{','.join(map(str, reference.shape[1:]))}], m ≥ 1, frames as in reference"
-    require(is_group, "candidates", "shape", tuple(candidates.shape), expected)
-    return torch.ops.miga.consistency_score(reference, candidates, channels)
+    count = slots.shape[0]
+    if count == 0:
+        return
+    if noise_counters is not None:
+        noise = FrameNoise(noise_seed, noise_counters).draw(tuple(sample.shape[1:]))
+    dtype = sample.dtype
+    has_slot = slots >= 0
+    source = torch.where(has_slot, torch.arange(count, device=slots.device), has_slot.to(torch.int8).argmax())
+    is_used = has_slot[source]  # [n], all equal: False only if no frame has a slot
+    slot = torch.where(is_used, slots[source], 0)
+    steps = torch.where(is_used, step_index[source], 0)
+    lengths = torch.where(is_used, history_length[source], 0).clamp(max=coefficients.shape[1] - 1)
+    columns = coefficients[steps, lengths].to(dtype).view(count, -1, 1, 1, 1).unbind(1)
+    weights = dict(zip(COLUMNS, columns, strict=True))
+
+    def term(column: str, value: Tensor) -> Tensor:
+        weight = weights[column]
+        return torch.where(weight == 0, 0, weight * value)
+
+    x, y, m1, m2 = (state[slot] for state in (sample, last_sample, x0, x0_previous))  # [n,C,H,W]
+    v = velocity_cond[source].to(dtype)
+    if velocity_uncond is not None:
+        v_uncond = velocity_uncond[source].to(dtype)
+        v = v_uncond + guidance_scale * (v - v_uncond)
+
+    m = term("m_x", x) + term("m_v", v)
+    corrected = term("c_x", x) + term("c_y", y) + term("c_m", m) + term("c_m1", m1) + term("c_m2", m2)
+    following = term("p_x", corrected) + term("p_v", v) + term("p_m", m) + term("p_m1", m1)
+    if noise is not None:
+        following = following + term("p_n", noise[source].to(dtype))
+
+    is_written = is_used.view(-1, 1, 1, 1)
+    kept_m1 = torch.where(lengths.view(-1, 1, 1, 1) > 0, m1, 0)
+    results = ((x0_previous, m2, kept_m1), (x0, m1, m), (last_sample, y, corrected), (sample, x, following))
+    for state, old, new in results:
+        state[slot] = torch.where(is_written, new, old)
+
+
+register("sampler_update", sampler_update_reference, kernel="sampler_update")

@@ -1,56 +1,16 @@
-// Unpacks the arguments of the ops on latent frames (miga_engine/ops/sampling.py: schemas, fakes, checks), spreads the work over
-// threads and registers it with torch.
+// Unpacks the arguments of sampler_update (miga_engine/ops/sampler_update.py: schema, fake, checks), spreads the work over
+// threads and registers it.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <limits>
-#include <string>
 #include <vector>
 
-#include "consistency_score.h"
+#include "core/tensors.h"
 #include "sampler_update.h"
-#include "tensors.h"
 
 namespace miga {
 namespace {
-
-// reference [n,C,H,W], candidates [k,m,C,H,W] -> [k] float32
-Tensor consistency_score(const Tensor& reference, const Tensor& candidates, std::string channels) {
-  STD_TORCH_CHECK(channels == "all" || channels == "mean", "channels is ", channels, ", expected mean or all");
-  check_shape("reference", reference, {-1, -1, -1, -1});
-  check_shape("candidates", candidates, {-1, -1, reference.size(1), reference.size(2), reference.size(3)});
-  STD_TORCH_CHECK(
-      reference.size(0) > 0 && candidates.size(1) > 0 && reference.size(1) > 0,
-      "reference or candidates has no frames or no channels, expected one at least");
-  const bool use_all_channels = channels == "all";
-  const Tensor reference_frames = packed(reference, ScalarType::Float);
-  const Tensor candidate_frames = packed(candidates, ScalarType::Float);
-  const int64_t num_candidates = candidates.size(0);
-  const int64_t num_channels = reference.size(1);
-  const int64_t num_positions = reference.size(2) * reference.size(3);
-  const int64_t size = use_all_channels ? num_channels * num_positions : num_positions;
-  const int64_t group_numel = candidates.size(1) * num_channels * num_positions;
-  const float* reference_data = reference_frames.const_data_ptr<float>();
-  const float* candidate_data = candidate_frames.const_data_ptr<float>();
-
-  // Row 0 is the reference's mean direction, row 1 + k that of candidate k.
-  std::vector<float> directions((num_candidates + 1) * size, 0.0f);
-  torch::stable::parallel_for(0, num_candidates + 1, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(use_all_channels ? 0 : num_positions);
-    for (int64_t row = begin; row < end; ++row) {
-      const float* frames = row == 0 ? reference_data : candidate_data + (row - 1) * group_numel;
-      const int64_t num_frames = row == 0 ? reference.size(0) : candidates.size(1);
-      add_mean_direction(
-          frames, num_frames, num_channels, num_positions, use_all_channels, directions.data() + row * size, scratch.data());
-    }
-  });
-
-  Tensor scores = torch::stable::new_empty(candidate_frames, {num_candidates});
-  float* scores_data = scores.mutable_data_ptr<float>();
-  for (int64_t k = 0; k < num_candidates; ++k)
-    scores_data[k] = static_cast<float>(dot(directions.data() + (k + 1) * size, directions.data(), size));
-  return scores;
-}
 
 constexpr int64_t kRunElements = 16384;  // a thread's unit of work
 
@@ -59,7 +19,7 @@ template <typename T>
 void update_frames(
     std::vector<Tensor>& states, const Tensor& velocity_cond, const std::optional<Tensor>& velocity_uncond, const Tensor& slots,
     const Tensor& coefficients, const Tensor& step_index, const Tensor& history_length, double guidance_scale,
-    const std::optional<Tensor>& noise, const std::vector<NoiseStream>& streams) {
+    const std::optional<Tensor>& noise, const std::vector<NoiseState>& noise_states) {
   const int64_t num_frames = slots.numel();
   if (num_frames == 0) return;
   const int64_t frame_size = velocity_cond.numel() / num_frames;
@@ -82,7 +42,7 @@ void update_frames(
       const SamplerRun<T> run{
           state[0] + to, state[1] + to, state[2] + to, state[3] + to,
           cond,          uncond,        given_noise,   frame * frame_size + start,
-          streams.empty() ? nullptr : &streams[frame], start};
+          noise_states.empty() ? nullptr : &noise_states[frame], start};
       update_run(
           run, rows + (step[frame] * num_histories + length) * kNumCoefficients, length > 0, static_cast<T>(guidance_scale),
           std::min(kRunElements, frame_size - start));
@@ -91,15 +51,15 @@ void update_frames(
 }
 
 // counters [n,3]: words 1, 2 and 3 of each frame
-std::vector<NoiseStream> noise_streams(const Tensor& counters, int64_t seed) {
+std::vector<NoiseState> unpack_noise(const Tensor& counters, int64_t seed) {
   const uint64_t key = static_cast<uint64_t>(seed);
   const int64_t* words = counters.const_data_ptr<int64_t>();
-  std::vector<NoiseStream> streams;
+  std::vector<NoiseState> noise_states;
   for (int64_t i = 0; i < counters.size(0); ++i, words += 3)
-    streams.push_back(
+    noise_states.push_back(
         {{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)},
          {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[2])}});
-  return streams;
+  return noise_states;
 }
 
 // Indices in bounds for every frame that has a slot, and no slot named twice: threads write them at the same time.
@@ -146,12 +106,12 @@ void sampler_update(
   Tensor* states[] = {&sample, &last_sample, &x0, &x0_previous};
   std::vector<Tensor> dense;
   for (Tensor* state : states) dense.push_back(packed(*state));
-  std::vector<NoiseStream> streams;
-  if (noise_counters) streams = noise_streams(packed(*noise_counters), noise_seed);
+  std::vector<NoiseState> noise_states;
+  if (noise_counters) noise_states = unpack_noise(packed(*noise_counters), noise_seed);
   const auto update = type == ScalarType::Double ? update_frames<double> : update_frames<float>;
   update(
       dense, readable(velocity_cond), readable(velocity_uncond), packed_slots, packed(coefficients, type), packed_steps,
-      packed_lengths, guidance_scale, readable(noise), streams);
+      packed_lengths, guidance_scale, readable(noise), noise_states);
   for (size_t i = 0; i < dense.size(); ++i)
     if (!states[i]->is_contiguous()) torch::stable::copy_(*states[i], dense[i]);
 }
@@ -159,7 +119,6 @@ void sampler_update(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(miga, CPU, m) {
-  m.impl("consistency_score", TORCH_BOX(&consistency_score));
   m.impl("sampler_update", TORCH_BOX(&sampler_update));
 }
 

@@ -9,7 +9,8 @@ import torch
 from miga_engine import ops
 from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.errors import ConfigError, DeviceError
-from miga_engine.ops import attention, reference
+from miga_engine.ops.frame_attention import _choose, backends, probe
+from miga_engine.ops.frame_attention.backends import BACKENDS, Backend, Call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSED_ON_CPU = {
@@ -31,24 +32,24 @@ def make_inputs(queries=13, keys=11, heads=3, dim=64, batch=2, prompts=None, dty
 @pytest.fixture
 def fresh(monkeypatch):
     """No backend tested or timed yet."""
-    monkeypatch.setattr(attention, "_tested", set())
-    monkeypatch.setattr(attention, "_fastest", {})
+    monkeypatch.setattr(probe, "_tested", set())
+    monkeypatch.setattr(probe, "_fastest", {})
 
 
 def exact(q, k, v, bias=None, key_rows=None, scale=None):
-    return reference.frame_attention(q.double(), k.double(), v.double(), bias, key_rows, scale)
+    return ops.frame_attention_reference(q.double(), k.double(), v.double(), bias, key_rows, scale)
 
 
 def assert_in_budget(out, q, *args):
     expected = exact(q, *args)
-    eager = reference.frame_attention(q, *args, *[None] * (5 - len(args)))
+    eager = ops.frame_attention_reference(q, *args, *[None] * (5 - len(args)))
     eps = torch.finfo(q.dtype).eps
     budget = 2 * ((eager - expected).abs().max() + eps * expected.abs().max())
     assert (out - expected).abs().max() <= budget
 
 
 def test_every_name_has_a_backend() -> None:
-    assert ("auto", *attention._BACKENDS) == ATTENTION_BACKENDS
+    assert ("auto", *BACKENDS) == ATTENTION_BACKENDS
     assert set(ops.SELF_ATTENTION_ONLY) < set(ATTENTION_BACKENDS)
 
 
@@ -103,11 +104,31 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shapes", "rows", "message"),
+    [
+        (((2, 6, 2, 8), (2, 4, 2, 4), (2, 4, 2, 8)), None, r"k has shape \(2, 4, 2, 4\), expected \[P,M,2,8\], as q"),
+        (((2, 6, 2, 8), (2, 4, 2, 8), (2, 5, 2, 8)), None, r"v has shape \(2, 5, 2, 8\), expected \[P,M,2,8\]"),
+        (((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)), None, "k has batch 3, expected 1 or 2, or key_rows"),
+        (
+            ((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)),
+            [0],
+            r"key_rows has shape \(1,\), expected int64 \[2\] or \[2,F\]",
+        ),
+        (((2, 6, 2, 8), (3, 4, 2, 8), (3, 4, 2, 8)), [[0] * 4] * 2, "q has length 6, expected a multiple of 4 frames"),
+    ],
+)
+def test_refuses_what_does_not_fit(shapes, rows, message) -> None:
+    rows = None if rows is None else torch.tensor(rows)
+    with pytest.raises(ValueError, match=message):
+        ops.frame_attention(*map(torch.zeros, shapes), key_rows=rows)
+
+
+@pytest.mark.parametrize(
     ("out", "fault"),
     [(torch.zeros_like, "error .* against the oracle"), (lambda q: q * torch.nan, "values that are not finite")],
 )
 def test_a_wrong_backend_is_caught_at_its_first_call(fresh, monkeypatch, out, fault) -> None:
-    monkeypatch.setitem(attention._BACKENDS, "sdpa", attention._Backend(attention._always, lambda call: out(call.q)))
+    monkeypatch.setitem(BACKENDS, "sdpa", Backend(backends._always, lambda call: out(call.q)))
     with pytest.raises(DeviceError, match=f"attention='sdpa' gives wrong results on cpu .{fault}"):
         ops.frame_attention(*make_inputs(), backend="sdpa")
 
@@ -139,17 +160,17 @@ def test_a_backend_that_fails_or_is_wrong_is_never_the_fastest(fresh, monkeypatc
             return result(call)
 
         times[name] = cost
-        return attention._Backend(attention._always, run)
+        return Backend(backends._always, run)
 
     def fail(call):
         raise RuntimeError("no kernel image")
 
     times: dict[str, float] = {}
-    right = attention._run_reference
-    monkeypatch.setitem(attention._BACKENDS, "triton", backend("triton", lambda call: call.q * 0, 1.0))
-    monkeypatch.setitem(attention._BACKENDS, "sdpa", backend("sdpa", right, 3.0))
-    monkeypatch.setitem(attention._BACKENDS, "cudnn", backend("cudnn", fail, 1.5))
-    monkeypatch.setitem(attention._BACKENDS, "flash", backend("flash", right, 2.0))
+    right = backends._run_reference
+    monkeypatch.setitem(BACKENDS, "triton", backend("triton", lambda call: call.q * 0, 1.0))
+    monkeypatch.setitem(BACKENDS, "sdpa", backend("sdpa", right, 3.0))
+    monkeypatch.setitem(BACKENDS, "cudnn", backend("cudnn", fail, 1.5))
+    monkeypatch.setitem(BACKENDS, "flash", backend("flash", right, 2.0))
 
     class Clock:
         """Stands for a GPU's events: what ran between two records took what its backend costs."""
@@ -167,8 +188,8 @@ def test_a_backend_that_fails_or_is_wrong_is_never_the_fastest(fresh, monkeypatc
             return sum(times[name] for name in calls[self.position : stop.position])
 
     monkeypatch.setattr(torch.cuda, "Event", Clock)
-    call = attention._Call(*make_inputs(), None, None, None)
-    ranking = {name: attention._milliseconds(name, call) for name in ("triton", "sdpa", "cudnn", "flash")}
+    call = Call(*make_inputs(), None, None, None)
+    ranking = {name: probe._milliseconds(name, call) for name in ("triton", "sdpa", "cudnn", "flash")}
     assert ranking == {"triton": float("inf"), "sdpa": 3.0, "cudnn": float("inf"), "flash": 2.0}
 
 
@@ -181,19 +202,19 @@ def test_auto_times_each_shape_once_and_takes_the_fastest(fresh, monkeypatch) ->
 
     def on_gpu(queries):
         q = types.SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16, shape=(1, queries, 2, 64))
-        return types.SimpleNamespace(q=q, k=q, v=q, bias=None, key_rows=None)
+        return Call(q, q, q, None, None, None)
 
-    for name in attention._TIMED:
+    for name in backends.TIMED:
         refusal = None if name in ("triton", "sdpa", "cudnn") else "it is not installed"
-        backend = attention._Backend(lambda call, refusal=refusal: refusal, attention._run_reference)
-        monkeypatch.setitem(attention._BACKENDS, name, backend)
-    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+        backend = Backend(lambda call, refusal=refusal: refusal, backends._run_reference)
+        monkeypatch.setitem(BACKENDS, name, backend)
+    monkeypatch.setattr(probe, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert [attention._choose(on_gpu(n)) for n in (64, 64, 128)] == ["cudnn"] * 3
+    assert [_choose(on_gpu(n)) for n in (64, 64, 128)] == ["cudnn"] * 3
     assert timed == ["triton", "sdpa", "cudnn"] * 2
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert [attention._choose(on_gpu(n)) for n in (64, 32)] == ["cudnn", "sdpa"]
+    assert [_choose(on_gpu(n)) for n in (64, 32)] == ["cudnn", "sdpa"]
     assert len(timed) == 6  # nothing is timed while a graph is captured
 
 
@@ -208,31 +229,31 @@ def test_xformers_adapter_gives_layout_and_aligned_bias(monkeypatch) -> None:
     def stand_in(q, k, v, attn_bias=None, scale=None):
         assert attn_bias.shape == (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         assert attn_bias.stride(2) % 8 == 0
-        return reference.frame_attention(q, k, v, attn_bias, None, scale)
+        return ops.frame_attention_reference(q, k, v, attn_bias, None, scale)
 
     _xformers(monkeypatch, stand_in)
     q, k, v = make_inputs(prompts=1)
     bias = torch.randn(1, 1, 1, k.shape[1])
-    out = attention._run_xformers(attention._Call(q, k, v, bias, None, 0.5))
+    out = backends._run_xformers(Call(q, k, v, bias, None, 0.5))
     assert_in_budget(out, q, k, v, bias, None, 0.5)
 
 
 def test_flash_and_sage_adapters_give_layout_and_scale(monkeypatch) -> None:
     def flash(q, k, v, softmax_scale=None):
-        return reference.frame_attention(q, k, v, None, None, softmax_scale), "logsumexp"
+        return ops.frame_attention_reference(q, k, v, None, None, softmax_scale), "logsumexp"
 
     def sage(q, k, v, tensor_layout, is_causal, sm_scale):
         assert (tensor_layout, is_causal) == ("NHD", False)
-        return reference.frame_attention(q, k, v, None, None, sm_scale)
+        return ops.frame_attention_reference(q, k, v, None, None, sm_scale)
 
     for package, name, run in (("flash_attn", "flash_attn_func", flash), ("sageattention", "sageattn", sage)):
         module = types.ModuleType(package)
         setattr(module, name, run)
         monkeypatch.setitem(sys.modules, package, module)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     q, k, v = make_inputs(prompts=1)
-    call = attention._Call(q, k, v, None, None, 0.5)
-    for run in (attention._run_flash, attention._run_sage):
+    call = Call(q, k, v, None, None, 0.5)
+    for run in (backends._run_flash, backends._run_sage):
         assert_in_budget(run(call), q, k, v, None, None, 0.5)
 
 

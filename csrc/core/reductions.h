@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "clones.h"
+#include "core/clones.h"
 
 namespace miga {
 

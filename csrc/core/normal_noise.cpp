@@ -1,10 +1,10 @@
-#include "normal_noise.h"
+#include "core/normal_noise.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
-#include "clones.h"
+#include "core/clones.h"
 
 namespace miga {
 namespace {
@@ -57,10 +57,10 @@ MIGA_INLINE double log_of(double x) {
 }
 
 // words 0 ... 3 of Philox4x32-10 for the counters first ... first + size - 1.
-MIGA_INLINE void philox(const NoiseStream& stream, uint32_t first, int64_t size, uint32_t (*__restrict words)[kCounters]) {
+MIGA_INLINE void philox(const NoiseState& state, uint32_t first, int64_t size, uint32_t (*__restrict words)[kCounters]) {
   for (int64_t i = 0; i < size; ++i) {
-    uint32_t c0 = first + static_cast<uint32_t>(i), c1 = stream.counter[0], c2 = stream.counter[1], c3 = stream.counter[2];
-    uint32_t k0 = stream.key[0], k1 = stream.key[1];
+    uint32_t c0 = first + static_cast<uint32_t>(i), c1 = state.counter[0], c2 = state.counter[1], c3 = state.counter[2];
+    uint32_t k0 = state.key[0], k1 = state.key[1];
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
@@ -102,14 +102,14 @@ MIGA_INLINE void box_muller(
 
 }  // namespace
 
-MIGA_CLONES void draw_normals(const NoiseStream& stream, int64_t start, int64_t size, float* out) {
+MIGA_CLONES void draw_normals(const NoiseState& state, int64_t start, int64_t size, float* out) {
   uint32_t words[4][kCounters];
   float normals[4][kCounters], interleaved[kCounters][4];
   const int64_t block_size = 4 * kCounters;
   for (int64_t done = 0; done < size; done += block_size) {
     const int64_t count = std::min(block_size, size - done);
     // A last block in part is drawn whole, so that all loops are of constant length.
-    philox(stream, static_cast<uint32_t>((start + done) / 4), kCounters, words);
+    philox(state, static_cast<uint32_t>((start + done) / 4), kCounters, words);
     box_muller(words[0], words[1], kCounters, normals[0], normals[1]);
     box_muller(words[2], words[3], kCounters, normals[2], normals[3]);
     for (int64_t i = 0; i < kCounters; ++i)

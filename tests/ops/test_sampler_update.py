@@ -1,11 +1,9 @@
-"""The public ops against the released samplers' runs, float64, and their own contracts."""
+"""sampler_update against the released samplers' runs and float64, and its contract."""
 
-import importlib
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from places import GOLDENS
 from safetensors.torch import load_file
 
@@ -13,8 +11,8 @@ from miga_engine import ops
 from miga_engine.schedule import make_schedule
 
 WAN_META = json.loads((GOLDENS / "samplers" / "wan_meta.json").read_text())
+
 VC2_META = json.loads((GOLDENS / "samplers" / "vc2_meta.json").read_text())
-CONSISTENCY_META = json.loads((GOLDENS / "consistency" / "meta.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +23,6 @@ def wan():
 @pytest.fixture(scope="module")
 def vc2():
     return load_file(GOLDENS / "samplers" / "vc2_trajectories.safetensors")
-
-
-@pytest.fixture(scope="module")
-def consistency():
-    return load_file(GOLDENS / "consistency" / "io.safetensors")
 
 
 def to_frames(latents):
@@ -237,56 +230,12 @@ def test_half_precision_velocities_are_read_at_their_values():
     assert all(torch.equal(received, wanted) for received, wanted in zip(state, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", CONSISTENCY_META["cases"], ids=lambda case: str(case["case"]))
-def test_consistency_score_matches_golden(consistency, case):
-    reference, group = (consistency[f"case{case['case']}_{name}"].transpose(0, 1) for name in ("saved", "new"))
-    assert ops.consistency_score(reference, group[None]).item() == pytest.approx(case["wan"], abs=1e-6)
-
-
-@pytest.mark.parametrize("sequence", CONSISTENCY_META["trigger_sequences"], ids=lambda seq: str(seq["threshold"]))
-def test_falls_of_the_score_trigger_as_in_golden(consistency, sequence):
-    previous, flags = None, []
-    for index, expected in enumerate(sequence["scores"]):
-        reference, group = (
-            consistency[f"seq_thr{sequence['threshold']}_{index}_{name}"].transpose(0, 1) for name in ("saved", "new")
-        )
-        score = ops.consistency_score(reference, group[None]).item()
-        assert score == pytest.approx(expected, abs=1e-6)
-        flags.append(previous is not None and previous - score > sequence["threshold"])
-        previous = score  # a low score becomes the next reference
-    assert flags == sequence["flags"]
-
-
-@pytest.mark.parametrize("channels", ["mean", "all"])
-def test_consistency_score_is_the_mean_of_all_cosines(channels):
-    generator = torch.Generator().manual_seed(2)
-    reference = torch.randn(3, 4, 5, 7, generator=generator)
-    candidates = torch.randn(2, 6, 4, 5, 7, generator=generator)
-    candidates[1, 2] = 0  # a zero frame counts as 0
-    vectors = [
-        (t.double().mean(-3) if channels == "mean" else t.double()).flatten(t.ndim - 3) for t in (reference, candidates)
-    ]
-    expected = torch.nn.functional.cosine_similarity(vectors[1][:, :, None], vectors[0][None, None], dim=-1).mean(
-        (1, 2)
-    )
-    scores = ops.consistency_score(reference, candidates, channels)
-    assert scores.dtype == torch.float32
-    assert (scores - expected).abs().max() <= 1e-6
-    assert ops.consistency_score(reference, torch.zeros_like(candidates), channels).tolist() == [0.0, 0.0]
-    narrow = ops.consistency_score(reference.bfloat16(), candidates.bfloat16(), channels)
-    assert torch.equal(
-        narrow, ops.consistency_score(reference.bfloat16().float(), candidates.bfloat16().float(), channels)
-    )
-
-
 def test_opcheck():
     state, velocities, arguments = random_update()
     torch.library.opcheck(torch.ops.miga.sampler_update.default, (*state, *velocities), arguments)
     torch.library.opcheck(
         torch.ops.miga.sampler_update.default, (*state, velocities[0], None), arguments | {"noise": None}
     )
-    for channels in ("mean", "all"):
-        torch.library.opcheck(torch.ops.miga.consistency_score.default, (state[0], state[1][None], channels))
 
 
 def test_compiles_without_graph_breaks():
@@ -328,35 +277,3 @@ def test_sampler_update_refuses_what_does_not_fit(position, change, message):
         tensors[position] = change
     with pytest.raises(ValueError, match=message):
         ops.sampler_update(*tensors, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("reference", "candidates", "channels", "message"),
-    [
-        ((2, 4, 5, 7), (1, 2, 4, 5, 6), "mean", r"candidates has shape \(1, 2, 4, 5, 6\), expected \[k,m,4,5,7\]"),
-        ((0, 4, 5, 7), (1, 2, 4, 5, 7), "mean", r"reference has shape \(0, 4, 5, 7\), expected \[n,C,H,W\], n ≥ 1"),
-        ((2, 4, 5, 7), (1, 2, 4, 5, 7), "max", r"channels is 'max': choose 'mean' or 'all'"),
-    ],
-)
-def test_consistency_score_refuses_what_does_not_fit(reference, candidates, channels, message):
-    with pytest.raises(ValueError, match=message):
-        ops.consistency_score(torch.zeros(reference), torch.zeros(candidates), channels)
-
-
-@pytest.mark.parametrize("is_mkl_faster", [False, True])
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_linear_is_within_the_error_budget(monkeypatch, dtype, gelu, is_mkl_faster):
-    """By oneDNN and by MKL, whichever this processor would take."""
-    monkeypatch.setattr(importlib.import_module("miga_engine.ops.linear"), "IS_MKL_FASTER", is_mkl_faster)
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 5, 7, 24), (33, 24), (33,)))
-    for offset in (bias, None):
-        exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
-        eager = F.linear(x, weight, offset)
-        if gelu:
-            exact, eager = F.gelu(exact, approximate="tanh"), F.gelu(eager, approximate="tanh")
-        result = ops.linear(x, weight, offset, gelu=gelu)
-        assert result.dtype == dtype
-        error, allowed = ((each.double() - exact).abs().max().item() for each in (result, eager))
-        assert error <= 2 * (allowed + torch.finfo(dtype).eps * exact.abs().max().item())
