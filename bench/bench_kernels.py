@@ -1,6 +1,6 @@
 """Every op against eager PyTorch, torch.compile and the machine's ceilings: `python bench/bench_kernels.py [OP ...]`.
 
-Each case first holds its op against the float64 oracle, then takes turns with its rivals (measure.py) and appends rows
+Each case first holds its op against the float64 oracle, then takes turns with its rivals (timing.py) and appends rows
 to bench/results/kernels_<device>.csv. The shapes are those of Wan2.1 at 480×832: a whole forward of the 1.3B network
 (two branches of 21 latent frames) on a GPU, a window of 3 frames on one thread of a CPU. A case that fails is reported
 and the next one goes on, if need be in a fresh process.
@@ -20,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import measure
 import pytest
+import result_files
+import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ with contextlib.suppress(ImportError):  # of tests/, which gpu.sh has on the pat
 
     interpreter.mend()
 
-DEVICE = measure.DEVICE
+DEVICE = result_files.DEVICE
 if DEVICE == "cpu":
     torch.set_num_threads(1)
 HALF = torch.bfloat16
@@ -73,7 +74,7 @@ SMALL = Sizes(
     batch=2, frames=3, tokens=6, latent=(4, 4, 6), queue=12, heads=2, ffn_dim=64, num_text=5, text_len=16,
     block_tokens=6, attention_tokens=72,
 )  # fmt: skip
-SIZES = SMALL if measure.IS_SMALL else ON_GPU if DEVICE == "cuda" else ON_CPU
+SIZES = SMALL if result_files.IS_SMALL else ON_GPU if DEVICE == "cuda" else ON_CPU
 
 
 @dataclass
@@ -463,7 +464,7 @@ def measure_case(make: Callable[[torch.dtype, Sizes], Case], dtype: torch.dtype)
         case = make(dtype, SIZES)
         case.check()
         work = {"num_bytes": case.num_bytes, "num_flops": case.num_flops}
-        measure.compare(f"kernels_{DEVICE}", case.op, case.shape, dtype, case.contenders, DEVICE, **work)
+        timing.compare(f"kernels_{DEVICE}", case.op, case.shape, dtype, case.contenders, DEVICE, **work)
     return case
 
 
@@ -472,7 +473,9 @@ def sweep_configurations(*, specialized: bool) -> None:
     from miga_engine.kernels import frame_attention as kernel
 
     if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        measure.fault(RuntimeError("the kernel needs a GPU"), DEVICE, op="frame_attention", implementation="triton")
+        result_files.fault(
+            RuntimeError("the kernel needs a GPU"), DEVICE, op="frame_attention", implementation="triton"
+        )
         return
     torch.manual_seed(0)
     q, k, v = _self_attention(HALF, SIZES)
@@ -494,17 +497,17 @@ def sweep_configurations(*, specialized: bool) -> None:
             assert error <= budget, f"its error is {error:.2g}, the budget {budget:.2g}: not measured"
             contenders[name] = run
         except Exception as error:
-            measure.fault(error, DEVICE, op="frame_attention", implementation=name)
+            result_files.fault(error, DEVICE, op="frame_attention", implementation=name)
     shape, flops = f"{_shape(q)}, {k.shape[1]} keys", 4 * q.numel() * k.shape[1]
-    samples = measure.compare(f"kernels_{DEVICE}", "frame_attention", shape, HALF, contenders, DEVICE, num_flops=flops)
+    samples = timing.compare(f"kernels_{DEVICE}", "frame_attention", shape, HALF, contenders, DEVICE, num_flops=flops)
     if samples:
-        best = min(samples, key=lambda name: measure.best(samples[name], DEVICE))
+        best = min(samples, key=lambda name: timing.best(samples[name], DEVICE))
         notes = {best: f"best of {len(samples)} configurations"}
         chosen = {best: samples[best]}
-        for row in measure.append(
+        for row in timing.append(
             f"kernels_{DEVICE}", "frame_attention", shape, HALF, chosen, DEVICE, num_flops=flops, notes=notes
         ):
-            print(measure.line(row), flush=True)
+            print(timing.line(row), flush=True)
 
 
 def configuration_name(config: NamedTuple) -> str:
@@ -550,8 +553,8 @@ def main() -> None:
                 sweep_configurations(specialized=False)
         except Exception as error:
             with contextlib.suppress(type(error)):
-                measure.fault(error, DEVICE, op=name, dtype=dtype)
-            if measure.is_fatal(error):  # the GPU does not recover in this process: the cases that follow get another
+                result_files.fault(error, DEVICE, op=name, dtype=dtype)
+            if result_files.is_fatal(error):  # in this process the GPU does not recover: the next cases get another
                 os.execv(sys.executable, [sys.executable, *sys.argv, "--skip", str(i + 1)])
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -559,4 +562,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(measure.exit_status())
+    sys.exit(result_files.exit_status())
