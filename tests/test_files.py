@@ -190,7 +190,7 @@ def test_outputs_of_every_command_leave_a_users_files_alone(tmp_path: Path) -> N
     """Names that unfinished files once had, as links to another's file and as files of the user's."""
     import torch
 
-    from bench.study.ablation import write_csv
+    from bench.study.grid import write_csv
     from miga_engine.measure.report import write_table
     from miga_engine.models.convert import convert
     from miga_engine.video.contact_sheet import write_contact_sheet

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from bench.command import Parser, run_command
 from miga_engine.files import write_whole
 from miga_engine.measure.catalogue import MEASURES
 from miga_engine.measure.measures import measure
@@ -198,15 +200,19 @@ embedded model's VAE.
 """
 
 
-def main() -> None:
-    """Writes docs/measures.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(prog="python -m bench.study.damage", description=__doc__)
     parser.add_argument("output", type=Path, help="markdown file to write")
-    output = parser.parse_args().output
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write docs/measures.md."""
     vae, clips = load_vae(), clean_clips()
     damaged = {name: figures(damage(clips[0]), vae) for name, damage in DAMAGES.items()}
-    write_whole(output, document([figures(clip, vae) for clip in clips], damaged))
+    write_whole(options.output, document([figures(clip, vae) for clip in clips], damaged))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(build_parser(), run))

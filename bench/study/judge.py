@@ -1,4 +1,4 @@
-"""`miga eval judge`: does the judge of self-reflection see an anomaly? ROC of its variants at every judge step.
+"""`python -m bench.study.judge`: does the judge of self-reflection see an anomaly? ROC of its variants at every step.
 
 A run of the embedded model is stopped between two passes, latent frames of its queue are replaced by others noised to
 the very level they stand at, and the pass goes on: what the judge then sees is a queue with a known anomaly. Its scores
@@ -14,29 +14,29 @@ import copy
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from miga_engine.tiny.classifier import to_tensor
 from torch import Tensor
 
+from bench.command import Parser, run_command
 from bench.study.methods import NUM_PROMPTS, PROMPTS, SCENES
 from bench.study.paired import pyplot, save_figure
 from miga_engine import ops
 from miga_engine.config import replace_options
+from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
 from miga_engine.files import write_whole
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import add_noise
 from miga_engine.tiny import world
-from miga_engine.tiny.measures import to_tensor
-
-if TYPE_CHECKING:
-    from miga_engine.engine import Engine
-    from miga_engine.runtime.stages import VideoRun
 
 KINDS = {
     "own": "the run's own frames, noised anew",
@@ -334,15 +334,13 @@ def draw(judgements: Sequence[Judgement], rows: Sequence[dict[str, Any]], judge_
     plt.close(figure)
 
 
-def add_parser(commands: Any, name: str = "judge") -> None:
-    """Add the command to the sub-commands of `miga eval`."""
-    parser = commands.add_parser(
-        name,
-        help="ROC of the judges of self-reflection on planted anomalies, on the embedded model",
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        prog="python -m bench.study.judge",
         description="Plant anomalies into queues of the embedded model and measure which judge sees them, at which "
         "step. What --folder already holds is not made again.",
     )
-    parser.set_defaults(run=run)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the judgements are kept")
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"at most {NUM_PROMPTS}")
     parser.add_argument(
@@ -353,12 +351,11 @@ def add_parser(commands: Any, name: str = "judge") -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per variant, step and kind (default: "
                         "DIR/judge.csv)")  # fmt: skip
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw ROC and AUC (needs matplotlib)")
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
-    """The command: judge every prompt's run, write the CSV file, print the table."""
-    from miga_engine.engine import Engine
-
+def run(options: argparse.Namespace) -> None:
+    """Judge every prompt's run, write the CSV file, print the table."""
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
     groups = engine.preset.miga.reference_groups
@@ -390,4 +387,7 @@ def run(options: argparse.Namespace) -> int:
     if options.picture:
         step = engine.preset.miga.judge_step
         draw(judgements, rows, step if step in options.judge_steps else options.judge_steps[0], options.picture)
-    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))

@@ -62,6 +62,17 @@ def load_features(name: str | os.PathLike[str] = "auto", device: str | torch.dev
     return _from_file(path, device)
 
 
+def consistency_curve(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """VBench's consistency of features [T,D] at frames 1 … T-1: (cosine to the previous + cosine to the first)/2.
+
+    Negative cosines count as 0. Its mean is VBench's subject consistency on DINO's features and its background
+    consistency on CLIP's. Source: VBench (arXiv 2311.17982).
+    """
+    x = np.asarray(features, np.float64)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return np.asarray((np.clip((x[1:] * x[:-1]).sum(1), 0, None) + np.clip(x[1:] @ x[0], 0, None)) / 2)
+
+
 def colour_and_gradients(frames: Tensor) -> Tensor:
     """A descriptor without weights: frames [n,3,H,W] in [0, 1] -> [n,32·4·6].
 

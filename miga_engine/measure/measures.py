@@ -13,8 +13,9 @@ import torch
 
 from miga_engine.errors import ConfigError
 from miga_engine.measure.catalogue import MEASURES
-from miga_engine.measure.features import load_features
+from miga_engine.measure.features import consistency_curve, load_features
 from miga_engine.measure.flow import SHORT_SIDE, flow_method, motion_and_warping
+from miga_engine.measure.truth import truth_curves
 
 Frames = npt.NDArray[np.uint8]
 Curve = npt.NDArray[np.float64]
@@ -133,8 +134,6 @@ def measure(
         scores = latent_consistency(np.concatenate(held), vae)
         figures["latent_consistency"], figures["latent_consistency_min"] = scores.mean(), scores.min()
     if prompt is not None:
-        from miga_engine.measure.truth import truth_curves
-
         truth = truth_curves(np.concatenate(held), prompt)
         figures |= {f"truth_{name}": value for name, value in truth.means().items()}
         curves["truth_colour_profile_distance"] = truth.colour_profile_distance
@@ -186,17 +185,6 @@ def temporal_flicker(frames: Frames) -> float:
 def frozen_share(differences: Curve) -> float:
     """Share of pairs that differ by less than 0.1 levels."""
     return float((differences < _FROZEN_LEVELS).mean())
-
-
-def consistency_curve(features: npt.NDArray[Any]) -> Curve:
-    """VBench's consistency of features [T,D] at frames 1 … T-1: (cosine to the previous + cosine to the first)/2.
-
-    Negative cosines count as 0. Its mean is VBench's subject consistency on DINO's features and its background
-    consistency on CLIP's. Source: VBench (arXiv 2311.17982).
-    """
-    x = np.asarray(features, np.float64)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.asarray((np.clip((x[1:] * x[:-1]).sum(1), 0, None) + np.clip(x[1:] @ x[0], 0, None)) / 2)
 
 
 def luminance(frames: Frames) -> Curve:
@@ -320,8 +308,6 @@ def measure_tiny(frames: Frames, prompt: str | Mapping[int, str]) -> dict[str, f
     Keys: those of `truth.TruthCurves.means`, motion (pixels a frame at a short side of 256, Lucas-Kanade) and flicker
     (VBench's). Raises ConfigError where the prompt names nothing of the embedded world.
     """
-    from miga_engine.measure.truth import truth_curves
-
     motion, _ = motion_and_warping(frames, "lucas-kanade")
     return {
         **truth_curves(frames, prompt).means(),

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from bench.study import damage
+from bench.tiny.text import wording
 from miga_engine.cli import main
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError, OutputError
 from miga_engine.measure import export, features, flow, measure, measure_tiny, measures, report, truth
 from miga_engine.measure.catalogue import MEASURES
-from miga_engine.tiny import text, world
+from miga_engine.tiny import world
+from miga_engine.tiny.text import read_prompt
 from miga_engine.video.reading import read_metadata, read_video
 from miga_engine.video.sinks import open_sink
 
@@ -130,7 +132,7 @@ def test_flicker_and_consistency_are_vbenchs():
         return max(0.0, float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
 
     expected = [(cosine(x[i], x[i - 1]) + cosine(x[i], x[0])) / 2 for i in range(1, 6)]
-    np.testing.assert_allclose(measures.consistency_curve(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(features.consistency_curve(x), expected, rtol=1e-12)
     assert min(cosine(x[i], x[0]) for i in range(1, 6)) >= 0
 
 
@@ -213,7 +215,7 @@ def test_prompts_are_read_back_from_every_wording():
         assert world.caption(scene) == caption
     for _ in range(300):
         scene = world.sample_scene(rng)
-        named = text.read_prompt(text.wording(scene, rng))
+        named = read_prompt(wording(scene, rng))
         assert {name: getattr(scene, name) for name in named} == named
         assert "subject" in named
     with pytest.raises(ConfigError, match="names no terrain and no time"):

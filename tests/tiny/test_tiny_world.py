@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from miga_engine.tiny import text, world
+from bench.tiny import text
+from miga_engine.tiny import world
 
 
 def test_same_scene_same_frames_wherever_rendering_starts():
