@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From low to high. A module may import its own layer and those below it.
 LAYERS = [
-    ["errors", "_version", "files", "threads"],
+    ["errors", "_version", "files", "threads", "colour"],
     ["config", "device", "schedule", "noise", "prompts"],
     ["kernels", "_extension"],
     ["ops"],

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.command import Parser, run_command
+from miga_engine.colour import LUMA
 from miga_engine.files import write_whole
 from miga_engine.measure.catalogue import MEASURES
 from miga_engine.measure.measures import measure
@@ -70,7 +71,7 @@ def _drift(frames: Frames) -> Frames:
 
 def _fade(frames: Frames) -> Frames:
     """the colours fade over the second half, to a third of their saturation"""
-    luma = (frames @ np.array([0.2126, 0.7152, 0.0722]))[..., None]
+    luma = (frames @ np.array(LUMA))[..., None]
     return _levels(frames + 2 / 3 * _growth(frames) * (luma - frames))
 
 

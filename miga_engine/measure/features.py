@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.colour import LUMA
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -82,8 +83,8 @@ def colour_and_gradients(frames: Tensor) -> Tensor:
     """
     small = F.interpolate(frames, (64, 96), mode="area")
     colour = torch.cat([(1 - (small * 7 - i).abs()).clamp_min(0) for i in range(8)], 1)  # [n,24,H,W]
-    luma = 0.2126 * small[:, 0] + 0.7152 * small[:, 1] + 0.0722 * small[:, 2]
-    padded = F.pad(luma[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    red, green, blue = (share * small[:, channel] for channel, share in enumerate(LUMA))
+    padded = F.pad((red + green + blue)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     dx, dy = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2], padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
     angles = torch.arange(8) * (torch.pi / 4)
     toward = torch.stack([dx * torch.cos(t) + dy * torch.sin(t) for t in angles], 1).clamp_min(0)  # [n,8,H,W]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from miga_engine.colour import LUMA
 from miga_engine.errors import ConfigError
 from miga_engine.measure.catalogue import MEASURES
 from miga_engine.measure.features import consistency_curve, load_features
@@ -20,7 +21,7 @@ from miga_engine.measure.truth import truth_curves
 Frames = npt.NDArray[np.uint8]
 Curve = npt.NDArray[np.float64]
 
-_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
+_LUMA = np.array(LUMA, np.float32)
 _FROZEN_LEVELS = 0.1
 _STILL = 0.1  # pixels a frame at a short side of 256
 _GROUP, _REFERENCE_GROUPS = 4, 2  # latent frames in a judged group, and groups before it that it is compared with
