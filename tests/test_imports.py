@@ -112,7 +112,7 @@ def test_nobody_imports_upward(path: Path) -> None:
         ("ops", "miga_engine.runtime.denoise.denoise_pass", True),
         ("ops", "miga_engine.runtime.denoise.denoise_pass", False),
         ("video", "miga_engine.models.load_vae", True),
-        ("runtime", "miga_engine.video.sinks.open_sink", True),
+        ("runtime", "miga_engine.video.outputs.open_sink", True),
         ("tiny", "miga_engine.engine.Engine", True),
         ("models", "transformers.AutoTokenizer", True),
         ("ops", "kernels.consistency_score", False),

@@ -58,7 +58,7 @@ def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str,
 
     ``window_frames`` counts the latent frames that all forwards read, once for both branches of guidance.
     """
-    from miga_engine.video.sinks import open_sink
+    from miga_engine.video.outputs import open_sink
 
     window_frames = 0
 
@@ -93,7 +93,7 @@ def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str,
 
 def render_world(scene: world.Scene, request: Request, path: Path, asked: Mapping[str, Any]) -> None:
     """Write what the prompt describes, at no cost, in place of a generated video."""
-    from miga_engine.video.sinks import open_sink
+    from miga_engine.video.outputs import open_sink
 
     path.parent.mkdir(parents=True, exist_ok=True)
     scene = dataclasses.replace(scene, seed=request.seed)

@@ -432,7 +432,7 @@ def _prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    import miga_engine.video.sinks  # noqa: F401 - part of what a run loads
+    import miga_engine.video.outputs  # noqa: F401 - part of what a run loads
     from miga_engine.video.pyav import require_av
 
     with contextlib.suppress(MigaError):  # another part
@@ -515,6 +515,7 @@ def _info(options: argparse.Namespace) -> int:
 
     from miga_engine import _extension
     from miga_engine.runtime.session import describe_session, is_session, load_session
+    from miga_engine.video.outputs import has_metadata
 
     rows = [
         ("miga_engine", __version__),
@@ -524,8 +525,8 @@ def _info(options: argparse.Namespace) -> int:
         ("C++ kernels", _extension.status()),
         *_kernels(),
     ]
-    if options.path and os.path.isfile(options.path) and Path(options.path).suffix in (".mp4", ".mkv"):
-        from miga_engine.video.sinks import read_metadata
+    if options.path and os.path.isfile(options.path) and has_metadata(options.path):
+        from miga_engine.video.reading import read_metadata
 
         rows += [(key, value) for key, value in read_metadata(options.path).items()]
     elif options.path and options.path.endswith(".safetensors") and is_session(options.path):

@@ -18,7 +18,7 @@ from miga_engine.measure.features import consistency_curve, load_features
 from miga_engine.measure.flow import SHORT_SIDE, flow_method, motion_and_warping
 from miga_engine.measure.truth import truth_curves
 
-Frames = npt.NDArray[np.uint8]
+VideoArray = npt.NDArray[np.uint8]
 Curve = npt.NDArray[np.float64]
 
 _LUMA = np.array(LUMA, np.float32)
@@ -36,7 +36,7 @@ PART_FRAMES = 16
 
 
 def measure(
-    frames: Frames | Iterable[Frames],
+    frames: VideoArray | Iterable[VideoArray],
     fps: float | None = None,
     *,
     prompt: str | Mapping[int, str] | None = None,
@@ -84,12 +84,12 @@ def measure(
         for name, value in values.items():
             found.setdefault(name, []).append(value)
 
-    def note_pairs(part: Frames) -> None:
+    def note_pairs(part: VideoArray) -> None:
         if len(part) > 1:
             motion, warping = motion_and_warping(part, method)
             note(difference=frame_differences(part), motion=motion, warping_error=warping)
 
-    held: list[Frames] = []
+    held: list[VideoArray] = []
     num_frames, num_bytes, previous = 0, 0, np.zeros((0, 0, 0, 3), np.uint8)
     for part in _parts(frames):
         if num_frames:
@@ -151,7 +151,7 @@ def measure(
     }
 
 
-def _parts(frames: Frames | Iterable[Frames]) -> Iterator[Frames]:
+def _parts(frames: VideoArray | Iterable[VideoArray]) -> Iterator[VideoArray]:
     """Parts that can be measured together; ConfigError for what are none."""
     parts = frames if isinstance(frames, Iterable) and not isinstance(frames, np.ndarray) else [frames]
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
@@ -170,12 +170,12 @@ def _parts(frames: Frames | Iterable[Frames]) -> Iterator[Frames]:
             yield part
 
 
-def frame_differences(frames: Frames) -> Curve:
+def frame_differences(frames: VideoArray) -> Curve:
     """Mean absolute difference of successive frames in levels of 255: [T-1]."""
     return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)], np.float64)
 
 
-def temporal_flicker(frames: Frames) -> float:
+def temporal_flicker(frames: VideoArray) -> float:
     """VBench's temporal flickering: (255 − mean absolute difference of successive frames)/255; 1 = no change at all.
 
     Source: VBench (arXiv 2311.17982), which takes it of still scenes only: motion lowers it too.
@@ -188,22 +188,22 @@ def frozen_share(differences: Curve) -> float:
     return float((differences < _FROZEN_LEVELS).mean())
 
 
-def luminance(frames: Frames) -> Curve:
+def luminance(frames: VideoArray) -> Curve:
     """Mean luma (BT.709) of each frame in [0, 1]: [T]."""
     return np.array([float(frame.mean((0, 1)) @ _LUMA) / 255 for frame in frames])
 
 
-def saturation(frames: Frames) -> Curve:
+def saturation(frames: VideoArray) -> Curve:
     """Mean over pixels of the largest minus the smallest channel in [0, 1]: [T]."""
 
-    def of(frame: Frames) -> float:
+    def of(frame: VideoArray) -> float:
         r, g, b = (frame[..., i] for i in range(3))  # four times as fast as max and min over the last axis
         return float((np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)).mean()) / 255
 
     return np.array([of(frame) for frame in frames])
 
 
-def sharpness(frames: Frames) -> Curve:
+def sharpness(frames: VideoArray) -> Curve:
     """Variance of the Laplacian (four neighbours) of the luma, in squared levels: [T]."""
 
     def of(y: npt.NDArray[np.float32]) -> float:
@@ -213,7 +213,7 @@ def sharpness(frames: Frames) -> Curve:
     return np.array([of(frame @ _LUMA) for frame in frames])
 
 
-def noise(frames: Frames) -> Curve:
+def noise(frames: VideoArray) -> Curve:
     """Standard deviation of white noise in levels, by Immerkær's mask (CVIU 1996), which straight edges pass: [T]."""
 
     def of(y: npt.NDArray[np.float32]) -> float:
@@ -223,10 +223,10 @@ def noise(frames: Frames) -> Curve:
     return np.array([of(frame @ _LUMA) for frame in frames])
 
 
-def colour_histograms(frames: Frames) -> npt.NDArray[np.float64]:
+def colour_histograms(frames: VideoArray) -> npt.NDArray[np.float64]:
     """Shares of the pixels of each frame in 8×8×8 cells of RGB: [T,512]."""
 
-    def of(frame: Frames) -> npt.NDArray[np.float64]:
+    def of(frame: VideoArray) -> npt.NDArray[np.float64]:
         r, g, b = (frame[..., i].astype(np.int64) >> 5 for i in range(3))
         return np.bincount((r * 64 + g * 8 + b).ravel(), minlength=512) / r.size
 
@@ -274,7 +274,7 @@ def seam_visibility(differences: Curve, block: int, offset: int | None = None, p
 
 
 @torch.no_grad()
-def latent_consistency(frames: Frames, vae: Any) -> Curve:
+def latent_consistency(frames: VideoArray, vae: Any) -> Curve:
     """Consistency score (`ops.consistency_score`) of each group of 4 latent frames with the 8 before it.
 
     The video uint8 [T,H,W,3] is encoded in clips of at most 81 frames by a VAE of `miga_engine.models`, cropped at its
@@ -303,7 +303,7 @@ def latent_consistency(frames: Frames, vae: Any) -> Curve:
     return torch.cat(scores).double().cpu().numpy()
 
 
-def measure_tiny(frames: Frames, prompt: str | Mapping[int, str]) -> dict[str, float]:
+def measure_tiny(frames: VideoArray, prompt: str | Mapping[int, str]) -> dict[str, float]:
     """A video uint8 [T,H,W,3] of the embedded world in numbers: its truth, and motion and flicker beside it.
 
     Keys: those of `truth.TruthCurves.means`, motion (pixels a frame at a short side of 256, Lucas-Kanade) and flicker

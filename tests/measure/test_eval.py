@@ -20,8 +20,8 @@ from miga_engine.measure import export, features, flow, measure, measure_tiny, m
 from miga_engine.measure.catalogue import MEASURES
 from miga_engine.tiny import world
 from miga_engine.tiny.text import read_prompt
+from miga_engine.video.outputs import open_sink
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sinks import open_sink
 
 DOCUMENT = places.ROOT / "docs" / "measures.md"
 SCENE = world.Scene("plane", "yellow", "desert", "dusk", seed=4)

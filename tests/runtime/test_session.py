@@ -35,9 +35,11 @@ from miga_engine.runtime import session as session_file
 from miga_engine.runtime.drift import DriftMeter
 from miga_engine.runtime.session import load_session, previous_path
 from miga_engine.runtime.stream import Stream
-from miga_engine.video import sinks
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import open_sink, reopen_sink
+from miga_engine.video.raw import RawFileSink
 from miga_engine.video.reading import read_video
-from miga_engine.video.sinks import EncoderThread, open_sink, reopen_sink
+from miga_engine.video.video_file import VideoFileSink
 
 OPTIONS = {**golden_model.OPTIONS, "seed": 3, "miga": golden_model.MIGA}
 NUM_FRAMES = 61
@@ -504,7 +506,7 @@ def whole_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.nda
 def test_a_disk_that_fills_up(folder, tmp_path, whole_file, num_written, error, monkeypatch, capsys) -> None:
     """The encoder, or the file system under it, fails for good; space comes back before the run is resumed."""
     video, count = tmp_path / "video.mp4", iter(range(10**6))
-    mux = sinks.VideoFileSink._mux
+    mux = VideoFileSink._mux
 
     def fails(self: Any, packets: list[Any]) -> None:
         for packet in packets:
@@ -512,7 +514,7 @@ def test_a_disk_that_fills_up(folder, tmp_path, whole_file, num_written, error, 
                 raise OSError(error, os.strerror(error))
             mux(self, [packet])
 
-    monkeypatch.setattr(sinks.VideoFileSink, "_mux", fails)
+    monkeypatch.setattr(VideoFileSink, "_mux", fails)
     assert miga(*_generate(folder, video)) == 2
     monkeypatch.undo()
     told = capsys.readouterr().err
@@ -528,14 +530,14 @@ def test_a_full_disk_keeps_every_frame_that_was_made(folder, tmp_path, whole_fil
     """The video's disk is full, the session's is not: no frame has to be made again."""
     (tmp_path / "other").mkdir()
     saved = tmp_path / "other" / "run.safetensors"
-    write = sinks.RawFileSink._append
+    write = RawFileSink._append
 
     def fails(self: Any, frames: np.ndarray) -> None:
         if self.num_frames >= 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, frames)
 
-    monkeypatch.setattr(sinks.RawFileSink, "_append", fails)
+    monkeypatch.setattr(RawFileSink, "_append", fails)
     video = tmp_path / "video.rgb"
     assert miga(*_generate(folder, video, "--session", saved)) == 2
     monkeypatch.undo()

@@ -20,8 +20,8 @@ from miga_engine.cli.measure import read_clip
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.measure import measures
 from miga_engine.video import reading
+from miga_engine.video.outputs import open_sink
 from miga_engine.video.reading import opened_video, read_metadata, read_video
-from miga_engine.video.sinks import open_sink
 
 FRAMES = _frames(41)
 QUICK = ["--features", "descriptor", "--flow", "lucas-kanade"]
