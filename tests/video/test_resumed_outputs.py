@@ -230,7 +230,7 @@ def test_what_names_the_frames_is_the_same_while_it_grows_when_killed_and_when_c
     (tmp_path / "killed").mkdir()
     code = f"""
 import json, os, signal, sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_resumed_outputs import FRAMES, _opened
 sink = _opened({killed!r})
 sink.write(FRAMES[:20])
@@ -441,7 +441,7 @@ def test_what_a_killed_resumed_run_left_beside_is_used_up(tmp_path: Path) -> Non
     position = _stopped(path)
     code = f"""
 import json, os, signal, sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_resumed_outputs import FRAMES, _reopened
 from miga_engine.video.video_file import VideoFileSink
 VideoFileSink._replace_old = lambda self: os.kill(os.getpid(), signal.SIGKILL)

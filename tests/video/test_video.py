@@ -228,7 +228,7 @@ def test_killed_writer_leaves_a_playable_file(tmp_path: Path, suffix: str) -> No
     path = tmp_path / f"killed{suffix}"
     code = f"""
 import sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_video import FPS, METADATA, _frames
 from miga_engine.video.outputs import open_sink
 sink = open_sink({str(path)!r}, FPS, 96, 64, METADATA)
@@ -520,7 +520,7 @@ def test_encoder_thread_writes_what_waits_before_it_ends(error: type[BaseExcepti
 def test_encoder_thread_that_nobody_closed_writes_what_waits_when_the_interpreter_ends(tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_video import FPS, METADATA, _frames
 from miga_engine.video.encoder_thread import EncoderThread
 from miga_engine.video.outputs import open_sink
