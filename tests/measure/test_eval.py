@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -363,6 +364,12 @@ def test_networks_from_files(tmp_path, monkeypatch):
         patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code of the file was loaded"))
         with pytest.raises(CheckpointError, match=r"mean\.pt is TorchScript, which would run code: where you trust it"):
             features.load_features(tmp_path / "mean.pt")
+        with zipfile.ZipFile(tmp_path / "mean.pt") as whole, zipfile.ZipFile(tmp_path / "bare.pt", "w") as bare:
+            for name in whole.namelist():
+                if "/code/" not in name:
+                    bare.writestr(name, whole.read(name))
+        with pytest.raises(CheckpointError, match=r"bare\.pt cannot be read as a network: .*TorchScript"):
+            features.load_features(tmp_path / "bare.pt")
     (tmp_path / "other.pt").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match=r"other\.pt cannot be read as a network"):
         features.load_features(tmp_path / "other.pt")
