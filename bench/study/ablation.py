@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     """Fill the grid, measure it, write the CSV file, print the table."""
     for name, value, most in (("prompts", options.prompts, NUM_PROMPTS), ("seeds", options.seeds, 1000)):
         if not 1 <= value <= most:
-            raise ConfigError(f"--{name} must lie between 1 and {most}, got {value}")
+            raise ConfigError(f"--{name} is {value}: give 1 to {most}")
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
     engine.capture = False  # replayed forwards could not be counted

@@ -44,7 +44,7 @@ def _growth(frames: VideoArray) -> npt.NDArray[Any]:
 
 
 def _blur(frames: VideoArray) -> VideoArray:
-    """the second half grows blurred, to a standard deviation of 2 pixels"""
+    """the second half grows blurred, to a standard deviation of 2 pixels."""
     out = []
     for frame, share in zip(frames, _growth(frames).ravel(), strict=True):
         offsets = torch.arange(-6.0, 7.0)
@@ -57,50 +57,50 @@ def _blur(frames: VideoArray) -> VideoArray:
 
 
 def _noise(frames: VideoArray) -> VideoArray:
-    """white noise grows over the second half, to a standard deviation of 20 levels"""
+    """white noise grows over the second half, to a standard deviation of 20 levels."""
     grain = np.random.default_rng(0).standard_normal(frames.shape)
     return _levels(frames + 20 * _growth(frames) * grain)
 
 
 def _drift(frames: VideoArray) -> VideoArray:
-    """the colours drift over the second half: red up to 1.3 times, blue down to 0.7 times"""
+    """the colours drift over the second half: red up to 1.3 times, blue down to 0.7 times."""
     return _levels(frames * (1 + _growth(frames) * np.array([0.3, 0.0, -0.3])))
 
 
 def _fade(frames: VideoArray) -> VideoArray:
-    """the colours fade over the second half, to a third of their saturation"""
+    """the colours fade over the second half, to a third of their saturation."""
     luma = (frames @ np.array(LUMA))[..., None]
     return _levels(frames + 2 / 3 * _growth(frames) * (luma - frames))
 
 
 def _flicker(frames: VideoArray) -> VideoArray:
-    """every other frame is 6 % darker"""
+    """every other frame is 6 % darker."""
     return _levels(frames * np.where(np.arange(len(frames)) % 2, 0.94, 1.0)[:, None, None, None])
 
 
 def _freeze(frames: VideoArray) -> VideoArray:
-    """the second half repeats one frame"""
+    """the second half repeats one frame."""
     return frames[np.minimum(np.arange(len(frames)), _HALF)]
 
 
 def _still(frames: VideoArray) -> VideoArray:
-    """the first frame, throughout"""
+    """the first frame, throughout."""
     return np.repeat(frames[:1], len(frames), 0)
 
 
 def _cut(frames: VideoArray) -> VideoArray:
-    """the second half is another scene: a blue kite over snowy hills at dusk"""
+    """the second half is another scene: a blue kite over snowy hills at dusk."""
     other, _ = world.render(world.Scene("kite", "blue", "snowy", "dusk", seed=5), 0, len(frames))
     return np.concatenate([frames[:_HALF], other[_HALF:]])
 
 
 def _shuffle(frames: VideoArray) -> VideoArray:
-    """the frames in random order"""
+    """the frames in random order."""
     return frames[np.random.default_rng(0).permutation(len(frames))]
 
 
 def _seams(frames: VideoArray) -> VideoArray:
-    """every block of 12 frames skips 4 frames of the scene"""
+    """every block of 12 frames skips 4 frames of the scene."""
     scene = world.Scene(*_SCENE, seed=_LAYOUTS[0][0])
     index = np.arange(len(frames))
     pictures, _ = world.render_frames([scene] * len(frames), _LAYOUTS[0][1] + index + 4 * (index // BLOCK))
@@ -148,7 +148,7 @@ def mark(measure: str, clean: Sequence[float], damaged: float, strictness: float
 
 
 def marks(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
-    """measure -> damage -> mark, of figures of clean clips and of one damaged in several ways."""
+    """measure → damage → mark, of figures of clean clips and of one damaged in several ways."""
     return {
         name: {damage: mark(name, [c[name] for c in clean], values[name]) for damage, values in damaged.items()}
         for name in clean[0]
@@ -158,7 +158,7 @@ def marks(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]
 def document(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]]) -> str:
     """docs/measures.md."""
     seen = marks(clean, damaged)
-    lines = [_INTRODUCTION, *(f"- **{name}**: {function.__doc__}." for name, function in DAMAGES.items())]
+    lines = [_INTRODUCTION, *(f"- **{name}**: {function.__doc__}" for name, function in DAMAGES.items())]
     lines += ["", f"| measure | clean | {' | '.join(damaged)} |", "| --- | --- |" + " --- |" * len(damaged)]
     for name, row in seen.items():
         entry = MEASURES[name]

@@ -56,7 +56,7 @@ class Job:
 def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str, Any]) -> None:
     """Write the video, lossless, and beside it a record of what was asked, what it cost and what its judge said.
 
-    ``window_frames`` counts the latent frames that all forwards read, once for both branches of guidance.
+    `window_frames` counts the latent frames that all forwards read, once for both branches of guidance.
     """
     from miga_engine.video.outputs import open_sink
 
@@ -189,7 +189,7 @@ def run_grid(
 ) -> list[VideoRow]:
     """A row of the CSV file for each video of the grid, by prompt (an index of `PROMPTS`), seed and method.
 
-    Videos are made that neither the folder nor the ``known`` rows have, unless ``make`` is False; then, and for those
+    Videos are made that neither the folder nor the `known` rows have, unless `make` is False; then, and for those
     that another process is making now, there is no row. A video without reflection is not made where one with it never
     searched: it is the same.
     """

@@ -38,7 +38,7 @@ def paired_difference(
         if _video(row) in values:
             by_prompt.setdefault(row["prompt_index"], []).append(row[measure] - values[_video(row)])
     if not by_prompt:
-        raise ConfigError("no prompt and seed is common to the two methods: there is nothing to compare")
+        raise ConfigError("no prompt and seed is common to the two methods: compare methods that share some")
     sums = np.array([sum(differences) for differences in by_prompt.values()])
     counts = np.array([len(differences) for differences in by_prompt.values()])
     drawn = np.random.default_rng(0).integers(len(sums), size=(num_resamples, len(sums)))
@@ -54,7 +54,7 @@ def _by_method(rows: Sequence[VideoRow]) -> dict[str, list[VideoRow]]:
 
 def markdown_table(rows: Sequence[VideoRow], reference: str) -> str:
     """A row per method: cost, and every measure as mean ± standard deviation over videos, below it the mean difference
-    to the method ``reference`` over the videos of common prompts and seeds.
+    to the method `reference` over the videos of common prompts and seeds.
 
     Differences whose 95 % interval excludes 0 are bold. Without rows of the reference there are none.
     """
@@ -133,7 +133,7 @@ def save_figure(figure: Any, picture: Path) -> None:
 
 
 def draw_measures(rows: Sequence[VideoRow], reference: str, picture: Path) -> None:
-    """What each method differs by from ``reference`` in its measures, beside what it differs by in motion: means over
+    """What each method differs by from `reference` in its measures, beside what it differs by in motion: means over
     common prompts and seeds with their 95 % intervals. Raises ConfigError without rows of the reference."""
     plt = pyplot()
     by_method = _by_method(rows)

@@ -25,7 +25,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Features:
-    """Who computes features, and how: float frames [n,3,H,W] in [0, 255] -> [n,D]."""
+    """Who computes features, and how: float frames [n,3,H,W] in [0, 255] → [n,D]."""
 
     name: str
     compute: Callable[[Tensor], Tensor]
@@ -59,7 +59,9 @@ def load_features(name: str | os.PathLike[str] = "auto", device: str | torch.dev
         return Features("colour and gradients, no weights", lambda x: colour_and_gradients(x / 255))
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"features {os.fspath(name)!r} are neither auto, mobilenet, descriptor nor a weights file")
+        raise ConfigError(
+            f"features are {os.fspath(name)!r}: choose auto, mobilenet or descriptor, or give a weights file"
+        )
     return _from_file(path, device)
 
 
@@ -75,7 +77,7 @@ def consistency_curve(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def colour_and_gradients(frames: Tensor) -> Tensor:
-    """A descriptor without weights: frames [n,3,H,W] in [0, 1] -> [n,32·4·6].
+    """A descriptor without weights: frames [n,3,H,W] in [0, 1] → [n,32·4·6].
 
     In each cell of a grid of 4 rows and 6 columns: histograms of the three channels (8 bins each, softly assigned) and
     of the gradient's direction (8 of them, weighted by its length). Square roots of shares, so that the cosine of two

@@ -107,7 +107,7 @@ def measure(
                 )
             held.append(part)
     if num_frames < 2:
-        raise ConfigError(f"a video must have 2 frames or more of 16×16 pixels or more, got {num_frames} frames")
+        raise ConfigError(f"the video has {num_frames} frames: give 2 frames or more")
     note_pairs(previous)
     height, width = previous.shape[1:3]
     curves: dict[str, Curve] = {name: np.concatenate(values) for name, values in found.items()}
@@ -160,12 +160,10 @@ def _parts(frames: VideoArray | Iterable[VideoArray]) -> Iterator[VideoArray]:
     for part in parts:
         if not isinstance(part, np.ndarray) or part.dtype != np.uint8 or part.ndim != 4 or part.shape[3] != 3:
             got = f"{part.dtype} {list(part.shape)}" if hasattr(part, "shape") else type(part).__name__
-            raise ConfigError(f"frames must be a numpy array uint8 [T,H,W,3], got {got}")
+            raise ConfigError(f"frames are {got}: give a numpy array uint8 [T,H,W,3]")
         size = size or part.shape[1:3]
         if min(size) < 16 or part.shape[1:3] != size:
-            raise ConfigError(
-                f"a video must have 2 frames or more of 16×16 pixels or more and one size, got {list(part.shape[:3])}"
-            )
+            raise ConfigError(f"frames are {list(part.shape[:3])}: give frames of one size, 16×16 pixels or more")
         if len(part):
             yield part
 

@@ -31,7 +31,7 @@ _HILLS = 52  # first row of the near hills
 class TruthCurves:
     """Curves over the frames of a video of T frames.
 
-    accuracy: attribute -> [T], 1 where the classifier reads what the prompt says, or, of what it leaves open,
+    accuracy: attribute → [T], 1 where the classifier reads what the prompt says, or, of what it leaves open,
         what the first frames show.
     subject_consistency, background_consistency: [T-1], VBench's rule on the classifier's features of subject and
         colour, and of terrain and time of day.

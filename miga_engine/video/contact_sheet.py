@@ -31,7 +31,7 @@ class ContactSheet:
 
     def __init__(self, num_tiles: int = 24, num_columns: int = 6, num_frames: int | None = None) -> None:
         if num_tiles < 1 or num_columns < 1:
-            raise ValueError(f"num_tiles is {num_tiles} and num_columns {num_columns}: both must be at least 1")
+            raise ValueError(f"num_tiles is {num_tiles} and num_columns {num_columns}: give at least 1 of both")
         self.num_tiles, self.num_columns = num_tiles, num_columns
         self._wanted = (
             None if num_frames is None else {int(i) for i in np.linspace(0, max(num_frames - 1, 0), num_tiles).round()}
@@ -79,7 +79,7 @@ def write_contact_sheet(
     if not rows or any(row.shape[0] == 0 for row in rows):
         raise OutputError(f"cannot write {path}: there are no frames to show")
     if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"{len(labels)} labels were given for {len(rows)} rows")
+        raise ValueError(f"{len(labels)} labels are given for {len(rows)} rows: give one a row")
     strips = []
     for i, row in enumerate(rows):
         strip = _strip(row if isinstance(row, np.ndarray) else row.detach().cpu().numpy())

@@ -40,7 +40,7 @@ class Sink(ABC):
         array = as_frames(frames)
         if array.shape[1:3] != (self.height, self.width):
             raise ValueError(
-                f"frames are {array.shape[2]}×{array.shape[1]}, and the sink was opened for {self.width}×{self.height}"
+                f"frames are {array.shape[2]}×{array.shape[1]}: give {self.width}×{self.height}, as the sink was opened"
             )
         if array.shape[0]:
             self._behind.extend(array)
@@ -56,8 +56,8 @@ class Sink(ABC):
     def checkpoint(self) -> tuple[dict[str, Any], "torch.Tensor"]:
         """Where the output stands, for `reopen_sink`: (position, frames behind it uint8 [n,H,W,3]).
 
-        The position is JSON-able: ``num_frames``, that are on the disk for good, and the ``digest`` of what the file
-        holds for them; ``path``, None where there is no file, and ``growing_name``, of the file that is to take its
+        The position is JSON-able: `num_frames`, that are on the disk for good, and the `digest` of what the file
+        holds for them; `path`, None where there is no file, and `growing_name`, of the file that is to take its
         place, beside it. It may be asked after a failed write too; OutputError where the disk does not take the frames.
         """
         import torch
@@ -122,7 +122,7 @@ def as_frames(frames: FrameArray) -> "np.ndarray[Any, Any]":
     """uint8 [n,H,W,3] as a contiguous numpy array on the CPU."""
     array = frames if isinstance(frames, np.ndarray) else frames.detach().cpu().numpy()
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"frames have shape {array.shape} and dtype {array.dtype}, expected [n, H, W, 3] and uint8")
+        raise ValueError(f"frames are {array.dtype} {list(array.shape)}: give uint8 [n,H,W,3]")
     return np.ascontiguousarray(array)
 
 

@@ -137,7 +137,7 @@ def test_a_grid_is_filled_up_measured_and_compared(
     monkeypatch.setitem(methods.METHODS, "fifo", ("fifo", {"num_inference_steps": 14}))
     with pytest.raises(ConfigError, match="num_inference_steps 13, now 14"):
         _run(ablation, *command, "--num-frames", 33)
-    with pytest.raises(ConfigError, match="--prompts must lie between 1 and 24, got 25"):
+    with pytest.raises(ConfigError, match="--prompts is 25: give 1 to 24"):
         _run(ablation, "--folder", tmp_path, "--prompts", 25)
 
 
@@ -362,16 +362,16 @@ def test_the_judge_command_keeps_what_it_has_judged(tmp_path: Path, capsys: pyte
     with (tmp_path / "judge.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == len(judge.VARIANTS) * (len(judge.KINDS) + 2)
-    with pytest.raises(ConfigError, match="--judge-steps must lie between 1 and 16, got 17"):
+    with pytest.raises(ConfigError, match="--judge-steps has 17: give steps from 1 to 16"):
         _run(judge, "--folder", tmp_path, "--judge-steps", 17)
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["judge", "--judge-steps", "17"], "judge: --judge-steps must lie between 1 and 16, got 17"),
+        (["judge", "--judge-steps", "17"], "judge: --judge-steps has 17: give steps from 1 to 16"),
         (["judge", "--points"], "argument --points: expected one argument (see: python -m bench.study.judge --help)"),
-        (["ablation", "--methods", "none"], "python -m bench.study.ablation: unknown method 'none'"),
+        (["ablation", "--methods", "none"], "python -m bench.study.ablation: method is 'none': choose fifo, "),
         (["ablation", "--existing", "--methods", "fifo"], "holds none of these videos yet: leave --existing out"),
     ],
 )

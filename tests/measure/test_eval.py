@@ -379,7 +379,7 @@ def test_networks_from_files(tmp_path, monkeypatch):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError, match="holds neither DINO's ViT nor CLIP: give dino"):
         features.load_features(tmp_path / "foreign.pth")
-    with pytest.raises(ConfigError, match="neither auto, mobilenet, descriptor nor a weights file"):
+    with pytest.raises(ConfigError, match="choose auto, mobilenet or descriptor, or give a weights file"):
         features.load_features("resnet")
 
 

@@ -34,7 +34,7 @@ def test_captions_name_every_combination_once():
 
 
 def test_unknown_attribute_is_named():
-    with pytest.raises(ValueError, match="Unknown subject 'whale'"):
+    with pytest.raises(ValueError, match="subject is 'whale': choose balloon, "):
         world.Scene("whale", "red", "snowy", "dawn")
 
 

@@ -406,9 +406,9 @@ except OutputError as error:
 @pytest.mark.parametrize(
     ("frames", "sentence"),
     [
-        (np.zeros((2, HEIGHT, WIDTH, 3), np.float32), r"dtype float32, expected \[n, H, W, 3\] and uint8"),
-        (np.zeros((HEIGHT, WIDTH, 3), np.uint8), r"shape \(64, 96, 3\)"),
-        (np.zeros((2, WIDTH, HEIGHT, 3), np.uint8), r"frames are 64×96, and the sink was opened for 96×64"),
+        (np.zeros((2, HEIGHT, WIDTH, 3), np.float32), r"frames are float32 \[2, \d+, \d+, 3\]: give uint8 \[n,H,W,3\]"),
+        (np.zeros((HEIGHT, WIDTH, 3), np.uint8), r"frames are uint8 \[64, 96, 3\]: give"),
+        (np.zeros((2, WIDTH, HEIGHT, 3), np.uint8), r"frames are 64×96: give 96×64, as the sink was opened"),
     ],
 )
 def test_wrong_frames_are_refused(tmp_path: Path, frames: "np.ndarray[Any, Any]", sentence: str) -> None:
@@ -536,7 +536,7 @@ for frame in _frames(150):
 def test_encoder_thread_refuses_wrong_frames_with_the_sinks_sentence(tmp_path: Path) -> None:
     sink = EncoderThread(open_sink(tmp_path / "a.mp4", FPS, WIDTH, HEIGHT))
     sink.write(np.zeros((2, WIDTH, HEIGHT, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"frames are 64×96, and the sink was opened for 96×64"):
+    with pytest.raises(ValueError, match=r"frames are 64×96: give 96×64, as the sink was opened"):
         sink.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -596,7 +596,7 @@ def test_side_by_side_sheet_has_labels(tmp_path: Path) -> None:
     labelled = read_video(path)[0]
     assert labelled.shape[0] - plain.shape[0] == 2 * 27
     assert (labelled[:27] == 232).any()
-    with pytest.raises(ValueError, match="1 labels were given for 2 rows"):
+    with pytest.raises(ValueError, match="1 labels are given for 2 rows: give one a row"):
         write_contact_sheet(path, rows, ["one"])
 
 
