@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import measure
+import result_files
 import torch
 
 from miga_engine import Engine, ops
@@ -49,7 +49,7 @@ from miga_engine.schedule import make_schedule
 PARTS = ("network", "sampler", "score", "decode")
 COLUMNS = (
     "what", "model", "request", "dtype", "implementation", "seconds", "video_frames_per_s", "first_frame_s",
-    "peak_mib", "run_mib", "reserved_mib", *PARTS, "rest", "host_syncs", "x_baseline", *measure.ENVIRONMENT,
+    "peak_mib", "run_mib", "reserved_mib", *PARTS, "rest", "host_syncs", "x_baseline", *result_files.ENVIRONMENT,
 )  # fmt: skip
 PROMPT = "a red balloon over snowy hills at dawn"
 
@@ -158,7 +158,7 @@ def resolve(engine: Engine, num_frames: int, window_batch: int = 1, **options: A
     """
     miga = options.pop("miga", engine.preset.miga)
     miga = dataclasses.replace(miga, self_reflection=False, guidance_anchor=False, window_batch=window_batch)
-    sizes = {"height": 32, "width": 48, "num_inference_steps": 8} if measure.IS_SMALL else {}
+    sizes = {"height": 32, "width": 48, "num_inference_steps": 8} if result_files.IS_SMALL else {}
     return engine.resolve(PROMPT, num_frames=num_frames, **{**sizes, "miga": miga, **options})
 
 
@@ -192,18 +192,18 @@ def generate(
             return row
 
         runners = {"engine": lambda engine=engine, request=request: run_engine(engine, request)}
-        is_first_saved = device == "cuda" or measure.IS_SMALL
+        is_first_saved = device == "cuda" or result_files.IS_SMALL
         if is_first_saved:
             run("engine", runners["engine"])
             _report([row("engine")], device)
-        if measure.has_diffusers():
+        if result_files.has_diffusers():
             import baseline_diffusers
 
             try:
                 loop = baseline_diffusers.DiffusersLoop(engine)
                 difference = baseline_diffusers.check(engine, loop, small_request(engine, window_batch=window_batch))
             except Exception as error:  # then it is no rival
-                measure.fault(error, device, op="generate", dtype=dtype, implementation="diffusers")
+                result_files.fault(error, device, op="generate", dtype=dtype, implementation="diffusers")
             else:
                 print(f"{dtype}: latents of engine and diffusers loop compared, {difference:.1e}", flush=True)
                 runners["diffusers"] = lambda loop=loop, request=request: run_loop(loop, request)
@@ -253,9 +253,9 @@ def peak(device: str, dtype: str, num_frames: int, implementation: str, window_b
         run()
         most, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
     else:
-        loaded = measure.resident_mib()
+        loaded = result_files.resident_mib()
         run()
-        most, reserved = measure.peak_resident_mib(), None
+        most, reserved = result_files.peak_resident_mib(), None
     sizes = {"peak_mib": f"{most:.1f}", "run_mib": f"{most - loaded:.1f}"}
     return sizes | ({} if reserved is None else {"reserved_mib": f"{reserved:.1f}"})
 
@@ -384,8 +384,8 @@ def random_transformer(config: Any, device: str, dtype: torch.dtype) -> WanDiT:
 
 
 def _report(rows: list[dict[str, str]], device: str) -> None:
-    for row in measure.record(f"engine_{device}", COLUMNS, rows, device):
-        text = [f"{key} {value}" for key, value in row.items() if value != "" and key not in measure.ENVIRONMENT]
+    for row in result_files.record(f"engine_{device}", COLUMNS, rows, device):
+        text = [f"{key} {value}" for key, value in row.items() if value != "" and key not in result_files.ENVIRONMENT]
         print("; ".join(text), flush=True)
 
 
@@ -431,4 +431,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(measure.exit_status())
+    sys.exit(result_files.exit_status())

@@ -24,7 +24,8 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
-import measure
+import result_files
+import timing
 import torch
 from bench_engine import random_transformer
 from torch import Tensor, nn
@@ -33,19 +34,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from miga_engine.models.videocrafter2.unet import VIDEOCRAFTER2_CONFIG, VideoUNet
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
 
-DEVICE = measure.DEVICE
+DEVICE = result_files.DEVICE
 BATCH, FRAMES, HEIGHT, WIDTH = (2, 21, 60, 104) if DEVICE == "cuda" else (1, 3, 30, 52)
 BLOCKS = {"1.3B": 30, "14B": 4} if DEVICE == "cuda" else {"1.3B": 4, "14B": 1}
 NUM_TEXT = 64
 CONFIGS = dict(WAN_T2V_CONFIGS)
-if measure.IS_SMALL:
+if result_files.IS_SMALL:
     BATCH, FRAMES, HEIGHT, WIDTH = 2, 3, 8, 12
     BLOCKS = dict.fromkeys(BLOCKS, 2)
     small = {"dim": 256, "ffn_dim": 64, "num_heads": 2, "text_dim": 32}
     CONFIGS = {name: dataclasses.replace(config, **small) for name, config in CONFIGS.items()}
 UNET_COLUMNS = (
     "model", "shape", "dtype", "min_ms", "samples", "flops", "tflop_per_s", "of_ceiling", "weights_mib", "forward_mib",
-    "peak_mib", *measure.ENVIRONMENT,
+    "peak_mib", *result_files.ENVIRONMENT,
 )  # fmt: skip
 FP32_TOLERANCE = 3e-5  # of the largest output, as in tests/models/test_models_dit.py
 
@@ -115,7 +116,7 @@ def compare(name: str, dtype: torch.dtype, num_blocks: int, repeats: int, with_c
     torch.manual_seed(0)
     network = random_transformer(config, DEVICE, dtype)
     rival = None
-    if measure.has_diffusers():
+    if result_files.has_diffusers():
         from baseline_diffusers import transformer
 
         rival = transformer(config, network.state_dict(), DEVICE, dtype)
@@ -136,7 +137,7 @@ def compare(name: str, dtype: torch.dtype, num_blocks: int, repeats: int, with_c
         if with_compiled:
             contenders["compiled"] = theirs(compiled(rival), dtype, *arguments)
     num_tokens = FRAMES * HEIGHT * WIDTH // 4
-    measure.compare(
+    timing.compare(
         f"forward_{DEVICE}",
         f"forward {name}",
         f"{config.num_layers} blocks, {BATCH}×{FRAMES}×{HEIGHT}×{WIDTH}",
@@ -167,17 +168,17 @@ def unet(num_frames: int, repeats: int) -> None:
     cache = network.encode_context(torch.randn(arguments[2].shape, device=DEVICE))
     levels = network.encode_timesteps(torch.linspace(0, 999, num_frames, device=DEVICE).round())
     rows = torch.arange(num_frames, device=DEVICE)[None]
-    before = torch.cuda.memory_allocated() / 2**20 if DEVICE == "cuda" else measure.resident_mib()
-    samples = measure.interleave({"op": lambda: network(latents, (levels, rows), cache)}, DEVICE, repeats)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else measure.peak_resident_mib()
+    before = torch.cuda.memory_allocated() / 2**20 if DEVICE == "cuda" else result_files.resident_mib()
+    samples = timing.interleave({"op": lambda: network(latents, (levels, rows), cache)}, DEVICE, repeats)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else result_files.peak_resident_mib()
     assert network(latents[:, :, :1], (levels, rows[:, :1]), cache).isfinite().all()
-    rate = counter.get_total_flops() / measure.best(samples["op"], DEVICE) / 1e9
+    rate = counter.get_total_flops() / timing.best(samples["op"], DEVICE) / 1e9
     row: dict[str, object] = {"model": "videocrafter2", "shape": "×".join(map(str, shape)), "dtype": "bfloat16"}
     row |= {"min_ms": f"{samples['op'][0]:.4g}", "samples": repeats, "flops": counter.get_total_flops()}
-    row |= {"tflop_per_s": f"{rate:.4g}", "of_ceiling": f"{rate / measure.matmul_ceiling(DEVICE, dtype):.3f}"}
+    row |= {"tflop_per_s": f"{rate:.4g}", "of_ceiling": f"{rate / timing.matmul_ceiling(DEVICE, dtype):.3f}"}
     row |= {"weights_mib": f"{sum(t.nbytes for t in state.values()) / 2**20:.1f}"}
     row |= {"forward_mib": f"{peak - before:.1f}", "peak_mib": f"{peak:.1f}"}
-    print(measure.record(f"unet_{DEVICE}", UNET_COLUMNS, [row], DEVICE))
+    print(result_files.record(f"unet_{DEVICE}", UNET_COLUMNS, [row], DEVICE))
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
@@ -208,9 +209,9 @@ def main() -> None:
             try:
                 compare(name, getattr(torch, dtype), blocks, options.repeats, not options.no_compiled)
             except Exception as error:  # the other networks are still measured
-                measure.fault(error, DEVICE, op=f"forward {name}", dtype=dtype)
+                result_files.fault(error, DEVICE, op=f"forward {name}", dtype=dtype)
 
 
 if __name__ == "__main__":
     main()
-    sys.exit(measure.exit_status())
+    sys.exit(result_files.exit_status())

@@ -1,7 +1,7 @@
 """Every op against eager PyTorch, torch.compile and the machine's ceilings: `python bench/bench_kernels.py [OP ...]`.
 
 Each case (op_cases.py, block_case.py) first holds its op against the float64 oracle, then takes turns with its rivals
-(measure.py) and appends rows to bench/results/kernels_<device>.csv. A case that fails is reported and the next one goes
+(timing.py) and appends rows to bench/results/kernels_<device>.csv. A case that fails is reported and the next one goes
 on, if need be in a fresh process.
 
 On a GPU `frame_attention` also gets a row for every tuned configuration of its kernel that is not warp-specialised, and
@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import measure
 import pytest
+import result_files
+import timing
 import torch
 from block_case import block
 from op_cases import (
@@ -37,7 +38,6 @@ from op_cases import (
     residual_norm_modulate,
     sampler_update,
     self_attention,
-    shape_text,
 )
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def measure_case(make: Callable[[torch.dtype, Sizes], Case], dtype: torch.dtype)
         case = make(dtype, SIZES)
         case.check()
         work = {"num_bytes": case.num_bytes, "num_flops": case.num_flops}
-        measure.compare(f"kernels_{DEVICE}", case.op, case.shape, dtype, case.contenders, DEVICE, **work)
+        timing.compare(f"kernels_{DEVICE}", case.op, case.shape, dtype, case.contenders, DEVICE, **work)
     return case
 
 
@@ -72,7 +72,9 @@ def sweep_configurations(*, specialized: bool) -> None:
     from miga_engine.kernels import frame_attention as kernel
 
     if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        measure.fault(RuntimeError("the kernel needs a GPU"), DEVICE, op="frame_attention", implementation="triton")
+        result_files.fault(
+            RuntimeError("the kernel needs a GPU"), DEVICE, op="frame_attention", implementation="triton"
+        )
         return
     torch.manual_seed(0)
     q, k, v = self_attention(HALF, SIZES)
@@ -94,17 +96,16 @@ def sweep_configurations(*, specialized: bool) -> None:
             assert error <= budget, f"its error is {error:.2g}, the budget {budget:.2g}: not measured"
             contenders[name] = run
         except Exception as error:
-            measure.fault(error, DEVICE, op="frame_attention", implementation=name)
-    shape, flops = f"{shape_text(q)}, {k.shape[1]} keys", 4 * q.numel() * k.shape[1]
-    samples = measure.compare(f"kernels_{DEVICE}", "frame_attention", shape, HALF, contenders, DEVICE, num_flops=flops)
+            result_files.fault(error, DEVICE, op="frame_attention", implementation=name)
+    samples = timing.compare(f"kernels_{DEVICE}", "frame_attention", shape, HALF, contenders, DEVICE, num_flops=flops)
     if samples:
-        best = min(samples, key=lambda name: measure.best(samples[name], DEVICE))
+        best = min(samples, key=lambda name: timing.best(samples[name], DEVICE))
         notes = {best: f"best of {len(samples)} configurations"}
         chosen = {best: samples[best]}
-        for row in measure.append(
+        for row in timing.append(
             f"kernels_{DEVICE}", "frame_attention", shape, HALF, chosen, DEVICE, num_flops=flops, notes=notes
         ):
-            print(measure.line(row), flush=True)
+            print(timing.line(row), flush=True)
 
 
 def configuration_name(config: NamedTuple) -> str:
@@ -150,8 +151,8 @@ def main() -> None:
                 sweep_configurations(specialized=False)
         except Exception as error:
             with contextlib.suppress(type(error)):
-                measure.fault(error, DEVICE, op=name, dtype=dtype)
-            if measure.is_fatal(error):  # the GPU does not recover in this process: the cases that follow get another
+                result_files.fault(error, DEVICE, op=name, dtype=dtype)
+            if result_files.is_fatal(error):  # in this process the GPU does not recover: the next cases get another
                 os.execv(sys.executable, [sys.executable, *sys.argv, "--skip", str(i + 1)])
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -159,4 +160,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(measure.exit_status())
+    sys.exit(result_files.exit_status())

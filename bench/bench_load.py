@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
+import timing
 import torch
 from bench_engine import random_transformer
 from safetensors.torch import load_file, save_file
@@ -85,10 +85,10 @@ def compare(folder: Path, weights: Path, config: WanDiTConfig, dtype: torch.dtyp
     del expected, rival
     gc.collect()
     contenders = {"op": load, "eager": lambda: by_hand(weights, config, dtype), "read": plain_read(weights)}
-    samples = measure.interleave(contenders, DEVICE, repeats)
+    samples = timing.interleave(contenders, DEVICE, repeats)
     size = weights.stat().st_size
-    ceiling = size / measure.best(samples["read"], DEVICE) / 1e6
-    rows = measure.append(
+    ceiling = size / timing.best(samples["read"], DEVICE) / 1e6
+    rows = timing.append(
         f"load_{DEVICE}", "load_transformer", f"{size >> 20} MiB", dtype, samples, DEVICE,
         num_bytes=size, ceiling=ceiling,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
-import measure
+import result_files
 import torch
 from bench_engine import random_transformer
 
@@ -35,7 +35,7 @@ from miga_engine.runtime.denoise import Denoiser, Window
 LENGTHS = (200, 500, 1000, 5000, 10_000)
 COLUMNS = (
     "model", "latent_frames", "peak_mib", "in_use_mib", "allocator", "allocated_mib", "reserved_mib", "x_1000",
-    *measure.ENVIRONMENT,
+    *result_files.ENVIRONMENT,
 )  # fmt: skip
 PROMPT = "a red balloon over snowy hills at dawn"
 
@@ -88,7 +88,7 @@ def _sizes(device: str) -> dict[str, float | None]:
         torch_sizes = {"allocated_mib": allocated / 2**20, "reserved_mib": reserved / 2**20}
     else:
         torch_sizes = {}
-    return {"peak_mib": measure.peak_resident_mib(), "in_use_mib": in_use_mib(), **torch_sizes}
+    return {"peak_mib": result_files.peak_resident_mib(), "in_use_mib": in_use_mib(), **torch_sizes}
 
 
 def main() -> None:
@@ -142,7 +142,7 @@ def main() -> None:
             out += len(chunk.frames)
             latents = (out - 1) // ratio + 1
             quarter = min(3, (latents - 1) * 4 // total)
-            now = torch.cuda.memory_allocated() / 2**20 if options.device == "cuda" else measure.resident_mib()
+            now = torch.cuda.memory_allocated() / 2**20 if options.device == "cuda" else result_files.resident_mib()
             quarters[quarter] = max(quarters.get(quarter, 0.0), now)
             for length in lengths:
                 if length not in measured and latents >= length:
@@ -169,7 +169,7 @@ def _report(model: str, device: str, length: int, sizes: dict[str, float | None]
     key = _key(device)
     if reference is not None:
         row["x_1000"] = f"{(sizes[key] or 0) / reference:.4f}"
-    measure.record(f"memory_{device}", COLUMNS, [row], device)
+    result_files.record(f"memory_{device}", COLUMNS, [row], device)
     in_use = f", {row['in_use_mib']} MiB in use" if row["in_use_mib"] else ""
     ratio = f", {row['x_1000']} of that at 1,000" if reference is not None else ""
     print(f"{length:>6} latent frames: peak {row[key]} MiB{in_use}{ratio}", flush=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 
-import measure
+import result_files
+import timing
 import torch
 
 from miga_engine import Engine
@@ -41,11 +42,11 @@ def compare(name: str, model: WanDiT, latents: torch.Tensor, context: torch.Tens
             setattr(model, without, True)
         return output
 
-    samples = measure.interleave({"all": run, **{s: (lambda s=s: run(s)) for s in SAVINGS}}, DEVICE, repeats=15)
-    fastest = measure.best(samples["all"], DEVICE)
+    samples = timing.interleave({"all": run, **{s: (lambda s=s: run(s)) for s in SAVINGS}}, DEVICE, repeats=15)
+    fastest = timing.best(samples["all"], DEVICE)
     result = run()
-    path = measure.RESULTS / f"savings_{DEVICE}.csv"
-    columns = ["model", "saving", "gain", "error", "ms", *measure.environment(DEVICE)]
+    path = result_files.RESULTS / f"savings_{DEVICE}.csv"
+    columns = ["model", "saving", "gain", "error", "ms", *result_files.environment(DEVICE)]
     is_new = not path.exists()
     with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
@@ -54,7 +55,7 @@ def compare(name: str, model: WanDiT, latents: torch.Tensor, context: torch.Tens
         for saving in SAVINGS:
             other = run(saving)
             error = ((other - result).norm() / result.norm()).item()
-            gain = measure.best(samples[saving], DEVICE) / fastest
+            gain = timing.best(samples[saving], DEVICE) / fastest
             print(f"{name:12} {saving:18} {gain:6.3f} times faster with it, relative L2 difference {error:.1e}")
             row = {
                 "model": name,
@@ -63,7 +64,7 @@ def compare(name: str, model: WanDiT, latents: torch.Tensor, context: torch.Tens
                 "error": f"{error:.2e}",
                 "ms": f"{fastest:.4g}",
             }
-            writer.writerow(row | measure.environment(DEVICE))
+            writer.writerow(row | result_files.environment(DEVICE))
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import measure
+import result_files
 import torch
 import torch.distributed as dist
 
@@ -108,9 +108,9 @@ def main() -> None:
     equality = "equal" if len(digests) == 1 else "DIFFERENT"
     print(f"1 rank: {seconds[1]:.3f} s a pass; {options.ranks} ranks: {seconds[options.ranks]:.3f} s")
     print(f"{speedup:.2f} times as fast, {100 * speedup / options.ranks:.0f} % efficient, queues {equality}")
-    path = measure.RESULTS / f"scaling_{device}.csv"
+    path = result_files.RESULTS / f"scaling_{device}.csv"
     row = {"ranks": options.ranks, "seconds_1": f"{seconds[1]:.4g}", "seconds": f"{seconds[options.ranks]:.4g}"}
-    row |= {"speedup": f"{speedup:.3f}", "queues_equal": len(digests) == 1, **measure.environment(device)}
+    row |= {"speedup": f"{speedup:.3f}", "queues_equal": len(digests) == 1, **result_files.environment(device)}
     is_new = not path.exists()
     with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, list(row), lineterminator="\n")

@@ -12,8 +12,8 @@ vae          the published VAE at random weights: a latent frame of 480×832 in 
              its widest convolution as it is, over stacked frames, against cuDNN's in three dimensions
 tests        the tests of the kernels, in as many processes as there are cores, at most 8
 
-Each row is printed and appended to first_minutes_<device>.jsonl beside the other results (measure.py) as it is made;
-rows of attention go where bench_kernels.py has its own. A part that fails is a row too, and the next one goes on.
+Each row is printed and appended to first_minutes_<device>.jsonl beside the other results as it is made; rows of
+attention go where bench_kernels.py has its own. A part that fails is a row too, and the next one goes on.
 SMALL=1 shrinks every size and takes a CPU, to find slips before a GPU's minutes are spent on them.
 """
 
@@ -32,8 +32,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_kernels
-import measure
 import pytest
+import result_files
+import timing
 import torch
 from bench_engine import captured_at_any_size, random_transformer
 from torch import Tensor, nn
@@ -45,8 +46,8 @@ from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 from miga_engine.models.wan.vae_layers import CausalConv3d
 from miga_engine.presets import PRESETS
 
-DEVICE = measure.DEVICE
-IS_SMALL = measure.IS_SMALL
+DEVICE = result_files.DEVICE
+IS_SMALL = result_files.IS_SMALL
 PROMPT = "a red balloon over snowy hills at dawn"
 PACKAGES = ("av", "diffusers", "ftfy", "matplotlib", "pytest_benchmark", "transformers", "triton", "xdist")
 ATTENTION_OPS = ("frame_attention", "cross_attention", "block")
@@ -58,7 +59,7 @@ def say(stage: str, **fields: Any) -> None:
     """Print a row and put it on the disk."""
     row = {"stage": stage, **fields, "at_s": round(time.perf_counter() - _started, 2)}
     print("; ".join(f"{key} {_short(value)}" for key, value in row.items() if key != "trace"), flush=True)
-    measure.write_line(measure.RESULTS / f"first_minutes_{DEVICE}.jsonl", row, DEVICE)
+    result_files.write_line(result_files.RESULTS / f"first_minutes_{DEVICE}.jsonl", row, DEVICE)
 
 
 def _short(value: object) -> str:
@@ -71,7 +72,7 @@ def attempt(stage: str, part: str, run: Callable[[], dict[str, Any]]) -> None:
         fields = run()
     except Exception as error:
         say(stage, part=part, failed=f"{type(error).__name__}: {str(error)[:500]}")
-        measure.fault(error, DEVICE, op=f"{stage}, {part}")
+        result_files.fault(error, DEVICE, op=f"{stage}, {part}")
     else:
         say(stage, part=part, **fields)
 
@@ -88,8 +89,8 @@ def env() -> None:
 
 
 def ceilings() -> None:
-    attempt("ceilings", "copy", lambda: {"gb_per_s": measure.copy_ceiling(DEVICE)})
-    attempt("ceilings", "matmul", lambda: {"tflop_per_s": measure.matmul_ceiling(DEVICE, torch.bfloat16)})
+    attempt("ceilings", "copy", lambda: {"gb_per_s": timing.copy_ceiling(DEVICE)})
+    attempt("ceilings", "matmul", lambda: {"tflop_per_s": timing.matmul_ceiling(DEVICE, torch.bfloat16)})
 
 
 def ops() -> None:
@@ -106,7 +107,7 @@ def _op(make: Callable[..., bench_kernels.Case]) -> dict[str, Any]:
     errors = {"error": (ours - exact).abs().max().item(), "eager_error": (eager - exact).abs().max().item()}
     del ours, eager, exact
     case.check()
-    ours_ms, eager_ms = (measure.milliseconds(run, DEVICE) for run in (case.run, case.rivals["eager"]))
+    ours_ms, eager_ms = (timing.milliseconds(run, DEVICE) for run in (case.run, case.rivals["eager"]))
     work = {"gb_per_s": case.num_bytes / ours_ms / 1e6, "tflop_per_s": case.num_flops / ours_ms / 1e9}
     return {"shape": case.shape, **errors, "ms": ours_ms, "x_eager": eager_ms / ours_ms, **work}
 
@@ -115,7 +116,7 @@ def attention() -> None:
     try:
         bench_kernels.measure_case(bench_kernels.frame_attention, torch.bfloat16)
     except Exception as error:
-        measure.fault(error, DEVICE, op="frame_attention")
+        result_files.fault(error, DEVICE, op="frame_attention")
     bench_kernels.sweep_configurations(specialized=False)
 
 
@@ -267,7 +268,7 @@ def vae() -> None:
         frames = decoder.push(latents).float()
         if not exact:
             exact.append(frames)
-        ms = measure.milliseconds(lambda: decoder.push(latents[:, :, -1:]), DEVICE)
+        ms = timing.milliseconds(lambda: decoder.push(latents[:, :, -1:]), DEVICE)
         return {"ms": ms, "levels_off": 127.5 * (frames - exact[0]).abs().max().item()}
 
     forms = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
@@ -293,7 +294,7 @@ def _convolution(dtype: torch.dtype, allow_tf32: bool, height: int, width: int) 
         )  # fmt: skip
 
     off = (layer.taps(frames, 3).float() - in_three_dimensions().permute(0, 2, 3, 4, 1).float()).abs().max().item()
-    stacked, whole = (measure.milliseconds(run, DEVICE) for run in (lambda: layer.taps(frames, 3), in_three_dimensions))
+    stacked, whole = (timing.milliseconds(run, DEVICE) for run in (lambda: layer.taps(frames, 3), in_three_dimensions))
     return {"stacked_ms": stacked, "in_three_dimensions_ms": whole, "apart": off}
 
 
@@ -314,7 +315,7 @@ class _TestRows:
 
 
 def tests() -> None:
-    folder = measure.ROOT / "tests" / "ops"
+    folder = result_files.ROOT / "tests" / "ops"
     files = sorted(path for path in folder.glob("test_*.py") if path.name not in ON_CPU_ONLY)
     if IS_SMALL and DEVICE == "cpu":
         files = [folder / "test_frame_attention.py"]  # interpreted, the others take minutes
@@ -350,7 +351,7 @@ def main() -> None:
             sys.exit(130)
         except Exception as error:
             say(name, failed=f"{type(error).__name__}: {str(error)[:500]}")
-            measure.fault(error, DEVICE, op=name)
+            result_files.fault(error, DEVICE, op=name)
         say(name, done_after_s=time.perf_counter() - start)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -358,4 +359,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(measure.exit_status())
+    sys.exit(result_files.exit_status())

@@ -4,7 +4,7 @@
 #   bench/gpu.sh second     kernels, the 1.3B network and a whole video against their rivals; memory; the VAE
 #   bench/gpu.sh COMMAND --plan     the stages and the seconds each may take at most, and runs nothing
 # Every stage is a process of its own with a limit, and saves its rows as it makes them: one that fails, hangs or is
-# killed costs the others nothing. The riskiest comes last. `python bench/measure.py FOLDER` then appends the rows of
+# killed costs the others nothing. The riskiest comes last. `python bench/result_files.py FOLDER` then appends the rows of
 # that folder to bench/results. Of the environment:
 #   PYTHON        the interpreter, with its torch and Triton (python3)
 #   OUT           the folder of the results, at most 8 files (out/gpu-<command>-<time>)
@@ -140,5 +140,5 @@ for entry in "${stages[@]}"; do
   stage "${words[0]}" "${words[1]}" "$python" "${words[@]:2}"
   code=$?
   [ "$code" -eq 0 ] || status=1
-  [ "$code" -ne 3 ] || { status=3; break; } # no GPU: bench/measure.py has said so
+  [ "$code" -ne 3 ] || { status=3; break; } # no GPU: bench/result_files.py has said so
 done

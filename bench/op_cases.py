@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import measure
+import result_files
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +18,7 @@ from miga_engine import ops
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS
 from miga_engine.schedule import make_schedule
 
-DEVICE = measure.DEVICE
+DEVICE = result_files.DEVICE
 if DEVICE == "cpu":
     torch.set_num_threads(1)
 HALF = torch.bfloat16
@@ -54,7 +54,7 @@ SMALL = Sizes(
     batch=2, frames=3, tokens=6, latent=(4, 4, 6), queue=12, heads=2, ffn_dim=64, num_text=5, text_len=16,
     block_tokens=6, attention_tokens=72,
 )  # fmt: skip
-SIZES = SMALL if measure.IS_SMALL else ON_GPU if DEVICE == "cuda" else ON_CPU
+SIZES = SMALL if result_files.IS_SMALL else ON_GPU if DEVICE == "cuda" else ON_CPU
 
 
 @dataclass

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-import measure
+import result_files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -89,7 +89,7 @@ SPEED = {"engine": ("engine", "#2f6f9f"), "diffusers": ("plain diffusers loop", 
 def _newest_of(results: Path, kind: str, *keys: str) -> tuple[list[dict[str, str]], str]:
     """The newest rows of a GPU, else of a CPU, and what they were measured on."""
     for device in ("cuda", "cpu"):
-        if rows := measure.newest(results / f"{kind}_{device}.csv", *keys):
+        if rows := result_files.newest(results / f"{kind}_{device}.csv", *keys):
             last = rows[-1]
             threads = f", {last['threads']} thread" if last["threads"] else ""
             return rows, f"{last['device']}{threads}, torch {last['torch']}, {last['commit']}"
@@ -245,7 +245,7 @@ def main() -> None:
     if options.results == Path("engine"):
         picture = options.picture or DOCS / "bench.png"
         try:
-            draw_engine(measure.RESULTS, picture)
+            draw_engine(result_files.RESULTS, picture)
         except ValueError as error:
             parser.error(str(error))
         print(picture)

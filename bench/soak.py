@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-import measure
 import numpy as np
+import result_files
 
 from miga_engine.video.contact_sheet import ContactSheet
 from miga_engine.video.reading import opened_video
@@ -54,7 +54,7 @@ def main() -> int:
         },
     }
     print(row)
-    measure.record("soak_cpu", [*row, *measure.environment("cpu")], [row], "cpu")
+    result_files.record("soak_cpu", [*row, *result_files.environment("cpu")], [row], "cpu")
     return 0 if row["decoded_frames"] == options.num_frames else 1
 
 
@@ -63,7 +63,7 @@ def watch(command: list[str], events: Path, kill_at: int | None = None) -> list[
     process = subprocess.Popen(command)
     sizes = []
     while process.poll() is None:
-        sizes.append(measure.resident_mib(process.pid))
+        sizes.append(result_files.resident_mib(process.pid))
         if kill_at is not None and frames_out(events) >= kill_at:
             process.send_signal(signal.SIGKILL)
         time.sleep(1)

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import measure
+import result_files
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
@@ -26,7 +26,7 @@ def lines(results: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _engine(path: Path) -> Iterator[tuple[str, ...]]:
-    rows = measure.newest(path, "what", "model", "dtype", "implementation")
+    rows = result_files.newest(path, "what", "model", "dtype", "implementation")
     for row in rows:
         if row["what"] == "generate" and row["implementation"] == "engine":
             rival = next((r for r in rows if _is_rival(r, row)), None) if row["x_baseline"] else None
@@ -68,7 +68,7 @@ def _is_rival(row: dict[str, str], ours: dict[str, str]) -> bool:
 
 def _forward(path: Path) -> Iterator[tuple[str, ...]]:
     names = {"op": "SDPA in both", "op auto": "our attention"}
-    for row in measure.newest(path, "op", "dtype", "implementation"):
+    for row in result_files.newest(path, "op", "dtype", "implementation"):
         if row["implementation"] not in names:
             continue
         name = f"{row['op']}, {row['shape']}, {names[row['implementation']]}"
@@ -80,7 +80,7 @@ def _forward(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _load(path: Path) -> Iterator[tuple[str, ...]]:
-    for row in measure.newest(path, "op", "dtype", "implementation"):
+    for row in result_files.newest(path, "op", "dtype", "implementation"):
         if row["implementation"] == "op":
             measured = f"{float(row['rate']):.3g} GB/s, {float(row['of_ceiling']):.2f} of a plain read"
             name = f"`load_transformer`, {row['shape']} float32"
@@ -89,7 +89,9 @@ def _load(path: Path) -> Iterator[tuple[str, ...]]:
 
 def _memory(path: Path, column: str) -> Iterator[tuple[str, ...]]:
     rows = [
-        row for row in measure.newest(path, "model", "latent_frames", "allocator") if int(row["latent_frames"]) > 1000
+        row
+        for row in result_files.newest(path, "model", "latent_frames", "allocator")
+        if int(row["latent_frames"]) > 1000
     ]
     longest = max((int(row["latent_frames"]) for row in rows), default=0)
     for row in rows:
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the table and leave the README alone")
     options = parser.parse_args()
     try:
-        block = table(measure.RESULTS)
+        block = table(result_files.RESULTS)
         if options.print:
             print(block)
         else:

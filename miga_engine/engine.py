@@ -53,7 +53,7 @@ class Video:
     @own_modes()
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write an mp4, mkv (lossless), PNG sequence or raw file, by suffix; OutputError where that cannot be."""
-        from miga_engine.video.sinks import open_sink
+        from miga_engine.video.outputs import open_sink
 
         height, width = self.frames.shape[1:3]
         with open_sink(path, self.fps, width, height, metadata=dict(self.metadata), overwrite=overwrite) as sink:

@@ -59,6 +59,12 @@ def open_own(path: str | os.PathLike[str], mode: str = "r", *, follows_links: bo
     return file
 
 
+def flush_file(path: Path) -> None:
+    """What was written under the name is on the disk when this returns."""
+    with open_own(path) as file:
+        os.fsync(file.fileno())
+
+
 def beside(path: Path, token: str | None = None) -> Path:
     """Where a file grows that shall become `path`: name.1f2e3d4c.part.suffix, with random digits unless given."""
     return path.with_name(f"{path.stem[:48]}.{token or secrets.token_hex(4)}.part{path.suffix}")

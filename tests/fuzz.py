@@ -694,7 +694,7 @@ def build_pristine(root: Path) -> None:
 
     from miga_engine.engine import Engine
     from miga_engine.tiny import WEIGHTS_DIR
-    from miga_engine.video.sinks import open_sink
+    from miga_engine.video.outputs import open_sink
 
     goldens = golden_model.GOLDENS
     for layout in (

@@ -33,9 +33,10 @@ import torch
 from miga_engine.engine import Engine
 from miga_engine.runtime import session
 from miga_engine.runtime.session import load_session
-from miga_engine.video import sink as plain_sinks
-from miga_engine.video import sinks
+from miga_engine.video import images
+from miga_engine.video.raw import RawFileSink
 from miga_engine.video.reading import read_video
+from miga_engine.video.video_file import VideoFileSink
 
 OPTIONS = [
     *("--height", "32", "--width", "32", "--fps", "6", "--num-inference-steps", "8", "--zigzag-width", "2"),
@@ -322,7 +323,7 @@ def _signal_in_output(plan: Plan) -> None:
                 prepare()
             os.kill(os.getpid(), plan.signal)
 
-    mux, write_whole, append = sinks.VideoFileSink._mux, plain_sinks.write_whole, sinks.RawFileSink._append
+    mux, write_whole, append = VideoFileSink._mux, images.write_whole, RawFileSink._append
 
     def mux_some(self: Any, packets: list[Any]) -> None:
         for packet in packets:
@@ -338,7 +339,7 @@ def _signal_in_output(plan: Plan) -> None:
             reach(functools.partial(self._file.write, memoryview(image.data).cast("B")[: image.size // 2]))
             append(self, image[None])
 
-    sinks.VideoFileSink._mux, plain_sinks.write_whole, sinks.RawFileSink._append = mux_some, write_image, append_some  # type: ignore[method-assign, assignment]
+    VideoFileSink._mux, images.write_whole, RawFileSink._append = mux_some, write_image, append_some  # type: ignore[method-assign, assignment]
 
 
 def main() -> int:

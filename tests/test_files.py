@@ -97,9 +97,20 @@ def test_nobody_else_opens_a_name_for_writing() -> None:
 
 
 def test_only_the_reader_and_the_muxer_open_media() -> None:
-    for path in [*ROOT.glob("miga_engine/**/*.py"), *ROOT.glob("bench/*.py")]:
+    for path in [*ROOT.glob("miga_engine/**/*.py"), *ROOT.glob("bench/**/*.py")]:
         if path.name not in ("reading.py", "video_file.py"):
             assert not re.search(r"\bav\.open\(", path.read_text(encoding="utf-8")), path
+
+
+def test_nobody_runs_code_of_a_file() -> None:
+    """TorchScript is code, and so is a pickle that is not read as weights only."""
+    for path in [*ROOT.glob("miga_engine/**/*.py"), *ROOT.glob("bench/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in ("eval", "exec"), (path, called)
+            assert not called.endswith(("jit.load", "pickle.load", "pickle.loads", "Unpickler")), (path, called)
+            if isinstance(node, ast.Call) and called == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, node.keywords), (path, node.lineno)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +201,7 @@ def test_outputs_of_every_command_leave_a_users_files_alone(tmp_path: Path) -> N
     """Names that unfinished files once had, as links to another's file and as files of the user's."""
     import torch
 
-    from bench.study.ablation import write_csv
+    from bench.study.grid import write_csv
     from miga_engine.measure.report import write_table
     from miga_engine.models.convert import convert
     from miga_engine.video.contact_sheet import write_contact_sheet

@@ -34,9 +34,9 @@ from miga_engine.models.loading import load_tokenizer
 from miga_engine.models.videocrafter2.tokenizer import CLIPTokenizer
 from miga_engine.prompts import MAX_PROMPT_CHARS, PromptTimeline
 from miga_engine.runtime.session import load_session
+from miga_engine.video.outputs import open_sink
 from miga_engine.video.paths import check_output
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sinks import open_sink
 from miga_engine.weights.files import open_checkpoint
 from miga_engine.weights.untrusted import MAX_TABLE_BYTES
 

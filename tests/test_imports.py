@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # From low to high. A module may import its own layer and those below it.
 LAYERS = [
-    ["errors", "_version", "files", "threads"],
+    ["errors", "_version", "files", "threads", "colour"],
     ["config", "device"],
     ["presets"],
     ["options", "schedule", "noise", "prompts"],
@@ -74,6 +74,44 @@ def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
 
 
+def _every_import(path: Path) -> set[str]:
+    """Names as `_imports` has them, for type checkers alone ones too."""
+    package = ("miga_engine", "kernels") if path.parent.name == "kernels" else path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            found |= {".".join(filter(None, (start, node.module, alias.name))) for alias in node.names}
+    return found
+
+
+def _graph() -> dict[str, set[str]]:
+    """Module → modules of the package that it imports anywhere: when loaded, in functions, for type checkers."""
+    modules = {}
+    for path in _modules():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = ("miga_engine", *parts) if parts[0] == "kernels" else parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for module, path in modules.items():
+        names = _every_import(path)
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys()
+        graph[module].discard(module)
+    return graph
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    found: set[str] = set()
+    left = [start]
+    while left:
+        new = graph[left.pop()] - found
+        found |= new
+        left += new
+    return found
+
+
 def _violation(part: str, imported: str, is_loaded: bool) -> str | None:
     top, *rest = imported.split(".")
     if top == "kernels":
@@ -132,7 +170,7 @@ def test_families_know_nothing_of_each_other_and_the_table_alone_knows_them() ->
         ("ops", "miga_engine.runtime.denoise.denoise_pass", True),
         ("ops", "miga_engine.runtime.denoise.denoise_pass", False),
         ("video", "miga_engine.models.load_vae", True),
-        ("runtime", "miga_engine.video.sinks.open_sink", True),
+        ("runtime", "miga_engine.video.outputs.open_sink", True),
         ("tiny", "miga_engine.engine.Engine", True),
         ("models", "transformers.AutoTokenizer", True),
         ("ops", "kernels.consistency_score", False),
@@ -149,3 +187,24 @@ def test_python_outside_the_package_never_imports_top_level_kernels() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "kernels" for name in names), path
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Not in a function and not for a type checker either, without exception."""
+    graph = _graph()
+    assert _reached(graph, "miga_engine.cli.main") >= {"miga_engine.engine", "miga_engine.measure.truth"}
+    circles = {module for module in graph if module in _reached(graph, module)}
+    assert not circles, {module: sorted(graph[module] & circles) for module in sorted(circles)}
+
+
+def test_a_circle_is_noticed() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert {module for module in graph if module in _reached(graph, module)} == {"b", "c"}
+
+
+def test_research_depends_on_the_product_and_never_the_reverse() -> None:
+    """Nor do tests and benchmarks under the names that they have for one another."""
+    others = {"bench", "tests", *(path.stem for path in [*ROOT.glob("bench/*.py"), *ROOT.glob("tests/**/*.py")])}
+    assert {"timing", "places"} < others
+    for path in _modules():
+        assert not {name.partition(".")[0] for name in _every_import(path)} & others, path

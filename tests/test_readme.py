@@ -3,8 +3,10 @@ parsed, and every file that is named exists."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import os
 import re
@@ -21,8 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miga_engine import cli
-from miga_engine.cli import render
+from miga_engine.cli import main, render
 from miga_engine.cli.main import _build_parser
 from miga_engine.errors import ConfigError
 from miga_engine.presets import PRESETS
@@ -101,7 +102,7 @@ def _check_command(line: str) -> None:
         words = ["miga", *words[3:]]
     program, *arguments = words
     if program == "miga":
-        _check_miga(arguments)
+        _check_parsed(_build_parser(), arguments)
     elif program == "make":
         (target,) = arguments
         assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
@@ -109,7 +110,10 @@ def _check_command(line: str) -> None:
         found = importlib.util.find_spec(arguments[1])
         assert found is not None, line
         assert found.origin is not None
-        _check_script(Path(found.origin), arguments[2:])
+        if arguments[1].startswith("bench."):
+            _check_parsed(importlib.import_module(arguments[1]).build_parser(), arguments[2:])
+        else:
+            _check_script(Path(found.origin), arguments[2:])
     elif program == "python":
         _check_script(ROOT / arguments[0], arguments[1:])
     elif program.startswith("bench/"):
@@ -118,7 +122,7 @@ def _check_command(line: str) -> None:
         raise AssertionError(f"no rule of tests/test_readme.py covers the command {line!r}")
 
 
-def _check_miga(arguments: list[str]) -> None:
+def _check_parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     try:
         _build_parser().parse_args(arguments)
     except SystemExit as exit:  # --help
@@ -165,7 +169,8 @@ def test_every_file_a_page_names_exists(page: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["miga generate --num-frame-count 3", "miga remake kite.mp4", "miga resume kite.safetensors --seed 3",
-     "miga eval ablation --folder open --weather rain", "make everything", "python bench/absent.py",
+     "miga eval ablation --folder open", "python -m bench.study.ablation --folder open --weather rain",
+     "make everything", "python bench/absent.py",
      "python bench/soak.py --frames 3", "python bench/bench_savings.py --fast", "python bench/sheets.py short",
      "python -m miga_engine.absent", "bench/gpu.sh third", "pip install miga", "torchrun -m miga_engine render 'x'"],
 )  # fmt: skip
@@ -209,11 +214,11 @@ def test_the_shell_block_is_run_line_for_line(scratch: Path, monkeypatch, capsys
         if number == 0:  # Ctrl-C, and a power cut would do
             with monkeypatch.context() as patch:
                 patch.setattr(render.EncoderThread, "write", _interrupting(render.EncoderThread.write))
-                assert cli.main(words[1:]) == 128 + signal.SIGINT, line
+                assert main(words[1:]) == 128 + signal.SIGINT, line
             assert 0 < len(read_video("kite.mp4")) < 129
             assert ": miga resume kite.session.safetensors\n" in capsys.readouterr().err
         elif words[0] == "miga":
-            code = cli.main(words[1:])
+            code = main(words[1:])
             told = capsys.readouterr()
             assert code == 0, f"{line}: {told.err}"
         elif words[0] == "torchrun":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from bench.command import Parser, run_command
+from miga_engine.colour import LUMA
 from miga_engine.files import write_whole
 from miga_engine.measure.catalogue import MEASURES
-from miga_engine.measure.measures import measure
+from miga_engine.measure.measures import VideoArray, measure
 from miga_engine.tiny import WEIGHTS_DIR, world
-
-Frames = npt.NDArray[np.uint8]
 
 NUM_FRAMES, BLOCK = 80, 12
 _HALF = 43  # where no block ends
@@ -28,22 +29,22 @@ _SCENE = ("balloon", "red", "green", "noon")
 _LAYOUTS = ((3, 200), (7, 900), (12, 60), (21, 3000))  # seed and first frame; the first one is damaged
 
 
-def clean_clips() -> list[Frames]:
+def clean_clips() -> list[VideoArray]:
     """Clips uint8 [80,64,96,3] of one scene in several layouts: how measures differ where nothing is wrong."""
     return [world.render(world.Scene(*_SCENE, seed=seed), first, NUM_FRAMES)[0] for seed, first in _LAYOUTS]
 
 
-def _levels(video: npt.NDArray[Any]) -> Frames:
+def _levels(video: npt.NDArray[Any]) -> VideoArray:
     return np.asarray(video.round().clip(0, 255), np.uint8)
 
 
-def _growth(frames: Frames) -> npt.NDArray[Any]:
+def _growth(frames: VideoArray) -> npt.NDArray[Any]:
     """0 for the first half, then up to 1 at the last frame: [T,1,1,1]."""
     return np.linspace(-1, 1, len(frames)).clip(0)[:, None, None, None]
 
 
-def _blur(frames: Frames) -> Frames:
-    """the second half grows blurred, to a standard deviation of 2 pixels"""
+def _blur(frames: VideoArray) -> VideoArray:
+    """the second half grows blurred, to a standard deviation of 2 pixels."""
     out = []
     for frame, share in zip(frames, _growth(frames).ravel(), strict=True):
         offsets = torch.arange(-6.0, 7.0)
@@ -55,58 +56,58 @@ def _blur(frames: Frames) -> Frames:
     return _levels(np.stack(out))
 
 
-def _noise(frames: Frames) -> Frames:
-    """white noise grows over the second half, to a standard deviation of 20 levels"""
+def _noise(frames: VideoArray) -> VideoArray:
+    """white noise grows over the second half, to a standard deviation of 20 levels."""
     grain = np.random.default_rng(0).standard_normal(frames.shape)
     return _levels(frames + 20 * _growth(frames) * grain)
 
 
-def _drift(frames: Frames) -> Frames:
-    """the colours drift over the second half: red up to 1.3 times, blue down to 0.7 times"""
+def _drift(frames: VideoArray) -> VideoArray:
+    """the colours drift over the second half: red up to 1.3 times, blue down to 0.7 times."""
     return _levels(frames * (1 + _growth(frames) * np.array([0.3, 0.0, -0.3])))
 
 
-def _fade(frames: Frames) -> Frames:
-    """the colours fade over the second half, to a third of their saturation"""
-    luma = (frames @ np.array([0.2126, 0.7152, 0.0722]))[..., None]
+def _fade(frames: VideoArray) -> VideoArray:
+    """the colours fade over the second half, to a third of their saturation."""
+    luma = (frames @ np.array(LUMA))[..., None]
     return _levels(frames + 2 / 3 * _growth(frames) * (luma - frames))
 
 
-def _flicker(frames: Frames) -> Frames:
-    """every other frame is 6 % darker"""
+def _flicker(frames: VideoArray) -> VideoArray:
+    """every other frame is 6 % darker."""
     return _levels(frames * np.where(np.arange(len(frames)) % 2, 0.94, 1.0)[:, None, None, None])
 
 
-def _freeze(frames: Frames) -> Frames:
-    """the second half repeats one frame"""
+def _freeze(frames: VideoArray) -> VideoArray:
+    """the second half repeats one frame."""
     return frames[np.minimum(np.arange(len(frames)), _HALF)]
 
 
-def _still(frames: Frames) -> Frames:
-    """the first frame, throughout"""
+def _still(frames: VideoArray) -> VideoArray:
+    """the first frame, throughout."""
     return np.repeat(frames[:1], len(frames), 0)
 
 
-def _cut(frames: Frames) -> Frames:
-    """the second half is another scene: a blue kite over snowy hills at dusk"""
+def _cut(frames: VideoArray) -> VideoArray:
+    """the second half is another scene: a blue kite over snowy hills at dusk."""
     other, _ = world.render(world.Scene("kite", "blue", "snowy", "dusk", seed=5), 0, len(frames))
     return np.concatenate([frames[:_HALF], other[_HALF:]])
 
 
-def _shuffle(frames: Frames) -> Frames:
-    """the frames in random order"""
+def _shuffle(frames: VideoArray) -> VideoArray:
+    """the frames in random order."""
     return frames[np.random.default_rng(0).permutation(len(frames))]
 
 
-def _seams(frames: Frames) -> Frames:
-    """every block of 12 frames skips 4 frames of the scene"""
+def _seams(frames: VideoArray) -> VideoArray:
+    """every block of 12 frames skips 4 frames of the scene."""
     scene = world.Scene(*_SCENE, seed=_LAYOUTS[0][0])
     index = np.arange(len(frames))
     pictures, _ = world.render_frames([scene] * len(frames), _LAYOUTS[0][1] + index + 4 * (index // BLOCK))
     return _levels(pictures * 255)
 
 
-DAMAGES: dict[str, Callable[[Frames], Frames]] = {
+DAMAGES: dict[str, Callable[[VideoArray], VideoArray]] = {
     "blur": _blur,
     "noise": _noise,
     "drift": _drift,
@@ -120,7 +121,7 @@ DAMAGES: dict[str, Callable[[Frames], Frames]] = {
 }
 
 
-def figures(frames: Frames, vae: Any) -> dict[str, float]:
+def figures(frames: VideoArray, vae: Any) -> dict[str, float]:
     """All measures that need neither weights from elsewhere nor optional packages."""
     prompt = world.caption(world.Scene(*_SCENE))
     options: dict[str, Any] = {"flow": "lucas-kanade", "features": "descriptor", "vae": vae}
@@ -147,7 +148,7 @@ def mark(measure: str, clean: Sequence[float], damaged: float, strictness: float
 
 
 def marks(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
-    """measure -> damage -> mark, of figures of clean clips and of one damaged in several ways."""
+    """measure → damage → mark, of figures of clean clips and of one damaged in several ways."""
     return {
         name: {damage: mark(name, [c[name] for c in clean], values[name]) for damage, values in damaged.items()}
         for name in clean[0]
@@ -157,7 +158,7 @@ def marks(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]
 def document(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]]) -> str:
     """docs/measures.md."""
     seen = marks(clean, damaged)
-    lines = [_INTRODUCTION, *(f"- **{name}**: {function.__doc__}." for name, function in DAMAGES.items())]
+    lines = [_INTRODUCTION, *(f"- **{name}**: {function.__doc__}" for name, function in DAMAGES.items())]
     lines += ["", f"| measure | clean | {' | '.join(damaged)} |", "| --- | --- |" + " --- |" * len(damaged)]
     for name, row in seen.items():
         entry = MEASURES[name]
@@ -198,15 +199,19 @@ embedded model's VAE.
 """
 
 
-def main() -> None:
-    """Writes docs/measures.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(prog="python -m bench.study.damage", description=__doc__)
     parser.add_argument("output", type=Path, help="markdown file to write")
-    output = parser.parse_args().output
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write docs/measures.md."""
     vae, clips = load_vae(), clean_clips()
     damaged = {name: figures(damage(clips[0]), vae) for name, damage in DAMAGES.items()}
-    write_whole(output, document([figures(clip, vae) for clip in clips], damaged))
+    write_whole(options.output, document([figures(clip, vae) for clip in clips], damaged))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(build_parser(), run))

@@ -1,4 +1,4 @@
-"""`miga eval judge`: does the judge of self-reflection see an anomaly? ROC of its variants at every judge step.
+"""`python -m bench.study.judge`: does the judge of self-reflection see an anomaly? ROC of its variants at every step.
 
 A run of the embedded model is stopped between two passes, latent frames of its queue are replaced by others noised to
 the very level they stand at, and the pass goes on: what the judge then sees is a queue with a known anomaly. Its scores
@@ -14,29 +14,29 @@ import copy
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bench.command import Parser, run_command
 from bench.study.methods import NUM_PROMPTS, PROMPTS, SCENES
 from bench.study.paired import pyplot, save_figure
 from miga_engine import ops
 from miga_engine.config import replace_options
+from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
 from miga_engine.files import write_whole
+from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import add_noise
 from miga_engine.tiny import world
-from miga_engine.tiny.measures import to_tensor
-
-if TYPE_CHECKING:
-    from miga_engine.engine import Engine
-    from miga_engine.runtime.stages import VideoRun
+from miga_engine.tiny.classifier import to_tensor
 
 KINDS = {
     "own": "the run's own frames, noised anew",
@@ -127,7 +127,7 @@ class _Probe:
         return range(first, first + self.width)
 
     def scores(self, step: int) -> list[float]:
-        """Of the group that stands at ``step``, by each of `VARIANTS`."""
+        """Of the group that stands at `step`, by each of `VARIANTS`."""
         store, judged = self.run.store, self.frames(step)
         reference = store.index(store.slots(range(judged.start - self.reference_groups * self.width, judged.start)))
         candidate = store.index(store.slots(judged))
@@ -139,7 +139,7 @@ class _Probe:
         return scores
 
     def plant(self, latents: Tensor, step: int, generator: torch.Generator) -> None:
-        """Noise clean latents ``[k, C, H, W]`` to the levels of the group at ``step`` and of the groups behind it."""
+        """Noise clean latents `[k,C,H,W]` to the levels of the group at `step` and of the groups behind it."""
         store = self.run.store
         for group in latents.split(self.width):
             if step < 0:
@@ -152,7 +152,7 @@ class _Probe:
 
 
 def _final_score(latents: Tensor, first: int, width: int, reference_groups: int) -> float | None:
-    """Score of the group that starts at ``first`` of the clean latents ``[k, C, h, w]``; None where they lack it."""
+    """Score of the group that starts at `first` of the clean latents `[k,C,h,w]`; None where they lack it."""
     start = first - reference_groups * width
     if start < 0 or first + width > len(latents):
         return None
@@ -161,14 +161,14 @@ def _final_score(latents: Tensor, first: int, width: int, reference_groups: int)
 
 
 def _exchanged_colours(engine: Engine, latents: Tensor) -> Tensor:
-    """The same video with red and blue exchanged, as latents ``[k, C, h, w]``."""
+    """The same video with red and blue exchanged, as latents `[k,C,h,w]`."""
     vae = engine.bundle.vae
     frames = vae.decode(latents.transpose(0, 1)[None])  # [1,3,T,H,W]
     return vae.encode(frames.clamp(-1, 1).flip(1))[0].transpose(0, 1).float()
 
 
 def _true_latents(engine: Engine, scene: world.Scene, num_latents: int) -> Tensor:
-    """Latents ``[k, C, h, w]`` of the scene as the world renders it, from inside a clip."""
+    """Latents `[k,C,h,w]` of the scene as the world renders it, from inside a clip."""
     video = to_tensor(world.render(scene, 0, 4 * num_latents + 1)[0]).to(engine.device)
     return engine.bundle.vae.encode(video.transpose(0, 1)[None])[0, :, 1:].transpose(0, 1).float()
 
@@ -229,7 +229,7 @@ def judge_run(engine: Engine, prompt_index: int, steps: Sequence[int], *, num_po
 
 
 def _apart(steps: Sequence[int], distance: int) -> list[list[int]]:
-    """The steps in as few lots as keep the steps of a lot at least ``distance`` apart: anomalies planted together
+    """The steps in as few lots as keep the steps of a lot at least `distance` apart: anomalies planted together
     must not be seen by each other's windows."""
     lots: list[list[int]] = []
     for step in sorted(steps):
@@ -306,7 +306,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(judgements: Sequence[Judgement], rows: Sequence[dict[str, Any]], judge_step: int, picture: Path) -> None:
-    """Left: ROC of the variants at ``judge_step``. Middle: AUC over judge steps. Right: AUC of each kind there."""
+    """Left: ROC of the variants at `judge_step`. Middle: AUC over judge steps. Right: AUC of each kind there."""
     plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     for i, (judge, channels) in enumerate(VARIANTS):
@@ -334,15 +334,13 @@ def draw(judgements: Sequence[Judgement], rows: Sequence[dict[str, Any]], judge_
     plt.close(figure)
 
 
-def add_parser(commands: Any, name: str = "judge") -> None:
-    """Add the command to the sub-commands of `miga eval`."""
-    parser = commands.add_parser(
-        name,
-        help="ROC of the judges of self-reflection on planted anomalies, on the embedded model",
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        prog="python -m bench.study.judge",
         description="Plant anomalies into queues of the embedded model and measure which judge sees them, at which "
         "step. What --folder already holds is not made again.",
     )
-    parser.set_defaults(run=run)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the judgements are kept")
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"at most {NUM_PROMPTS}")
     parser.add_argument(
@@ -353,21 +351,20 @@ def add_parser(commands: Any, name: str = "judge") -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row per variant, step and kind (default: "
                         "DIR/judge.csv)")  # fmt: skip
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw ROC and AUC (needs matplotlib)")
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
-    """The command: judge every prompt's run, write the CSV file, print the table."""
-    from miga_engine.engine import Engine
-
+def run(options: argparse.Namespace) -> None:
+    """Judge every prompt's run, write the CSV file, print the table."""
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
     groups = engine.preset.miga.reference_groups
     last = engine.preset.sampling.num_inference_steps - engine.preset.miga.stage2_steps - 1 - groups
     for step in options.judge_steps:
         if not 1 <= step <= last:
-            raise ConfigError(f"--judge-steps must lie between 1 and {last}, got {step}")
+            raise ConfigError(f"--judge-steps has {step}: give steps from 1 to {last}")
     if not 1 <= options.prompts <= NUM_PROMPTS:
-        raise ConfigError(f"--prompts must lie between 1 and {NUM_PROMPTS}, got {options.prompts}")
+        raise ConfigError(f"--prompts is {options.prompts}: give 1 to {NUM_PROMPTS}")
     options.folder.mkdir(parents=True, exist_ok=True)
     judgements: list[Judgement] = []
     for index in range(options.prompts):
@@ -390,4 +387,7 @@ def run(options: argparse.Namespace) -> int:
     if options.picture:
         step = engine.preset.miga.judge_step
         draw(judgements, rows, step if step in options.judge_steps else options.judge_steps[0], options.picture)
-    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))

@@ -110,12 +110,12 @@ def prompt_indices(left_open: str | None) -> list[int]:
 
 
 def method_options(engine: Engine, method: str) -> dict[str, Any]:
-    """Options of `Engine.stream` for a name of `METHODS`, or for one with changes, as in ``default,zigzag_width=2``."""
+    """Options of `Engine.stream` for a name of `METHODS`, or for one with changes, as in `default,zigzag_width=2`."""
     if method == WORLD:
         return {}
     name, *changes = method.split(",")
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; the methods are {', '.join(METHODS)} and {WORLD}")
+        raise ConfigError(f"method is {name!r}: choose {', '.join(METHODS)} or {WORLD}")
     base, options = METHODS[name]
     options = {**options, **dict(_parse_change(method, change) for change in changes)}
     num_steps = options.pop("num_inference_steps", None)
@@ -129,11 +129,11 @@ def method_options(engine: Engine, method: str) -> dict[str, Any]:
 
 
 def _parse_change(method: str, change: str) -> tuple[str, Any]:
-    """``stride=3`` → ("stride", 3), by the type of the option's default."""
+    """`stride=3` → ("stride", 3), by the type of the option's default."""
     name, equals, text = change.partition("=")
     defaults = {field.name: field.default for field in dataclasses.fields(MigaConfig)} | {"num_inference_steps": 0}
     if not equals or name not in defaults:
-        raise ConfigError(f"method {method!r} has {change!r}, which is not OPTION=VALUE with an option of MigaConfig")
+        raise ConfigError(f"method {method!r} has {change!r}: give OPTION=VALUE with an option of MigaConfig")
     default = defaults[name]
     try:
         if isinstance(default, bool):
@@ -142,7 +142,7 @@ def _parse_change(method: str, change: str) -> tuple[str, Any]:
             return name, text
         return name, float(text) if isinstance(default, float) else int(text)
     except (KeyError, ValueError):
-        raise ConfigError(f"method {method!r} gives {name} the value {text!r}, which it cannot have") from None
+        raise ConfigError(f"{name} is {text!r} in the method {method!r}: give a value of its type") from None
 
 
 def expand_methods(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from miga_engine.errors import ConfigError
 from miga_engine.files import written_whole
 
-MEASURES: Mapping[str, tuple[str, float]] = {
+COMPARED: Mapping[str, tuple[str, float]] = {
     "subject_consistency": ("subject consistency, %", 100),
     "background_consistency": ("background consistency, %", 100),
     "motion": ("motion, px/frame", 1),
@@ -21,11 +21,12 @@ MEASURES: Mapping[str, tuple[str, float]] = {
     "accuracy": ("attributes as asked, %", 100),
 }
 """Measures of the table: their name there, and the factor to its unit."""
-Row = Mapping[str, Any]
+VideoRow = Mapping[str, Any]
+"""A row of the ablation's CSV file: what one video was made with, and its measures."""
 
 
 def paired_difference(
-    rows: Sequence[Row], reference: Sequence[Row], measure: str, *, num_resamples: int = 10_000
+    rows: Sequence[VideoRow], reference: Sequence[VideoRow], measure: str, *, num_resamples: int = 10_000
 ) -> tuple[float, float, float]:
     """Mean difference over the prompts and seeds that both have, and its 95 % interval (percentile bootstrap).
 
@@ -37,7 +38,7 @@ def paired_difference(
         if _video(row) in values:
             by_prompt.setdefault(row["prompt_index"], []).append(row[measure] - values[_video(row)])
     if not by_prompt:
-        raise ConfigError("no prompt and seed is common to the two methods: there is nothing to compare")
+        raise ConfigError("no prompt and seed is common to the two methods: compare methods that share some")
     sums = np.array([sum(differences) for differences in by_prompt.values()])
     counts = np.array([len(differences) for differences in by_prompt.values()])
     drawn = np.random.default_rng(0).integers(len(sums), size=(num_resamples, len(sums)))
@@ -46,20 +47,20 @@ def paired_difference(
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_method(rows: Sequence[VideoRow]) -> dict[str, list[VideoRow]]:
     methods = dict.fromkeys(row["method"] for row in rows)
     return {method: [row for row in rows if row["method"] == method] for method in methods}
 
 
-def markdown_table(rows: Sequence[Row], reference: str) -> str:
+def markdown_table(rows: Sequence[VideoRow], reference: str) -> str:
     """A row per method: cost, and every measure as mean ± standard deviation over videos, below it the mean difference
-    to the method ``reference`` over the videos of common prompts and seeds.
+    to the method `reference` over the videos of common prompts and seeds.
 
     Differences whose 95 % interval excludes 0 are bold. Without rows of the reference there are none.
     """
     by_method = _by_method(rows)
     compared = by_method.get(reference, [])
-    titles = ["method", "videos", "latent frames read per frame", *(title for title, _ in MEASURES.values())]
+    titles = ["method", "videos", "latent frames read per frame", *(title for title, _ in COMPARED.values())]
     lines = ["| " + " | ".join(titles) + " |", "| --- " + "| ---: " * (len(titles) - 1) + "|"]
     for method, own in by_method.items():
         cells = [
@@ -67,7 +68,7 @@ def markdown_table(rows: Sequence[Row], reference: str) -> str:
             str(len(own)),
             f"{np.mean([row['window_frames'] / row['num_frames'] for row in own]):.1f}",
         ]
-        for measure, (_, factor) in MEASURES.items():
+        for measure, (_, factor) in COMPARED.items():
             values = np.array([row[measure] for row in own]) * factor
             cell = f"{values.mean():.2f} ± {values.std():.2f}"
             if compared and method != reference:
@@ -77,7 +78,7 @@ def markdown_table(rows: Sequence[Row], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parts_table(rows: Sequence[Row], parts: Sequence[tuple[str, str, str]]) -> str:
+def parts_table(rows: Sequence[VideoRow], parts: Sequence[tuple[str, str, str]]) -> str:
     """A row per part (its name, the method with it, the same without): what the part changes in cost and measures.
 
     Means over the videos of common prompts and seeds, as in `markdown_table`; parts without any are left out, and the
@@ -94,21 +95,21 @@ def parts_table(rows: Sequence[Row], parts: Sequence[tuple[str, str, str]]) -> s
         calls, before = (sum(row["window_frames"] for row in side) for side in (own, other))
         cost = f"{100 * (calls / before - 1):+.0f} %" if before else ""
         cells = [name, f"`{method}` less `{without}`", str(len(both)), cost]
-        lines.append("| " + " | ".join(cells + [_difference(own, other, measure) for measure in MEASURES]) + " |")
+        lines.append("| " + " | ".join(cells + [_difference(own, other, measure) for measure in COMPARED]) + " |")
     if not lines:
         return ""
-    titles = ["part", "difference", "videos", "latent frames read", *(title for title, _ in MEASURES.values())]
+    titles = ["part", "difference", "videos", "latent frames read", *(title for title, _ in COMPARED.values())]
     head = ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
     return "\n".join(head + lines) + "\n"
 
 
-def _video(row: Row) -> tuple[int, int]:
+def _video(row: VideoRow) -> tuple[int, int]:
     return row["prompt_index"], row["seed"]
 
 
-def _difference(rows: Sequence[Row], reference: Sequence[Row], measure: str) -> str:
+def _difference(rows: Sequence[VideoRow], reference: Sequence[VideoRow], measure: str) -> str:
     """Mean difference in the measure's unit and its interval, bold where that excludes 0."""
-    mean, low, high = (MEASURES[measure][1] * x for x in paired_difference(rows, reference, measure))
+    mean, low, high = (COMPARED[measure][1] * x for x in paired_difference(rows, reference, measure))
     mark = "**" if low * high > 0 else ""
     return f"{mark}{mean:+.2f}{mark} [{low:+.2f}, {high:+.2f}]"
 
@@ -131,8 +132,8 @@ def save_figure(figure: Any, picture: Path) -> None:
         figure.savefig(file, dpi=110, format=picture.suffix[1:] or "png")
 
 
-def draw_measures(rows: Sequence[Row], reference: str, picture: Path) -> None:
-    """What each method differs by from ``reference`` in its measures, beside what it differs by in motion: means over
+def draw_measures(rows: Sequence[VideoRow], reference: str, picture: Path) -> None:
+    """What each method differs by from `reference` in its measures, beside what it differs by in motion: means over
     common prompts and seeds with their 95 % intervals. Raises ConfigError without rows of the reference."""
     plt = pyplot()
     by_method = _by_method(rows)
@@ -142,7 +143,7 @@ def draw_measures(rows: Sequence[Row], reference: str, picture: Path) -> None:
     shown = ("subject_consistency", "background_consistency", "colour_profile_distance", "subject_jitter")
     figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 5.2), layout="constrained")
     for axis, measure in zip(axes, shown, strict=True):
-        title, factor = MEASURES[measure]
+        title, factor = COMPARED[measure]
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.plot(0, 0, "k*", markersize=14, label=reference)

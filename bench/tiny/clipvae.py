@@ -122,7 +122,9 @@ def from_official(state: Params) -> dict[str, Tensor]:
             out[name] = v[..., 0, 0]
         elif v.ndim == 5:
             if v.shape[2] == 3 and bool(v[:, :, :2].any()):
-                raise ValueError(f"{name} is not inert in time: its taps before the current frame are not zero.")
+                raise ValueError(
+                    f"{name} is not inert in time: give weights whose taps before the current frame are zero"
+                )
             out[name] = v[:, :, -1]
         else:
             out[name] = v

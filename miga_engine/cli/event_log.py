@@ -8,7 +8,7 @@ from pathlib import Path
 
 from miga_engine.files import WholeFile, create, open_own
 from miga_engine.runtime.stream import Event
-from miga_engine.video.sink import reported
+from miga_engine.video.paths import reported
 
 
 class EventLog:

@@ -101,7 +101,7 @@ def resume(options: argparse.Namespace) -> int:
 
 def estimate(options: argparse.Namespace) -> int:
     """The command: print what a run will need of memory."""
-    import miga_engine.video.sinks  # noqa: F401 - part of what a run loads
+    import miga_engine.video.outputs  # noqa: F401 - part of what a run loads
     from miga_engine.video.pyav import require_av
 
     with contextlib.suppress(MigaError):  # another part

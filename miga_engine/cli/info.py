@@ -20,6 +20,7 @@ def info(options: argparse.Namespace) -> int:
     from miga_engine import _extension
     from miga_engine.runtime.session import is_session, load_session
     from miga_engine.runtime.session_info import describe_session
+    from miga_engine.video.outputs import has_metadata
 
     rows = [
         ("miga_engine", __version__),
@@ -29,8 +30,8 @@ def info(options: argparse.Namespace) -> int:
         ("C++ kernels", _extension.status()),
         *_kernels(),
     ]
-    if options.path and os.path.isfile(options.path) and Path(options.path).suffix in (".mp4", ".mkv"):
-        from miga_engine.video.sinks import read_metadata
+    if options.path and os.path.isfile(options.path) and has_metadata(options.path):
+        from miga_engine.video.reading import read_metadata
 
         rows += [(key, value) for key, value in read_metadata(options.path).items()]
     elif options.path and options.path.endswith(".safetensors") and is_session(options.path):

@@ -136,13 +136,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     import numpy as np
 
     from miga_engine.measure import measures, report
+    from miga_engine.video.outputs import suffixes_of
     from miga_engine.video.paths import check_output
 
     if options.num_frames is not None and options.num_frames < 2:
         raise ConfigError(f"--num-frames is {options.num_frames}: give 2 or more")
-    for path, suffixes in ((options.output, (".json", ".csv")), (options.picture, (".png",))):
+    for path, holds in ((options.output, "table"), (options.picture, "picture")):
         if path is not None:
-            check_output(path, suffixes, overwrite=True)
+            check_output(path, suffixes_of(holds), overwrite=True)
     vae = _load_vae(options.model, options.device) if options.model else None
     files = list(dict.fromkeys([*([options.baseline] if options.baseline else []), *options.files]))
     names = _names(files)

@@ -20,8 +20,10 @@ from miga_engine.runtime.session import SUFFIX, Session, check_session_path, loa
 from miga_engine.runtime.session_info import model_of_session, video_of_session
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.contact_sheet import ContactSheet
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import is_sequence, open_sink, reopen_sink, suffixes_of
 from miga_engine.video.paths import check_output
-from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
+from miga_engine.video.sink import Sink
 
 OpenStream = Callable[[Callable[[Event], None], Callable[[], bool]], Stream]
 """(on_event, is_cancelled) → the stream to write."""
@@ -50,7 +52,7 @@ class Outputs:
         open_sink(video, 16, 16, 16, overwrite=overwrite).abort()  # sinks touch nothing before their first frame
         sheet_path, events_path = (
             check_output(name, suffixes, overwrite=overwrite) if name else None
-            for name, suffixes in ((asked.contact_sheet, (".png",)), (asked.events, (".jsonl",)))
+            for name, suffixes in ((asked.contact_sheet, suffixes_of("picture")), (asked.events, suffixes_of("events")))
         )
         session_path = check_session_path(asked.session) if asked.session else session_beside(video)
         if session_path is not None and session_path.exists() and not overwrite:
@@ -68,7 +70,7 @@ def session_beside(video: str) -> Path | None:
     if video == "-":
         return None
     path = Path(video.rstrip("/"))
-    if path.suffix.lower() == ".png":
+    if is_sequence(path):
         path = path.parent if path.parent.name else path.with_name("frames")
     return path.with_name(f"{path.stem}.session{SUFFIX}")
 
@@ -170,7 +172,7 @@ def _resume_command(outputs: Outputs, session: Session) -> str:
         except ConfigError:
             words += [option, value]
     position = session.state.numbers["output"] or {}
-    if outputs.overwrite and not position.get("num_frames") and str(position.get("path")).lower().endswith(".png"):
+    if outputs.overwrite and not position.get("num_frames") and is_sequence(str(position.get("path"))):
         words.append("--overwrite")  # the older pictures are there until the first frame is
     return shlex.join(words)
 

@@ -77,7 +77,7 @@ def plan_vbench(prompts: Path, samples: int) -> tuple[list[Clip], dict[str, str]
     if prompts.suffix == ".json":
         entries = _parsed(prompts, text)
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "prompt_en" in e for e in entries):
-            raise ConfigError(f"{prompts} is no list of entries with prompt_en, as in VBench_full_info.json")
+            raise ConfigError(f"{prompts} is no list of entries with prompt_en: give one like VBench_full_info.json")
     else:
         lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
         entries = [{"prompt_en": line, "dimension": list(DIMENSIONS)} for line in lines]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miga_engine.colour import LUMA
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -24,7 +25,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Features:
-    """Who computes features, and how: float frames [n,3,H,W] in [0, 255] -> [n,D]."""
+    """Who computes features, and how: float frames [n,3,H,W] in [0, 255] → [n,D]."""
 
     name: str
     compute: Callable[[Tensor], Tensor]
@@ -58,12 +59,25 @@ def load_features(name: str | os.PathLike[str] = "auto", device: str | torch.dev
         return Features("colour and gradients, no weights", lambda x: colour_and_gradients(x / 255))
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"features {os.fspath(name)!r} are neither auto, mobilenet, descriptor nor a weights file")
+        raise ConfigError(
+            f"features are {os.fspath(name)!r}: choose auto, mobilenet or descriptor, or give a weights file"
+        )
     return _from_file(path, device)
 
 
+def consistency_curve(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """VBench's consistency of features [T,D] at frames 1 … T-1: (cosine to the previous + cosine to the first)/2.
+
+    Negative cosines count as 0. Its mean is VBench's subject consistency on DINO's features and its background
+    consistency on CLIP's. Source: VBench (arXiv 2311.17982).
+    """
+    x = np.asarray(features, np.float64)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return np.asarray((np.clip((x[1:] * x[:-1]).sum(1), 0, None) + np.clip(x[1:] @ x[0], 0, None)) / 2)
+
+
 def colour_and_gradients(frames: Tensor) -> Tensor:
-    """A descriptor without weights: frames [n,3,H,W] in [0, 1] -> [n,32·4·6].
+    """A descriptor without weights: frames [n,3,H,W] in [0, 1] → [n,32·4·6].
 
     In each cell of a grid of 4 rows and 6 columns: histograms of the three channels (8 bins each, softly assigned) and
     of the gradient's direction (8 of them, weighted by its length). Square roots of shares, so that the cosine of two
@@ -71,8 +85,8 @@ def colour_and_gradients(frames: Tensor) -> Tensor:
     """
     small = F.interpolate(frames, (64, 96), mode="area")
     colour = torch.cat([(1 - (small * 7 - i).abs()).clamp_min(0) for i in range(8)], 1)  # [n,24,H,W]
-    luma = 0.2126 * small[:, 0] + 0.7152 * small[:, 1] + 0.0722 * small[:, 2]
-    padded = F.pad(luma[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    red, green, blue = (share * small[:, channel] for channel, share in enumerate(LUMA))
+    padded = F.pad((red + green + blue)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     dx, dy = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2], padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
     angles = torch.arange(8) * (torch.pi / 4)
     toward = torch.stack([dx * torch.cos(t) + dy * torch.sin(t) for t in angles], 1).clamp_min(0)  # [n,8,H,W]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.colour import LUMA
 from miga_engine.errors import ConfigError, DeviceError
 
 METHODS = ("auto", "dis", "lucas-kanade")
@@ -19,7 +20,7 @@ _BATCH = 16
 _WINDOW = 9
 _CONTRAST = 0.02  # of [0, 1]; weaker texture is not brought to full contrast
 _STIFFNESS = 1e-3
-_LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
+_LUMA = torch.tensor(LUMA)
 
 
 def flow_method(method: str = "auto") -> str:

@@ -11,15 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from miga_engine.colour import LUMA
 from miga_engine.errors import ConfigError
 from miga_engine.measure.catalogue import MEASURES
-from miga_engine.measure.features import load_features
+from miga_engine.measure.features import consistency_curve, load_features
 from miga_engine.measure.flow import SHORT_SIDE, flow_method, motion_and_warping
+from miga_engine.measure.truth import truth_curves
 
-Frames = npt.NDArray[np.uint8]
+VideoArray = npt.NDArray[np.uint8]
 Curve = npt.NDArray[np.float64]
 
-_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
+_LUMA = np.array(LUMA, np.float32)
 _FROZEN_LEVELS = 0.1
 _STILL = 0.1  # pixels a frame at a short side of 256
 _GROUP, _REFERENCE_GROUPS = 4, 2  # latent frames in a judged group, and groups before it that it is compared with
@@ -34,7 +36,7 @@ PART_FRAMES = 16
 
 
 def measure(
-    frames: Frames | Iterable[Frames],
+    frames: VideoArray | Iterable[VideoArray],
     fps: float | None = None,
     *,
     prompt: str | Mapping[int, str] | None = None,
@@ -82,12 +84,12 @@ def measure(
         for name, value in values.items():
             found.setdefault(name, []).append(value)
 
-    def note_pairs(part: Frames) -> None:
+    def note_pairs(part: VideoArray) -> None:
         if len(part) > 1:
             motion, warping = motion_and_warping(part, method)
             note(difference=frame_differences(part), motion=motion, warping_error=warping)
 
-    held: list[Frames] = []
+    held: list[VideoArray] = []
     num_frames, num_bytes, previous = 0, 0, np.zeros((0, 0, 0, 3), np.uint8)
     for part in _parts(frames):
         if num_frames:
@@ -105,7 +107,7 @@ def measure(
                 )
             held.append(part)
     if num_frames < 2:
-        raise ConfigError(f"a video must have 2 frames or more of 16×16 pixels or more, got {num_frames} frames")
+        raise ConfigError(f"the video has {num_frames} frames: give 2 frames or more")
     note_pairs(previous)
     height, width = previous.shape[1:3]
     curves: dict[str, Curve] = {name: np.concatenate(values) for name, values in found.items()}
@@ -133,8 +135,6 @@ def measure(
         scores = latent_consistency(np.concatenate(held), vae)
         figures["latent_consistency"], figures["latent_consistency_min"] = scores.mean(), scores.min()
     if prompt is not None:
-        from miga_engine.measure.truth import truth_curves
-
         truth = truth_curves(np.concatenate(held), prompt)
         figures |= {f"truth_{name}": value for name, value in truth.means().items()}
         curves["truth_colour_profile_distance"] = truth.colour_profile_distance
@@ -151,7 +151,7 @@ def measure(
     }
 
 
-def _parts(frames: Frames | Iterable[Frames]) -> Iterator[Frames]:
+def _parts(frames: VideoArray | Iterable[VideoArray]) -> Iterator[VideoArray]:
     """Parts that can be measured together; ConfigError for what are none."""
     parts = frames if isinstance(frames, Iterable) and not isinstance(frames, np.ndarray) else [frames]
     if isinstance(frames, np.ndarray) and frames.ndim == 4:
@@ -160,22 +160,20 @@ def _parts(frames: Frames | Iterable[Frames]) -> Iterator[Frames]:
     for part in parts:
         if not isinstance(part, np.ndarray) or part.dtype != np.uint8 or part.ndim != 4 or part.shape[3] != 3:
             got = f"{part.dtype} {list(part.shape)}" if hasattr(part, "shape") else type(part).__name__
-            raise ConfigError(f"frames must be a numpy array uint8 [T,H,W,3], got {got}")
+            raise ConfigError(f"frames are {got}: give a numpy array uint8 [T,H,W,3]")
         size = size or part.shape[1:3]
         if min(size) < 16 or part.shape[1:3] != size:
-            raise ConfigError(
-                f"a video must have 2 frames or more of 16×16 pixels or more and one size, got {list(part.shape[:3])}"
-            )
+            raise ConfigError(f"frames are {list(part.shape[:3])}: give frames of one size, 16×16 pixels or more")
         if len(part):
             yield part
 
 
-def frame_differences(frames: Frames) -> Curve:
+def frame_differences(frames: VideoArray) -> Curve:
     """Mean absolute difference of successive frames in levels of 255: [T-1]."""
     return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)], np.float64)
 
 
-def temporal_flicker(frames: Frames) -> float:
+def temporal_flicker(frames: VideoArray) -> float:
     """VBench's temporal flickering: (255 − mean absolute difference of successive frames)/255; 1 = no change at all.
 
     Source: VBench (arXiv 2311.17982), which takes it of still scenes only: motion lowers it too.
@@ -188,33 +186,22 @@ def frozen_share(differences: Curve) -> float:
     return float((differences < _FROZEN_LEVELS).mean())
 
 
-def consistency_curve(features: npt.NDArray[Any]) -> Curve:
-    """VBench's consistency of features [T,D] at frames 1 … T-1: (cosine to the previous + cosine to the first)/2.
-
-    Negative cosines count as 0. Its mean is VBench's subject consistency on DINO's features and its background
-    consistency on CLIP's. Source: VBench (arXiv 2311.17982).
-    """
-    x = np.asarray(features, np.float64)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.asarray((np.clip((x[1:] * x[:-1]).sum(1), 0, None) + np.clip(x[1:] @ x[0], 0, None)) / 2)
-
-
-def luminance(frames: Frames) -> Curve:
+def luminance(frames: VideoArray) -> Curve:
     """Mean luma (BT.709) of each frame in [0, 1]: [T]."""
     return np.array([float(frame.mean((0, 1)) @ _LUMA) / 255 for frame in frames])
 
 
-def saturation(frames: Frames) -> Curve:
+def saturation(frames: VideoArray) -> Curve:
     """Mean over pixels of the largest minus the smallest channel in [0, 1]: [T]."""
 
-    def of(frame: Frames) -> float:
+    def of(frame: VideoArray) -> float:
         r, g, b = (frame[..., i] for i in range(3))  # four times as fast as max and min over the last axis
         return float((np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)).mean()) / 255
 
     return np.array([of(frame) for frame in frames])
 
 
-def sharpness(frames: Frames) -> Curve:
+def sharpness(frames: VideoArray) -> Curve:
     """Variance of the Laplacian (four neighbours) of the luma, in squared levels: [T]."""
 
     def of(y: npt.NDArray[np.float32]) -> float:
@@ -224,7 +211,7 @@ def sharpness(frames: Frames) -> Curve:
     return np.array([of(frame @ _LUMA) for frame in frames])
 
 
-def noise(frames: Frames) -> Curve:
+def noise(frames: VideoArray) -> Curve:
     """Standard deviation of white noise in levels, by Immerkær's mask (CVIU 1996), which straight edges pass: [T]."""
 
     def of(y: npt.NDArray[np.float32]) -> float:
@@ -234,10 +221,10 @@ def noise(frames: Frames) -> Curve:
     return np.array([of(frame @ _LUMA) for frame in frames])
 
 
-def colour_histograms(frames: Frames) -> npt.NDArray[np.float64]:
+def colour_histograms(frames: VideoArray) -> npt.NDArray[np.float64]:
     """Shares of the pixels of each frame in 8×8×8 cells of RGB: [T,512]."""
 
-    def of(frame: Frames) -> npt.NDArray[np.float64]:
+    def of(frame: VideoArray) -> npt.NDArray[np.float64]:
         r, g, b = (frame[..., i].astype(np.int64) >> 5 for i in range(3))
         return np.bincount((r * 64 + g * 8 + b).ravel(), minlength=512) / r.size
 
@@ -285,7 +272,7 @@ def seam_visibility(differences: Curve, block: int, offset: int | None = None, p
 
 
 @torch.no_grad()
-def latent_consistency(frames: Frames, vae: Any) -> Curve:
+def latent_consistency(frames: VideoArray, vae: Any) -> Curve:
     """Consistency score (`ops.consistency_score`) of each group of 4 latent frames with the 8 before it.
 
     The video uint8 [T,H,W,3] is encoded in clips of at most 81 frames by a VAE of `miga_engine.models`, cropped at its
@@ -314,14 +301,12 @@ def latent_consistency(frames: Frames, vae: Any) -> Curve:
     return torch.cat(scores).double().cpu().numpy()
 
 
-def measure_tiny(frames: Frames, prompt: str | Mapping[int, str]) -> dict[str, float]:
+def measure_tiny(frames: VideoArray, prompt: str | Mapping[int, str]) -> dict[str, float]:
     """A video uint8 [T,H,W,3] of the embedded world in numbers: its truth, and motion and flicker beside it.
 
     Keys: those of `truth.TruthCurves.means`, motion (pixels a frame at a short side of 256, Lucas-Kanade) and flicker
     (VBench's). Raises ConfigError where the prompt names nothing of the embedded world.
     """
-    from miga_engine.measure.truth import truth_curves
-
     motion, _ = motion_and_warping(frames, "lucas-kanade")
     return {
         **truth_curves(frames, prompt).means(),

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from miga_engine.errors import OutputError
 from miga_engine.files import write_whole
 from miga_engine.measure.catalogue import MEASURES
+from miga_engine.video.contact_sheet import text_dots
+from miga_engine.video.outputs import suffixes_of
+from miga_engine.video.paths import check_output, reported
+from miga_engine.video.png import write_png
 
-Frames = npt.NDArray[np.uint8]
 _ARROWS = {"higher": "↑", "lower": "↓", "": " "}
 
 # table -----------------------------------------------------------------------------------------------------------
@@ -95,7 +97,8 @@ def write_table(path: str | os.PathLike[str], results: Mapping[str, Mapping[str,
     """Writes results of `measure` by name: everything as .json, or a row a name and measure as .csv."""
     target = Path(path)
     if target.suffix == ".json":
-        _write_whole(target, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        with reported(target):
+            write_whole(target, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         return
     with io.StringIO(newline="") as stream:
         rows = csv.writer(stream)
@@ -105,16 +108,8 @@ def write_table(path: str | os.PathLike[str], results: Mapping[str, Mapping[str,
                 entry = MEASURES[measure]
                 who = result["computed_by"].get(measure, "")
                 rows.writerow([name, measure, "" if value is None else repr(value), entry.better, who, entry.meaning])
-        _write_whole(target, stream.getvalue())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    from miga_engine.video.paths import reason
-
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+        with reported(target):
+            write_whole(target, stream.getvalue())
 
 
 # picture ---------------------------------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def shown_frames(num_frames: int) -> list[int]:
 def write_picture(
     path: str | os.PathLike[str],
     results: Mapping[str, Mapping[str, Any]],
-    videos: Mapping[str, Frames],
+    videos: Mapping[str, npt.NDArray[np.uint8]],
     borders: Sequence[int] = (),
 ) -> None:
     """Writes a PNG: frames of each video, and the curves of all results of `measure` over time.
@@ -164,10 +159,7 @@ def write_picture(
     borders: frame numbers before which committed blocks end, marked under the frame differences.
     Raises OutputError where the file cannot be written.
     """
-    from miga_engine.video.paths import check_output, reason
-    from miga_engine.video.png import write_png
-
-    check_output(path, (".png",), overwrite=True)
+    check_output(path, suffixes_of("picture"), overwrite=True)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(results)}
     strips = [_film(name, results[name], videos[name], colours[name]) for name in results]
     panels = [panel for panel in _PANELS if any(panel[0] in result["curves"] for result in results.values())]
@@ -181,17 +173,17 @@ def write_picture(
             line[:_PANEL_HEIGHT, left : left + width] = _panel(panel, results, colours, width, marks)
         lines.append(line)
     sheet = np.concatenate([_sheet(_MARGIN, _WIDTH), *strips, *lines, _sheet(_MARGIN - _GAP, _WIDTH)])
-    try:
+    with reported(path):
         write_png(path, sheet.round().clip(0, 255).astype(np.uint8))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
 
 
 def _sheet(height: int, width: int, colour: npt.NDArray[Any] = _PAPER) -> npt.NDArray[np.float32]:
     return np.broadcast_to(colour, (height, width, 3)).astype(np.float32)
 
 
-def _film(name: str, result: Mapping[str, Any], frames: Frames, colour: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _film(
+    name: str, result: Mapping[str, Any], frames: npt.NDArray[np.uint8], colour: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
     """A heading and evenly spaced frames with their numbers."""
     import torch
     import torch.nn.functional as F
@@ -304,8 +296,6 @@ def _write(
     sheet: npt.NDArray[np.float32], text: str, left: int, top: int, colour: npt.NDArray[Any], scale: int = 2
 ) -> int:
     """Text in place, cut off at the edge; where it ends."""
-    from miga_engine.video.contact_sheet import text_dots
-
     dots = text_dots(text).repeat(scale, 0).repeat(scale, 1)
     top, left = max(top, 0), max(left, 0)
     area = sheet[top : top + len(dots), left : left + dots.shape[1]]
@@ -314,6 +304,4 @@ def _write(
 
 
 def _text_width(text: str, scale: int = 2) -> int:
-    from miga_engine.video.contact_sheet import text_dots
-
     return text_dots(text).shape[1] * scale - scale

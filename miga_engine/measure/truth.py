@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miga_engine.errors import ConfigError
+from miga_engine.measure.features import consistency_curve
 from miga_engine.measure.flow import box
-from miga_engine.tiny import measures as tiny
 from miga_engine.tiny import world
+from miga_engine.tiny.classifier import ATTRIBUTES, load_classifier, to_tensor
+from miga_engine.tiny.text import read_prompt
 
 _HEIGHT, _WIDTH = 64, 96  # every measure is taken at the size the world is made for
 _LAYOUTS = 64
@@ -29,7 +31,7 @@ _HILLS = 52  # first row of the near hills
 class TruthCurves:
     """Curves over the frames of a video of T frames.
 
-    accuracy: attribute -> [T], 1 where the classifier reads what the prompt says, or, of what it leaves open,
+    accuracy: attribute → [T], 1 where the classifier reads what the prompt says, or, of what it leaves open,
         what the first frames show.
     subject_consistency, background_consistency: [T-1], VBench's rule on the classifier's features of subject and
         colour, and of terrain and time of day.
@@ -81,13 +83,11 @@ def scenes_of(
     its first 12 frames show. Raises ConfigError for a prompt that names nothing of the embedded world, or, without
     read, not all of it.
     """
-    from miga_engine.tiny.text import read_prompt
-
     timeline = {0: prompt} if isinstance(prompt, str) else {int(k): v for k, v in prompt.items()}
     scenes = {}
     for start, text in sorted(timeline.items()):
         named = read_prompt(text)
-        missing = [name for name in tiny.ATTRIBUTES if name not in named]
+        missing = [name for name in ATTRIBUTES if name not in named]
         if missing and (read is None or not named):
             raise ConfigError(
                 f"the prompt {text!r} names no {' and no '.join(missing)} of the embedded world: "
@@ -97,9 +97,9 @@ def scenes_of(
             first = read[min(start, num_frames - 1) :][:_BEGINNING]
             shown = [
                 values[np.bincount(column).argmax()]
-                for values, column in zip(tiny.ATTRIBUTES.values(), first.T, strict=True)
+                for values, column in zip(ATTRIBUTES.values(), first.T, strict=True)
             ]
-            named = dict(zip(tiny.ATTRIBUTES, shown, strict=True)) | named
+            named = dict(zip(ATTRIBUTES, shown, strict=True)) | named
         scenes[start] = world.Scene(named["subject"], named["colour"], named["terrain"], named["time"])
     starts = np.array(sorted(scenes))
     which = starts[np.searchsorted(starts, np.arange(num_frames), side="right") - 1]
@@ -113,21 +113,17 @@ def truth_curves(frames: npt.NDArray[np.uint8], prompt: str | Mapping[int, str])
     What a prompt leaves open is measured against the video's own beginning, see `scenes_of`. Raises ConfigError where a
     prompt names nothing of the embedded world.
     """
-    from miga_engine.measure.measures import consistency_curve
-
-    video = tiny.to_tensor(np.ascontiguousarray(frames))
+    video = to_tensor(np.ascontiguousarray(frames))
     if video.shape[2:] != (_HEIGHT, _WIDTH):
         video = F.interpolate(video, (_HEIGHT, _WIDTH), mode="area")
-    model = tiny.load_classifier()
+    model = load_classifier()
     body = torch.cat([model.body(part).flatten(2) for part in video.split(64)])
     pooled = torch.cat([body.mean(2), body.amax(2)], dim=1)
     hidden = [head[1](head[0](pooled)) for head in model.heads]  # type: ignore[index]
     read = [head[2](x).argmax(-1) for head, x in zip(model.heads, hidden, strict=True)]  # type: ignore[index]
     scenes = scenes_of(prompt, len(frames), torch.stack(read, 1).numpy())
     labels = torch.tensor([scene.labels for scene in scenes]).T
-    accuracy = {
-        name: (x == label).double().numpy() for name, x, label in zip(tiny.ATTRIBUTES, read, labels, strict=True)
-    }
+    accuracy = {name: (x == label).double().numpy() for name, x, label in zip(ATTRIBUTES, read, labels, strict=True)}
     subject, colour, terrain, time = (x.numpy() for x in hidden)
     rgb = (video + 1) / 2
     medians = rgb.median(dim=3, keepdim=True).values.double()  # [T,3,64,1]

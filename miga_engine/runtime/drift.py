@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miga_engine.colour import LUMA
+
 NUM_LEVELS = 256
-_LUMA = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 
 
 class DriftMeter:
@@ -31,7 +32,7 @@ class DriftMeter:
         counts = torch.stack([torch.bincount(values[:, c], minlength=NUM_LEVELS) for c in range(3)]).double().cpu()
         cumulative = counts.cumsum(1) / counts.sum(1, keepdim=True)
         colours = values.float() / (NUM_LEVELS - 1)
-        red, green, blue = (share * colours[:, c] for c, share in enumerate(_LUMA))
+        red, green, blue = (share * colours[:, c] for c, share in enumerate(LUMA))
         luminance = red + green + blue
         highest, lowest = colours.amax(1), colours.amin(1)
         saturation = (highest - lowest) / highest.clamp(min=1 / (NUM_LEVELS - 1))

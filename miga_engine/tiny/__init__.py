@@ -1,4 +1,4 @@
-"""The embedded model: its world of captioned scenes, its training recipe, its weights and its measures."""
+"""The embedded model: its world of captioned scenes, the words for it, its weights, and a classifier that reads it."""
 
 from pathlib import Path
 

@@ -1,57 +1,30 @@
-"""The embedded model's tokenizer and the wordings it is trained on."""
+"""The words for the world's attributes, and what a prompt in such words names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
-
-from miga_engine.files import write_whole
 from miga_engine.tiny import world
 
-_SUBJECT_WORDS: dict[str, tuple[str, ...]] = {
+SUBJECT_WORDS: dict[str, tuple[str, ...]] = {
     "balloon": ("balloon", "hot air balloon"),
     "kite": ("kite",),
     "bird": ("bird", "gull"),
     "plane": ("plane", "airplane", "aeroplane"),
 }
-_COLOUR_WORDS: dict[str, tuple[str, ...]] = {"red": ("red", "crimson"), "yellow": ("yellow", "golden")}
-_TERRAIN_WORDS: dict[str, tuple[str, ...]] = {
+COLOUR_WORDS: dict[str, tuple[str, ...]] = {"red": ("red", "crimson"), "yellow": ("yellow", "golden")}
+TERRAIN_WORDS: dict[str, tuple[str, ...]] = {
     "green": ("green hills", "grassy hills", "green meadows"),
     "snowy": ("snowy hills", "snow covered hills", "snowy mountains", "snow"),
     "desert": ("desert hills", "a desert", "the desert", "sand dunes", "desert dunes"),
     "dark": ("dark hills", "dark mountains", "black hills"),
 }
-_TIME_WORDS: dict[str, tuple[str, ...]] = {
+TIME_WORDS: dict[str, tuple[str, ...]] = {
     "dawn": ("at dawn", "at sunrise", "in the morning"),
     "noon": ("at noon", "at midday", "by day"),
     "dusk": ("at dusk", "at sunset", "in the evening"),
     "night": ("at night", "at midnight", "in the moonlight"),
 }
-_VERBS = ("", "", "flying", "floating", "drifting", "soaring", "gliding")
-_OVER = ("over", "over", "above", "across")
-_FRONTS = ("", "", "", "a video of", "a picture of")
-_SPARE_WORDS = ["the", "an", "sky", "in", "with", "and", "sun", "moon", "day", "light", "landscape"]
-
-
-def wording(scene: world.Scene, rng: np.random.Generator) -> str:
-    """A caption in other words: synonyms, verbs, at times an attribute left out."""
-
-    def pick(words: Sequence[str]) -> str:
-        return words[int(rng.integers(len(words)))]
-
-    colour = pick(_COLOUR_WORDS.get(scene.colour, (scene.colour,)))
-    parts = [pick(_FRONTS), pick(("a", "a", "the", "one")), colour if rng.random() > 0.04 else ""]
-    parts += [pick(_SUBJECT_WORDS[scene.subject]), pick(_VERBS)]
-    place = f"{pick(_OVER)} {pick(_TERRAIN_WORDS[scene.terrain])}" if rng.random() > 0.04 else ""
-    when = pick(_TIME_WORDS[scene.time]) if rng.random() > 0.04 else ""
-    parts += [place, when] if rng.random() > 0.15 else [",", when, place]
-    return " ".join(p for p in parts if p)
 
 
 def read_prompt(prompt: str) -> dict[str, str]:
@@ -59,10 +32,10 @@ def read_prompt(prompt: str) -> dict[str, str]:
     rest = f" {prompt.lower()} "
     found = {}
     tables = {
-        "time": _TIME_WORDS,
-        "terrain": _TERRAIN_WORDS,
-        "subject": _SUBJECT_WORDS,
-        "colour": {c: _COLOUR_WORDS.get(c, (c,)) for c in world.COLOURS},
+        "time": TIME_WORDS,
+        "terrain": TERRAIN_WORDS,
+        "subject": SUBJECT_WORDS,
+        "colour": {c: COLOUR_WORDS.get(c, (c,)) for c in world.COLOURS},
     }
     for attribute, words in tables.items():  # "green hills" is taken out before a colour is looked for
         phrases = sorted(((p, value) for value, ps in words.items() for p in ps), key=lambda entry: -len(entry[0]))
@@ -73,45 +46,3 @@ def read_prompt(prompt: str) -> dict[str, str]:
                 rest = re.sub(pattern, " ", rest)
                 break
     return found
-
-
-def build_tokenizer() -> Tokenizer:
-    """A word-level tokenizer over every word of the wordings; other words become <unk>, `</s>` ends each text."""
-    groups = [_SUBJECT_WORDS, _COLOUR_WORDS, _TERRAIN_WORDS, _TIME_WORDS]
-    phrases = [w for g in groups for ws in g.values() for w in ws]
-    phrases += [*world.all_captions(), *_VERBS, *_OVER, *_FRONTS, *_SPARE_WORDS, "one", ", ."]
-    words = sorted({w for phrase in phrases for w in re.findall(r"\w+|[^\w\s]", phrase)})
-    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return tokenizer
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Writes `google/umt5-xxl/tokenizer.json` and its configuration below `folder`."""
-    place = folder / "google" / "umt5-xxl"
-    place.mkdir(parents=True, exist_ok=True)
-    write_whole(place / "tokenizer.json", build_tokenizer().to_str(pretty=True))
-    write_whole(
-        place / "tokenizer_config.json",
-        '{\n  "eos_token": "</s>",\n  "pad_token": "<pad>",\n  "unk_token": "<unk>",\n'
-        '  "tokenizer_class": "PreTrainedTokenizerFast"\n}\n',
-    )
-
-
-def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[B,length]`, `</s>` kept where a text is cut."""
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length)
-    for row, prompt in enumerate(prompts):
-        tokens = tokenizer.encode(prompt).ids
-        tokens = [*tokens[: length - 1], 1] if len(tokens) > length else tokens
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1.0
-    return ids, mask

@@ -79,7 +79,7 @@ class Scene:
             ("time", self.time, TIMES),
         ):
             if value not in known:
-                raise ValueError(f"Unknown {name} {value!r}; the world has {', '.join(known)}.")
+                raise ValueError(f"{name} is {value!r}: choose {', '.join(known)}")
 
     @property
     def labels(self) -> tuple[int, int, int, int]:
@@ -193,7 +193,7 @@ def render_frames(
     Returns the pictures `[N,H,W,3]` in [0, 1] and the subject's coverage `[N,H,W]` in [0, 1].
     """
     if len(scenes) != len(frames):
-        raise ValueError(f"There are {len(scenes)} scenes for {len(frames)} frames; give one scene for each frame.")
+        raise ValueError(f"{len(scenes)} scenes are given for {len(frames)} frames: give one scene a frame")
     scale = 64.0 / height
     t = np.asarray(frames, np.float64)
     q = np.stack([_layout(s.seed) for s in scenes]).astype(np.float64)  # [N,32]

@@ -2,18 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from miga_engine.errors import OutputError
-from miga_engine.video.paths import check_output, reason
+from miga_engine.video.outputs import suffixes_of
+from miga_engine.video.paths import check_output, reported
 from miga_engine.video.png import write_png
-
-if TYPE_CHECKING:
-    import torch
-
-Frames: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+from miga_engine.video.sink import FrameArray
 
 _MIN_TILE_WIDTH = 160
 _GAP = 4
@@ -34,7 +31,7 @@ class ContactSheet:
 
     def __init__(self, num_tiles: int = 24, num_columns: int = 6, num_frames: int | None = None) -> None:
         if num_tiles < 1 or num_columns < 1:
-            raise ValueError(f"num_tiles is {num_tiles} and num_columns {num_columns}: both must be at least 1")
+            raise ValueError(f"num_tiles is {num_tiles} and num_columns {num_columns}: give at least 1 of both")
         self.num_tiles, self.num_columns = num_tiles, num_columns
         self._wanted = (
             None if num_frames is None else {int(i) for i in np.linspace(0, max(num_frames - 1, 0), num_tiles).round()}
@@ -43,7 +40,7 @@ class ContactSheet:
         self._count = 0
         self._kept: list[np.ndarray[Any, Any]] = []
 
-    def add(self, frames: Frames) -> None:
+    def add(self, frames: FrameArray) -> None:
         """Look at the next frames uint8 [n,H,W,3]; only those that are kept leave their device."""
         for i in range(frames.shape[0]):
             if self._is_wanted(self._count):
@@ -71,18 +68,18 @@ class ContactSheet:
 
 
 def write_contact_sheet(
-    path: str | os.PathLike[str], rows: Sequence[Frames], labels: Sequence[str] | None = None
+    path: str | os.PathLike[str], rows: Sequence[FrameArray], labels: Sequence[str] | None = None
 ) -> None:
     """Write one PNG with a row of tiles per entry, uint8 [n,H,W,3], and a label above each row.
 
     Frames are enlarged by whole numbers until a tile is at least 160 pixels wide. Rows may differ in length and frame
     size. Labels show ASCII letters as capitals, digits and .,:-+/=()%_
     """
-    check_output(path, (".png",), overwrite=True)
+    check_output(path, suffixes_of("picture"), overwrite=True)
     if not rows or any(row.shape[0] == 0 for row in rows):
         raise OutputError(f"cannot write {path}: there are no frames to show")
     if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"{len(labels)} labels were given for {len(rows)} rows")
+        raise ValueError(f"{len(labels)} labels are given for {len(rows)} rows: give one a row")
     strips = []
     for i, row in enumerate(rows):
         strip = _strip(row if isinstance(row, np.ndarray) else row.detach().cpu().numpy())
@@ -93,10 +90,8 @@ def write_contact_sheet(
     for strip in strips:
         sheet[top : top + strip.shape[0], : strip.shape[1]] = strip
         top += strip.shape[0]
-    try:
+    with reported(path):
         write_png(path, sheet)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
 
 
 def _blank(height: int, width: int) -> "np.ndarray[Any, Any]":

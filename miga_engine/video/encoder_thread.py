@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from miga_engine.video.sink import Frames, Sink, as_frames
+from miga_engine.video.sink import FrameArray, Sink, as_frames
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +27,13 @@ class EncoderThread(Sink):
         self._sink = sink
         self.num_frames = sink.num_frames
         self._error: BaseException | None = None
-        self._left: list[Frames] = []  # chunks that came after an error
-        self._chunks: queue.Queue[tuple[Frames, Any] | None] = queue.Queue(max_chunks)
+        self._left: list[FrameArray] = []  # chunks that came after an error
+        self._chunks: queue.Queue[tuple[FrameArray, Any] | None] = queue.Queue(max_chunks)
         self._thread = threading.Thread(target=self._run, name="miga-encode", daemon=True)
         self._thread.start()
         atexit.register(self.abort)
 
-    def write(self, frames: Frames) -> None:
+    def write(self, frames: FrameArray) -> None:
         if self.is_closed:
             raise ValueError("the sink is closed")
         if self._error is not None:
@@ -50,7 +50,7 @@ class EncoderThread(Sink):
         position, frames = self._sink.checkpoint()
         return position, torch.cat([frames, *(torch.from_numpy(as_frames(left)) for left in self._left)])
 
-    def _write(self, frames: Frames) -> None:
+    def _write(self, frames: FrameArray) -> None:
         self._sink.write(frames)
         self.num_frames = self._sink.num_frames
 
@@ -86,7 +86,7 @@ class EncoderThread(Sink):
             self._chunks.task_done()
 
 
-def _to_host(frames: Frames) -> tuple[Frames, Any]:
+def _to_host(frames: FrameArray) -> tuple[FrameArray, Any]:
     """(frames on the CPU, the CUDA event after which they are there, or None)."""
     if isinstance(frames, np.ndarray) or not frames.is_cuda:
         return frames, None

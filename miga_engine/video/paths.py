@@ -1,10 +1,11 @@
-"""Refusing an output that cannot be written before any work is done for it."""
+"""Outputs that cannot be written: refused before any work is done for them, and told in one sentence."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from miga_engine.errors import OutputError
+from miga_engine.errors import MigaError, OutputError
 
 
 def check_output(path: str | os.PathLike[str], suffixes: Sequence[str], *, overwrite: bool = False) -> Path:
@@ -41,3 +42,18 @@ def check_folder(folder: Path, path: str | os.PathLike[str]) -> None:
 def reason(error: BaseException) -> str:
     """The system's words for a failed write, without errno and file name."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")
+
+
+@contextmanager
+def reported(
+    name: str | os.PathLike[str], failures: tuple[type[BaseException], ...] = (OSError,), verb: str = "write"
+) -> Iterator[None]:
+    """A failed write as one OutputError sentence."""
+    try:
+        yield
+    except MigaError:
+        raise
+    except BrokenPipeError as error:
+        raise OutputError(f"cannot {verb} {name} any further: the program that read it has closed it") from error
+    except failures as error:
+        raise OutputError(f"cannot {verb} {name}: {reason(error)}") from error

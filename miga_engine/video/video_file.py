@@ -17,10 +17,11 @@ import numpy as np
 
 from miga_engine.errors import MigaError, OutputError
 from miga_engine.files import WholeFile, beside, create, hold, open_own
+from miga_engine.video.growing_file import FileSink
 from miga_engine.video.pyav import require_av
 from miga_engine.video.rate import frame_rate
 from miga_engine.video.reading import metadata_of, opened_container
-from miga_engine.video.sink import FileSink, identity, too_short
+from miga_engine.video.sink import identity, too_short
 
 _ITU709, _LIMITED_RANGE = 1, 1  # FFmpeg's numbers for the colour tags
 _HEADER_BYTES = 2**26  # more than the metadata of the longest timeline

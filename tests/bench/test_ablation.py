@@ -1,6 +1,5 @@
 """The ablation's grid, its statistics on known numbers, and the judge's ROC on planted anomalies."""
 
-import argparse
 import csv
 import dataclasses
 import fcntl
@@ -8,16 +7,17 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench.study import ablation, judge, methods
-from bench.study.paired import MEASURES, paired_difference, parts_table
+from bench.command import run_command
+from bench.study import ablation, grid, judge, methods
+from bench.study.paired import COMPARED, paired_difference, parts_table
 from miga_engine import Engine
-from miga_engine.cli import main
 from miga_engine.config import Request
 from miga_engine.errors import ConfigError
 from miga_engine.presets import PRESETS
@@ -31,13 +31,8 @@ def engine() -> Engine:
     return Engine.from_pretrained("tiny", "cpu")
 
 
-def _miga_eval(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    ablation.add_parser(commands)
-    judge.add_parser(commands)
-    options = parser.parse_args([str(argument) for argument in arguments])
-    return options.run(options)
+def _run(study: ModuleType, *arguments: object) -> None:
+    study.run(study.build_parser().parse_args([str(argument) for argument in arguments]))
 
 
 # Prompts and methods ---------------------------------------------------------------------------------------------
@@ -100,14 +95,14 @@ def test_a_grid_is_filled_up_measured_and_compared(
 ) -> None:
     monkeypatch.setitem(methods.METHODS, "fifo", ("fifo", {"num_inference_steps": 13}))
     made = []
-    make_video = ablation.make_video
-    monkeypatch.setattr(ablation, "make_video", lambda engine, request, path, asked: (
+    make_video = grid.make_video
+    monkeypatch.setattr(grid, "make_video", lambda engine, request, path, asked: (
         made.append(path.relative_to(tmp_path).as_posix()), make_video(engine, request, path, asked)))  # fmt: skip
     short = "bare,num_inference_steps=6"
-    command = ["ablation", "--folder", tmp_path, "--prompts", 1, "--seeds", 1, "--methods", "fifo", short, "world"]
+    command = ["--folder", tmp_path, "--prompts", 1, "--seeds", 1, "--methods", "fifo", short, "world"]
     csv_path = tmp_path / "ablation.csv"
 
-    assert _miga_eval(*command, "--num-frames", 33) == 0
+    _run(ablation, *command, "--num-frames", 33)
     assert made == ["fifo/00_0.mkv", f"{short}/00_0.mkv"]
     table = capsys.readouterr().out
     with csv_path.open(newline="") as stream:
@@ -129,22 +124,22 @@ def test_a_grid_is_filled_up_measured_and_compared(
     path.rename(path.with_name("00_0.part.mkv"))
     made.clear()
     csv_path.unlink()
-    assert _miga_eval(*command, "--num-frames", 33, "--sheet", tmp_path / "sheet.png") == 0
+    _run(ablation, *command, "--num-frames", 33, "--sheet", tmp_path / "sheet.png")
     assert made == [f"{short}/00_0.mkv"]
     assert np.array_equal(read_video(path), before)
     assert path.with_name("00_0.part.mkv").exists()  # whoever made it: names of unfinished files are nobody's
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(ConfigError, match=r"fifo, .* was made with other options: take it out, or give another --csv"):
-        _miga_eval(*command, "--num-frames", 37)
+        _run(ablation, *command, "--num-frames", 37)
     csv_path.unlink()
     with pytest.raises(ConfigError, match="num_frames 33, now 37 is asked for: give another --folder"):
-        _miga_eval(*command, "--num-frames", 37)
+        _run(ablation, *command, "--num-frames", 37)
     monkeypatch.setitem(methods.METHODS, "fifo", ("fifo", {"num_inference_steps": 14}))
     with pytest.raises(ConfigError, match="num_inference_steps 13, now 14"):
-        _miga_eval(*command, "--num-frames", 33)
-    with pytest.raises(ConfigError, match="--prompts must lie between 1 and 24, got 25"):
-        _miga_eval("ablation", "--folder", tmp_path, "--prompts", 25)
+        _run(ablation, *command, "--num-frames", 33)
+    with pytest.raises(ConfigError, match="--prompts is 25: give 1 to 24"):
+        _run(ablation, "--folder", tmp_path, "--prompts", 25)
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -159,13 +154,13 @@ def test_no_video_is_made_whose_figures_are_known(
 
     def make(engine: Engine, request: Request, path: Path, asked: dict[str, object]) -> None:
         made.append(path.parent.name)
-        ablation.render_world(methods.SCENES[0], request, path, asked)  # in a moment, and with no search
+        grid.render_world(methods.SCENES[0], request, path, asked)  # in a moment, and with no search
 
-    monkeypatch.setattr(ablation, "make_video", make)
+    monkeypatch.setattr(grid, "make_video", make)
     table = tmp_path / "table.csv"
-    command = ["ablation", "--prompts", 1, "--seeds", 1, "--num-frames", 33, "--csv", table, "--methods"]
+    command = ["--prompts", 1, "--seeds", 1, "--num-frames", 33, "--csv", table, "--methods"]
     without, miga = "zigzag+stage2+guidance", "miga"
-    assert _miga_eval(*command, without, miga, "--folder", tmp_path / "a") == 0
+    _run(ablation, *command, without, miga, "--folder", tmp_path / "a")
     assert made == [miga]  # it never searched, so that it is the video without reflection, too
     first = _read(table)
     assert [row["method"] for row in first] == [without, miga]
@@ -174,7 +169,7 @@ def test_no_video_is_made_whose_figures_are_known(
 
     # another folder, on another machine: the file says what need not be made, and keeps what is not asked for now
     made.clear()
-    assert _miga_eval(*command, "fifo", miga, "--folder", tmp_path / "b") == 0
+    _run(ablation, *command, "fifo", miga, "--folder", tmp_path / "b")
     assert made == ["fifo"]
     now = {row["method"]: row for row in _read(table)}
     assert list(now) == [without, miga, "fifo"]
@@ -186,14 +181,14 @@ def test_no_video_is_made_whose_figures_are_known(
     with (tmp_path / "b" / "bare" / "00_0.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="holds none of these videos yet"):
-            _miga_eval(*command, "bare", "--folder", tmp_path / "b")
+            _run(ablation, *command, "bare", "--folder", tmp_path / "b")
     assert "00_0.mkv is being made by another process" in capsys.readouterr().out
     assert made == []
-    assert _miga_eval(*command, "bare", "--folder", tmp_path / "b") == 0
+    _run(ablation, *command, "bare", "--folder", tmp_path / "b")
     assert made == ["bare"]
     table.write_text("name,score\nx,1\n")
     with pytest.raises(ConfigError, match=r"table\.csv is no CSV file of an ablation"):
-        _miga_eval(*command, "bare", "--folder", tmp_path / "b")
+        _run(ablation, *command, "bare", "--folder", tmp_path / "b")
 
 
 # Statistics ------------------------------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ def test_paired_differences_have_known_means_and_intervals() -> None:
 
 def test_parts_are_told_from_the_same_method_without_them() -> None:
     def rows(method: str, videos: list[tuple[int, int]], frames: int, **changed: float) -> list[dict[str, Any]]:
-        measured = dict.fromkeys(MEASURES, 0.5) | changed
+        measured = dict.fromkeys(COMPARED, 0.5) | changed
         return [
             {"method": method, "prompt_index": prompt, "seed": seed, "window_frames": frames, **measured}
             for prompt, seed in videos
@@ -239,7 +234,7 @@ def test_parts_are_told_from_the_same_method_without_them() -> None:
     assert len(lines) == 1
     name, difference, videos, calls, *values = [cell.strip() for cell in lines[0].strip("|").split("|")]
     assert (name, difference, videos, calls) == ("B", "`a+b` less `a`", "2", "+25 %")
-    by_measure = dict(zip(MEASURES, values, strict=True))
+    by_measure = dict(zip(COMPARED, values, strict=True))
     assert by_measure["accuracy"] == "**+25.00** [+25.00, +25.00]"
     assert by_measure["motion"] == "**-0.25** [-0.25, -0.25]"
     assert by_measure["colour_drift"] == "+0.00 [+0.00, +0.00]"
@@ -363,26 +358,28 @@ def test_the_judge_command_keeps_what_it_has_judged(tmp_path: Path, capsys: pyte
         for i, kind in enumerate(["", *judge.KINDS])
     ]
     (tmp_path / "00_2.json").write_text(json.dumps(records))
-    assert _miga_eval("judge", "--folder", tmp_path, "--prompts", 1, "--judge-steps", 4) == 0
+    _run(judge, "--folder", tmp_path, "--prompts", 1, "--judge-steps", 4)
     assert "| x0/all | anomalies | 1.000 (100 % at 0.000) |" in capsys.readouterr().out
     with (tmp_path / "judge.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == len(judge.VARIANTS) * (len(judge.KINDS) + 2)
-    with pytest.raises(ConfigError, match="--judge-steps must lie between 1 and 16, got 17"):
-        _miga_eval("judge", "--folder", tmp_path, "--judge-steps", 17)
+    with pytest.raises(ConfigError, match="--judge-steps has 17: give steps from 1 to 16"):
+        _run(judge, "--folder", tmp_path, "--judge-steps", 17)
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["judge", "--judge_steps", "17"], "miga: --judge-steps must lie between 1 and 16, got 17"),
-        (["judge", "--points"], "miga: argument --points: expected one argument (see: miga eval judge --help)"),
-        (["ablation", "--methods", "none"], "miga: unknown method 'none'"),
+        (["judge", "--judge-steps", "17"], "judge: --judge-steps has 17: give steps from 1 to 16"),
+        (["judge", "--points"], "argument --points: expected one argument (see: python -m bench.study.judge --help)"),
+        (["ablation", "--methods", "none"], "python -m bench.study.ablation: method is 'none': choose fifo, "),
         (["ablation", "--existing", "--methods", "fifo"], "holds none of these videos yet: leave --existing out"),
     ],
 )
 def test_the_commands_say_what_is_wrong(
     command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", command[0], "--folder", str(tmp_path), *command[1:]]) == 2
-    assert message in capsys.readouterr().err
+    study = {"ablation": ablation, "judge": judge}[command[0]]
+    assert run_command(study.build_parser(), study.run, ["--folder", str(tmp_path), *command[1:]]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert message in told

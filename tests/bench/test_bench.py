@@ -24,9 +24,9 @@ CASES += ("sampler_update", "linear_gelu", "consistency_score")
 @pytest.fixture(autouse=True)
 def _bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import measure
+    import result_files
 
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,12 @@ def test_parts_of_a_run_add_up() -> None:
 
 def test_columns_of_results_stay(tmp_path: Path) -> None:
     """Files of results are appended to, so that a column never moves."""
-    import measure
+    import result_files
+    import timing
 
     samples = {"op": [1.0, 2.0], "eager": [3.0, 4.0]}
     for _ in range(2):
-        measure.append("kernels_cpu", "op", "2×3", torch.float32, samples, "cpu", num_bytes=100, ceiling=2.0)
+        timing.append("kernels_cpu", "op", "2×3", torch.float32, samples, "cpu", num_bytes=100, ceiling=2.0)
     with (tmp_path / "kernels_cpu.csv").open(newline="") as stream:
         header, *rows = csv.reader(stream)
     with (ROOT / "bench" / "results" / "kernels_cpu.csv").open(newline="") as stream:
@@ -96,13 +97,13 @@ def test_columns_of_results_stay(tmp_path: Path) -> None:
     row = dict(zip(header, rows[0], strict=True))
     assert (row["min_ms"], row["x_eager"], row["of_ceiling"], row["x_loop"]) == ("1", "3.00", "0.000", "")
     with pytest.raises(ValueError, match=r"kernels_cpu\.csv has the columns .*: move it away or convert it"):
-        measure.record("kernels_cpu", ("op", *measure.ENVIRONMENT), [{"op": "other"}], "cpu")
+        result_files.record("kernels_cpu", ("op", *result_files.ENVIRONMENT), [{"op": "other"}], "cpu")
 
 
 def test_table_shows_the_newest_results(tmp_path: Path) -> None:
     import bench_engine
     import bench_memory
-    import measure
+    import result_files
     import table
 
     with pytest.raises(ValueError, match="holds no results of the engine: run `make bench` first"):
@@ -113,14 +114,14 @@ def test_table_shows_the_newest_results(tmp_path: Path) -> None:
             {**run, "implementation": "engine", "video_frames_per_s": speed, "run_mib": 10, "x_baseline": ratio},
             {**run, "implementation": "diffusers", "video_frames_per_s": 2, "run_mib": 25, "x_baseline": 1},
         ]
-        measure.record("engine_cpu", bench_engine.COLUMNS, rows, "cpu")
+        result_files.record("engine_cpu", bench_engine.COLUMNS, rows, "cpu")
     rows = [
         {"what": "import", "implementation": name, "seconds": s} for name, s in (("torch", 2), ("miga_engine", 2.5))
     ]
-    measure.record("engine_cpu", bench_engine.COLUMNS, rows, "cpu")
+    result_files.record("engine_cpu", bench_engine.COLUMNS, rows, "cpu")
     lengths = [(1000, 200, 1), (5000, 201, 1.005), (10_000, 203, 1.015)]
     rows = [{"model": "narrow", "latent_frames": n, "peak_mib": mib, "x_1000": x} for n, mib, x in lengths]
-    measure.record("memory_cpu", bench_memory.COLUMNS, rows, "cpu")
+    result_files.record("memory_cpu", bench_memory.COLUMNS, rows, "cpu")
     block = table.table(tmp_path)
     lines = block.splitlines()
     assert len({line.count("|") for line in lines}) == 1
@@ -186,9 +187,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
 def test_a_contender_that_fails_costs_no_other_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved_at_once: bool
 ) -> None:
-    import measure
+    import timing
 
-    monkeypatch.setattr(measure, "IS_SMALL", is_saved_at_once)
+    monkeypatch.setattr(timing, "IS_SMALL", is_saved_at_once)
     seen: list[list[str]] = []
 
     def fail() -> None:
@@ -197,7 +198,7 @@ def test_a_contender_that_fails_costs_no_other_its_row(
         raise ValueError("it broke")
 
     contenders: dict[str, Callable[[], object]] = {"op": lambda: sum(range(1000)), "broken": fail, "eager": list}
-    samples = measure.compare(
+    samples = timing.compare(
         "kernels_cpu", "op", "2", torch.float32, contenders, "cpu", repeats=3, notes={"op": "told"}, num_bytes=8
     )
     assert list(samples) == ["op", "eager"]
@@ -215,20 +216,20 @@ def test_a_contender_that_fails_costs_no_other_its_row(
 
 
 def test_what_leaves_no_use_of_the_gpu_is_raised_once_it_is_written(tmp_path: Path) -> None:
-    import measure
+    import result_files
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        measure.fault(RuntimeError("CUDA error: an illegal memory access was encountered"), "cpu", op="x")
-    measure.fault(RuntimeError("CUDA error: out of memory"), "cpu", op="y")
+        result_files.fault(RuntimeError("CUDA error: an illegal memory access was encountered"), "cpu", op="x")
+    result_files.fault(RuntimeError("CUDA error: out of memory"), "cpu", op="y")
     assert len((tmp_path / "faults_cpu.jsonl").read_text().splitlines()) == 2
-    assert measure.exit_status() == 1
+    assert result_files.exit_status() == 1
 
 
 class _PretendedGpu:
     """Graphs and events of which each call takes the time that the test gives it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import measure
+        import timing
 
         self.now = 0.0
         self.captured: list[float] | None = None
@@ -266,7 +267,7 @@ class _PretendedGpu:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
         monkeypatch.setattr(torch.cuda, "set_stream", self.streams.append)
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.modes.append)
-        monkeypatch.setattr(measure, "_overwrite_caches", lambda: self.take(0.08))
+        monkeypatch.setattr(timing, "_overwrite_caches", lambda: self.take(0.08))
 
     def take(self, time: float) -> None:
         if self.captured is None:
@@ -276,7 +277,7 @@ class _PretendedGpu:
 
 
 def test_short_calls_are_timed_by_replaying_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    import measure
+    import timing
 
     gpu = _PretendedGpu(monkeypatch)
     calls = []
@@ -285,10 +286,10 @@ def test_short_calls_are_timed_by_replaying_a_graph(monkeypatch: pytest.MonkeyPa
         calls.append(gpu.captured is not None)
         gpu.take(0.01 if gpu.captured is not None else 0.05)  # a launch by itself takes longer than its work
 
-    sampler = measure.Sampler(short, "cuda")
+    sampler = timing.Sampler(short, "cuda")
     assert (sampler(), sampler.note) == (pytest.approx(0.01), "by graph")
-    assert calls == [False] * 3 + [True] * measure.GRAPH_CALLS
-    long = measure.Sampler(lambda: gpu.take(0.3), "cuda")
+    assert calls == [False] * 3 + [True] * timing.GRAPH_CALLS
+    long = timing.Sampler(lambda: gpu.take(0.3), "cuda")
     assert (long(), long.note) == (pytest.approx(0.3), "")
 
     def waits() -> None:
@@ -302,26 +303,26 @@ def test_short_calls_are_timed_by_replaying_a_graph(monkeypatch: pytest.MonkeyPa
         gpu.take(0.05)
 
     for run, streams in ((waits, []), (allocates, ["stream"])):
-        uncaptured = measure.Sampler(run, "cuda")
+        uncaptured = timing.Sampler(run, "cuda")
         assert (uncaptured(), uncaptured.note) == (pytest.approx(0.05), "")
         assert (gpu.streams, gpu.modes[-1], gpu.captured) == (streams, "default", None)
-    assert measure.milliseconds(lambda: gpu.take(0.4), "cuda") == pytest.approx(0.4)
+    assert timing.milliseconds(lambda: gpu.take(0.4), "cuda") == pytest.approx(0.4)
 
 
 def test_commit_is_told_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import measure
+    import result_files
 
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(result_files, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert measure._commit() == "unknown"
+    assert result_files._commit() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert measure._commit() == "unknown"
+    assert result_files._commit() == "unknown"
     monkeypatch.setenv("MIGA_COMMIT", "abc1234")
-    measure.environment.cache_clear()
+    result_files.environment.cache_clear()
     try:
-        assert measure.environment("cpu")["commit"] == "abc1234"
+        assert result_files.environment("cpu")["commit"] == "abc1234"
     finally:
-        measure.environment.cache_clear()
+        result_files.environment.cache_clear()
 
 
 def test_clock_of_captured_iterations_starts_when_every_shape_was_seen() -> None:
@@ -426,16 +427,16 @@ def test_without_a_gpu_one_sentence_and_a_failure(tmp_path: Path) -> None:
     assert run.returncode == 3
     assert (tmp_path / "results" / "rows.txt").read_text().count("\n") == 1
     environment = {**os.environ, "MIGA_NEEDS_GPU": "1", "SMALL": "", "CUDA_VISIBLE_DEVICES": ""}
-    measure = subprocess.run(
-        [sys.executable, "-c", "import measure"],
+    imported = subprocess.run(
+        [sys.executable, "-c", "import result_files"],
         cwd=ROOT / "bench",
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert measure.returncode == 3
-    assert measure.stdout == (
+    assert imported.returncode == 3
+    assert imported.stdout == (
         "no GPU is visible to torch: this is for a machine with one, and SMALL=1 tries it out on a CPU\n"
     )
 
@@ -466,18 +467,19 @@ def test_first_minutes_run_as_far_as_a_cpu_goes(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_machine_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import measure
+    import result_files
+    import timing
 
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "there")
-    measure.append("kernels_cuda", "op", "2", torch.float32, {"op": [1.0]}, "cpu", num_bytes=8, ceiling=1.0)
-    measure.write_line(tmp_path / "there" / "faults_cuda.jsonl", {"op": "x"}, "cpu")
-    measure.write_line(tmp_path / "there" / "first.jsonl", {"stage": "x"}, "cpu")
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path / "there")
+    timing.append("kernels_cuda", "op", "2", torch.float32, {"op": [1.0]}, "cpu", num_bytes=8, ceiling=1.0)
+    result_files.write_line(tmp_path / "there" / "faults_cuda.jsonl", {"op": "x"}, "cpu")
+    result_files.write_line(tmp_path / "there" / "first.jsonl", {"stage": "x"}, "cpu")
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     for count in (1, 2):
-        taken = measure.take_over(tmp_path / "there")
+        taken = result_files.take_over(tmp_path / "there")
         assert [path.name for path in taken] == ["faults_cuda.jsonl", "kernels_cuda.csv"]
         assert [row["op"] for row in _rows(tmp_path / "kernels_cuda.csv")] == ["op"] * count
         assert len((tmp_path / "faults_cuda.jsonl").read_text().splitlines()) == count
     (tmp_path / "kernels_cuda.csv").write_text("op,other\n")
     with pytest.raises(ValueError, match="move it away or convert it"):
-        measure.take_over(tmp_path / "there")
+        result_files.take_over(tmp_path / "there")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import golden_model
@@ -14,13 +15,15 @@ import pytest
 import torch
 
 from bench.study import damage
+from bench.tiny.text import wording
 from miga_engine.cli import main
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError, OutputError
 from miga_engine.measure import export, features, flow, measure, measure_tiny, measures, report, truth
 from miga_engine.measure.catalogue import MEASURES
-from miga_engine.tiny import text, world
+from miga_engine.tiny import world
+from miga_engine.tiny.text import read_prompt
+from miga_engine.video.outputs import open_sink
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sinks import open_sink
 
 DOCUMENT = places.ROOT / "docs" / "measures.md"
 SCENE = world.Scene("plane", "yellow", "desert", "dusk", seed=4)
@@ -131,7 +134,7 @@ def test_flicker_and_consistency_are_vbenchs():
         return max(0.0, float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
 
     expected = [(cosine(x[i], x[i - 1]) + cosine(x[i], x[0])) / 2 for i in range(1, 6)]
-    np.testing.assert_allclose(measures.consistency_curve(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(features.consistency_curve(x), expected, rtol=1e-12)
     assert min(cosine(x[i], x[0]) for i in range(1, 6)) >= 0
 
 
@@ -214,7 +217,7 @@ def test_prompts_are_read_back_from_every_wording():
         assert world.caption(scene) == caption
     for _ in range(300):
         scene = world.sample_scene(rng)
-        named = text.read_prompt(text.wording(scene, rng))
+        named = read_prompt(wording(scene, rng))
         assert {name: getattr(scene, name) for name in named} == named
         assert "subject" in named
     with pytest.raises(ConfigError, match="names no terrain and no time"):
@@ -362,6 +365,12 @@ def test_networks_from_files(tmp_path, monkeypatch):
         patch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("code of the file was loaded"))
         with pytest.raises(CheckpointError, match=r"mean\.pt is TorchScript, which would run code: where you trust it"):
             features.load_features(tmp_path / "mean.pt")
+        with zipfile.ZipFile(tmp_path / "mean.pt") as whole, zipfile.ZipFile(tmp_path / "bare.pt", "w") as bare:
+            for name in whole.namelist():
+                if "/code/" not in name:
+                    bare.writestr(name, whole.read(name))
+        with pytest.raises(CheckpointError, match=r"bare\.pt cannot be read as a network: .*TorchScript"):
+            features.load_features(tmp_path / "bare.pt")
     (tmp_path / "other.pt").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match=r"other\.pt cannot be read as a network"):
         features.load_features(tmp_path / "other.pt")
@@ -371,7 +380,7 @@ def test_networks_from_files(tmp_path, monkeypatch):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError, match="holds neither DINO's ViT nor CLIP: give dino"):
         features.load_features(tmp_path / "foreign.pth")
-    with pytest.raises(ConfigError, match="neither auto, mobilenet, descriptor nor a weights file"):
+    with pytest.raises(ConfigError, match="choose auto, mobilenet or descriptor, or give a weights file"):
         features.load_features("resnet")
 
 

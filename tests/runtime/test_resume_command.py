@@ -24,8 +24,9 @@ from small_run import NUM_FRAMES, miga
 from miga_engine.cli import render
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.stream import Stream
-from miga_engine.video import sinks
+from miga_engine.video.raw import RawFileSink
 from miga_engine.video.reading import read_video
+from miga_engine.video.video_file import VideoFileSink
 
 
 def _generate(model: Path, video: object, *more: object) -> list[object]:
@@ -44,7 +45,7 @@ def whole_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndar
 def test_a_disk_that_fills_up(model, tmp_path, whole_file, num_written, error, monkeypatch, capsys) -> None:
     """The encoder, or the file system under it, fails for good; space comes back before the run is resumed."""
     video, count = tmp_path / "video.mp4", iter(range(10**6))
-    mux = sinks.VideoFileSink._mux
+    mux = VideoFileSink._mux
 
     def fails(self: Any, packets: list[Any]) -> None:
         for packet in packets:
@@ -52,7 +53,7 @@ def test_a_disk_that_fills_up(model, tmp_path, whole_file, num_written, error, m
                 raise OSError(error, os.strerror(error))
             mux(self, [packet])
 
-    monkeypatch.setattr(sinks.VideoFileSink, "_mux", fails)
+    monkeypatch.setattr(VideoFileSink, "_mux", fails)
     assert miga(*_generate(model, video)) == 2
     monkeypatch.undo()
     told = capsys.readouterr().err
@@ -68,14 +69,14 @@ def test_a_full_disk_keeps_every_frame_that_was_made(model, tmp_path, whole_file
     """The video's disk is full, the session's is not: no frame has to be made again."""
     (tmp_path / "other").mkdir()
     saved = tmp_path / "other" / "run.safetensors"
-    write = sinks.RawFileSink._append
+    write = RawFileSink._append
 
     def fails(self: Any, frames: np.ndarray) -> None:
         if self.num_frames >= 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, frames)
 
-    monkeypatch.setattr(sinks.RawFileSink, "_append", fails)
+    monkeypatch.setattr(RawFileSink, "_append", fails)
     video = tmp_path / "video.rgb"
     assert miga(*_generate(model, video, "--session", saved)) == 2
     monkeypatch.undo()

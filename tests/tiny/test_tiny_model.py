@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.tiny import clipdit, clipvae
+from bench.tiny import clipdit, clipvae, measures
 from miga_engine.models.loading import load_bundle
-from miga_engine.tiny import WEIGHTS_DIR, measures, world
+from miga_engine.tiny import WEIGHTS_DIR, world
+from miga_engine.tiny.classifier import ATTRIBUTES, frame_accuracy, load_classifier, read_attributes, to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def bundle():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return measures.load_classifier()
+    return load_classifier()
 
 
 def test_weights_are_small_and_state_their_figures():
@@ -38,7 +39,7 @@ def test_vae_reconstructs_an_unseen_scene(bundle):
     stated = json.loads((WEIGHTS_DIR / "miga.json").read_text())["figures"]["vae"]
     scene = world.Scene("balloon", "red", "green", "noon", 123_456)
     video, mask = world.render(scene, 20_000, 49)
-    x = measures.to_tensor(video)
+    x = to_tensor(video)
     rec = bundle.vae.decode(bundle.vae.encode(x.transpose(0, 1)[None]))[0].transpose(0, 1)
     whole, box, along = measures.psnr(x, rec, mask)
     assert whole >= stated["psnr_db"] - 3
@@ -53,7 +54,7 @@ def test_latents_are_normalised_on_the_world(bundle):
     latents = []
     for _ in range(24):
         video, _ = world.render(world.sample_scene(rng), 300, 9)
-        latents.append(bundle.vae.encode(measures.to_tensor(video).transpose(0, 1)[None])[0])
+        latents.append(bundle.vae.encode(to_tensor(video).transpose(0, 1)[None])[0])
     z = torch.stack(latents)
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.35
     assert z.std((0, 2, 3, 4)).min() > 0.7
@@ -64,7 +65,7 @@ def test_latents_are_normalised_on_the_world(bundle):
 def test_training_form_of_the_vae_equals_the_official_one(bundle):
     params = clipvae.from_official(dict(bundle.vae.named_parameters()))
     video, _ = world.render(world.Scene("bird", "white", "dark", "night", 1), 0, 17)
-    x = measures.to_tensor(video).transpose(0, 1)[None]
+    x = to_tensor(video).transpose(0, 1)[None]
     mean, logvar = clipvae.encode_clip(params, x)
     official_mean, official_logvar = bundle.vae.encode_moments(x)
     assert (mean - official_mean).abs().max() <= 1e-4 * official_mean.abs().max()
@@ -97,7 +98,7 @@ def test_classifier_reads_rendered_frames(classifier):
     for _ in range(60):
         scene = world.sample_scene(rng)
         video, _ = world.render(scene, int(rng.integers(10_000)), 1)
-        right.append(list(measures.frame_accuracy(classifier, measures.to_tensor(video), scene).values()))
+        right.append(list(frame_accuracy(classifier, to_tensor(video), scene).values()))
     assert np.mean(right, axis=0).min() >= 0.95
 
 
@@ -112,6 +113,6 @@ def test_a_generated_clip_shows_what_its_prompt_says(bundle, classifier):
     assert clips.shape == (3, 49, 3, 64, 96)
     right = 0
     for scene, clip in zip(scenes, clips, strict=True):
-        read = measures.read_attributes(classifier, clip)
-        right += sum(read[a] == getattr(scene, a) for a in measures.ATTRIBUTES)
+        read = read_attributes(classifier, clip)
+        right += sum(read[a] == getattr(scene, a) for a in ATTRIBUTES)
     assert right >= 10

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from miga_engine.tiny import text, world
+from bench.tiny import text
+from miga_engine.tiny import world
 
 
 def test_same_scene_same_frames_wherever_rendering_starts():
@@ -33,7 +34,7 @@ def test_captions_name_every_combination_once():
 
 
 def test_unknown_attribute_is_named():
-    with pytest.raises(ValueError, match="Unknown subject 'whale'"):
+    with pytest.raises(ValueError, match="subject is 'whale': choose balloon, "):
         world.Scene("whale", "red", "snowy", "dawn")
 
 

@@ -18,7 +18,9 @@ from test_video import HEIGHT, WIDTH
 from miga_engine import files
 from miga_engine.cli import main
 from miga_engine.errors import OutputError
-from miga_engine.video.sinks import EncoderThread, Sink, reopen_sink
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import reopen_sink
+from miga_engine.video.sink import Sink
 
 NUM_FRAMES = 20
 

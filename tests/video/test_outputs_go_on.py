@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from miga_engine.errors import OutputError
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import open_sink, reopen_sink
 from miga_engine.video.reading import read_video
-from miga_engine.video.sinks import EncoderThread, open_sink, reopen_sink
 
 METADATA = {"prompt": "a red balloon", "seed": 3}
 

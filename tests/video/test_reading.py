@@ -20,8 +20,8 @@ from miga_engine.cli.measure import read_clip
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.measure import measures
 from miga_engine.video import reading
+from miga_engine.video.outputs import open_sink
 from miga_engine.video.reading import opened_video, read_metadata, read_video
-from miga_engine.video.sinks import open_sink
 
 FRAMES = _frames(41)
 QUICK = ["--features", "descriptor", "--flow", "lucas-kanade"]
@@ -143,7 +143,7 @@ def test_a_video_in_parts_is_measured_as_the_whole(video: Path) -> None:
     odd = measures.measure([FRAMES[:1], FRAMES[1:8], FRAMES[8:8], FRAMES[8:]], 8.0, **options)
     assert odd["curves"]["motion"] == pytest.approx(whole["curves"]["motion"], rel=1e-4)
     assert odd["curves"]["difference"] == whole["curves"]["difference"]
-    with pytest.raises(ConfigError, match="and one size"):
+    with pytest.raises(ConfigError, match="give frames of one size"):
         measures.measure([FRAMES[:4], FRAMES[4:8, :32]], **options)
     with pytest.raises(ConfigError, match="2 frames or more"):
         measures.measure([], **options)

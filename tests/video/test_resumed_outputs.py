@@ -17,10 +17,12 @@ from test_video import HEIGHT, METADATA, WIDTH, _frames
 
 from miga_engine.errors import MigaError, OutputError, SessionError
 from miga_engine.files import beside
+from miga_engine.video.growing_file import FileSink
+from miga_engine.video.outputs import open_sink, reopen_sink
 from miga_engine.video.png import write_png
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sink import FileSink
-from miga_engine.video.sinks import Sink, VideoFileSink, open_sink, reopen_sink
+from miga_engine.video.sink import Sink
+from miga_engine.video.video_file import VideoFileSink
 
 RATE = 6
 NAMES = ("video.mp4", "video.mkv", "video.rgb", "frames/")
@@ -228,7 +230,7 @@ def test_what_names_the_frames_is_the_same_while_it_grows_when_killed_and_when_c
     (tmp_path / "killed").mkdir()
     code = f"""
 import json, os, signal, sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_resumed_outputs import FRAMES, _opened
 sink = _opened({killed!r})
 sink.write(FRAMES[:20])
@@ -439,9 +441,9 @@ def test_what_a_killed_resumed_run_left_beside_is_used_up(tmp_path: Path) -> Non
     position = _stopped(path)
     code = f"""
 import json, os, signal, sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_resumed_outputs import FRAMES, _reopened
-from miga_engine.video.sinks import VideoFileSink
+from miga_engine.video.video_file import VideoFileSink
 VideoFileSink._replace_old = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 _reopened({path!r}, ({position[0]!r}, FRAMES[{position[0]["num_frames"]} : 20]))
 """

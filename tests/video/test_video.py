@@ -19,11 +19,13 @@ import torch
 from miga_engine.errors import MigaError, OutputError
 from miga_engine.files import is_beside
 from miga_engine.video.contact_sheet import ContactSheet, write_contact_sheet
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import open_sink, reopen_sink
 from miga_engine.video.paths import check_output
 from miga_engine.video.png import write_png
 from miga_engine.video.rate import frame_rate, rate_text
 from miga_engine.video.reading import read_metadata, read_video
-from miga_engine.video.sinks import EncoderThread, Sink, open_sink, reopen_sink
+from miga_engine.video.sink import Sink
 
 WIDTH, HEIGHT, FPS = 96, 64, 24
 METADATA = {"prompt": 'a "red" balloon — über hills', "seed": 7, "config": {"zigzag_width": 4}, "version": "0.1.0"}
@@ -171,7 +173,7 @@ def test_raw_round_trip_to_file_and_standard_output(tmp_path: Path) -> None:
     assert (tmp_path / "a.rgb").read_bytes() == frames.tobytes()
     code = """
 import numpy as np
-from miga_engine.video.sinks import open_sink
+from miga_engine.video.outputs import open_sink
 with open_sink("-", 24, 8, 4) as sink:
     sink.write(np.arange(2 * 4 * 8 * 3, dtype=np.uint8).reshape(2, 4, 8, 3))
 """
@@ -226,9 +228,9 @@ def test_killed_writer_leaves_a_playable_file(tmp_path: Path, suffix: str) -> No
     path = tmp_path / f"killed{suffix}"
     code = f"""
 import sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_video import FPS, METADATA, _frames
-from miga_engine.video.sinks import open_sink
+from miga_engine.video.outputs import open_sink
 sink = open_sink({str(path)!r}, FPS, 96, 64, METADATA)
 for frame in _frames(150):
     sink.write(frame[None])
@@ -354,7 +356,8 @@ def test_full_disk_is_one_sentence(tmp_path: Path, name: str, wrapper: str) -> N
 import resource, signal
 import numpy as np
 from miga_engine.errors import OutputError
-from miga_engine.video.sinks import EncoderThread, open_sink
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import open_sink
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 noise = np.random.default_rng(0).integers(0, 256, (10, 64, 160, 3), np.uint8)
@@ -377,7 +380,7 @@ def test_closed_reader_is_one_sentence() -> None:
 import sys
 import numpy as np
 from miga_engine.errors import OutputError
-from miga_engine.video.sinks import open_sink
+from miga_engine.video.outputs import open_sink
 sink = open_sink("-", 24, 96, 64)
 try:
     while True:
@@ -403,9 +406,9 @@ except OutputError as error:
 @pytest.mark.parametrize(
     ("frames", "sentence"),
     [
-        (np.zeros((2, HEIGHT, WIDTH, 3), np.float32), r"dtype float32, expected \[n, H, W, 3\] and uint8"),
-        (np.zeros((HEIGHT, WIDTH, 3), np.uint8), r"shape \(64, 96, 3\)"),
-        (np.zeros((2, WIDTH, HEIGHT, 3), np.uint8), r"frames are 64×96, and the sink was opened for 96×64"),
+        (np.zeros((2, HEIGHT, WIDTH, 3), np.float32), r"frames are float32 \[2, \d+, \d+, 3\]: give uint8 \[n,H,W,3\]"),
+        (np.zeros((HEIGHT, WIDTH, 3), np.uint8), r"frames are uint8 \[64, 96, 3\]: give"),
+        (np.zeros((2, WIDTH, HEIGHT, 3), np.uint8), r"frames are 64×96: give 96×64, as the sink was opened"),
     ],
 )
 def test_wrong_frames_are_refused(tmp_path: Path, frames: "np.ndarray[Any, Any]", sentence: str) -> None:
@@ -517,9 +520,10 @@ def test_encoder_thread_writes_what_waits_before_it_ends(error: type[BaseExcepti
 def test_encoder_thread_that_nobody_closed_writes_what_waits_when_the_interpreter_ends(tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.path[:0] = {[str(places.TESTS), str(places.ROOT)]!r}
+sys.path[:0] = {[str(places.TESTS / "video"), str(places.TESTS), str(places.ROOT)]!r}
 from test_video import FPS, METADATA, _frames
-from miga_engine.video.sinks import EncoderThread, open_sink
+from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.outputs import open_sink
 sink = EncoderThread(open_sink({str(tmp_path / "a.mkv")!r}, FPS, 96, 64, METADATA), max_chunks=150)
 for frame in _frames(150):
     sink.write(frame[None])
@@ -532,7 +536,7 @@ for frame in _frames(150):
 def test_encoder_thread_refuses_wrong_frames_with_the_sinks_sentence(tmp_path: Path) -> None:
     sink = EncoderThread(open_sink(tmp_path / "a.mp4", FPS, WIDTH, HEIGHT))
     sink.write(np.zeros((2, WIDTH, HEIGHT, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"frames are 64×96, and the sink was opened for 96×64"):
+    with pytest.raises(ValueError, match=r"frames are 64×96: give 96×64, as the sink was opened"):
         sink.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -592,7 +596,7 @@ def test_side_by_side_sheet_has_labels(tmp_path: Path) -> None:
     labelled = read_video(path)[0]
     assert labelled.shape[0] - plain.shape[0] == 2 * 27
     assert (labelled[:27] == 232).any()
-    with pytest.raises(ValueError, match="1 labels were given for 2 rows"):
+    with pytest.raises(ValueError, match="1 labels are given for 2 rows: give one a row"):
         write_contact_sheet(path, rows, ["one"])
 
 
@@ -614,7 +618,7 @@ sys.modules["av"] = None  # as if it were not installed
 import torch
 from miga_engine import Engine, MigaError
 from miga_engine.video.reading import read_video
-from miga_engine.video.sinks import open_sink
+from miga_engine.video.outputs import open_sink
 
 options = {"height": 32, "width": 48, "num_inference_steps": 8, "guidance_scale": 1.0}
 engine = Engine.from_pretrained("tiny", "cpu")

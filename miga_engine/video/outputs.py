@@ -1,4 +1,4 @@
-"""Sinks take uint8 frames as they are made and write them at once: mp4, lossless mkv, PNG sequence, raw, or a callback.
+"""Every output by its suffix, and sinks by name: mp4, lossless mkv, PNG sequence, raw, or a callback.
 
 Nothing is created before the first frame. A new file then grows under its own name and is playable at any moment, also
 after a kill: an mp4 is a chain of one-second fragments, a Matroska file one of one-second clusters. An existing file is
@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,63 @@ import numpy as np
 
 from miga_engine.errors import OutputError, SessionError
 from miga_engine.files import is_beside
-from miga_engine.video.encoder_thread import EncoderThread
+from miga_engine.video.growing_file import FileSink
+from miga_engine.video.images import ImageSequenceSink
 from miga_engine.video.paths import check_output
-from miga_engine.video.reading import read_metadata
-from miga_engine.video.sink import CallbackSink, FileSink, Frames, ImageSequenceSink, RawFileSink, Sink, StreamSink
+from miga_engine.video.raw import RawFileSink, StreamSink
+from miga_engine.video.sink import CallbackSink, FrameArray, Sink
 from miga_engine.video.video_file import VideoFileSink
 
-__all__ = [
-    "CallbackSink",
-    "EncoderThread",
-    "ImageSequenceSink",
-    "RawFileSink",
-    "Sink",
-    "StreamSink",
-    "VideoFileSink",
-    "open_sink",
-    "read_metadata",
-    "reopen_sink",
-]
 
-FILE_SUFFIXES = (".mp4", ".mkv", ".rgb")
+def _raw(path: Path, fps: object, width: int, height: int, metadata: Mapping[str, Any]) -> Sink:
+    return RawFileSink(path, width, height)
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """What a suffix says of an output.
+
+    What it holds; of a video that is one file, who writes it, which sizes it takes, and whether it carries metadata.
+    """
+
+    holds: str
+    sink: Callable[[Path, object, int, int, Mapping[str, Any]], Sink] | None = None
+    needs_even_size: bool = False
+    has_metadata: bool = False
+
+
+OUTPUTS: Mapping[str, OutputFormat] = {
+    ".mp4": OutputFormat("video", VideoFileSink, needs_even_size=True, has_metadata=True),
+    ".mkv": OutputFormat("video", VideoFileSink, has_metadata=True),
+    ".rgb": OutputFormat("video", _raw),
+    ".png": OutputFormat("picture"),  # or, numbered, a video
+    ".jsonl": OutputFormat("events"),
+    ".json": OutputFormat("table"),
+    ".csv": OutputFormat("table"),
+}
+"""Outputs by suffix; weights and session files are not among them."""
+
+
+def suffixes_of(holds: str) -> tuple[str, ...]:
+    """Suffixes of the outputs that hold this, as `check_output` takes them."""
+    return tuple(suffix for suffix, output in OUTPUTS.items() if output.holds == holds)
+
+
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """The suffix in small letters; that of a picture for a folder of them, which ends with /."""
+    name = os.fspath(path)
+    return ".png" if name.endswith("/") else os.path.splitext(name)[1].lower()
+
+
+def has_metadata(path: str | os.PathLike[str]) -> bool:
+    """Whether `read_metadata` finds in such a file what its sink was given."""
+    output = OUTPUTS.get(suffix_of(path))
+    return output is not None and output.has_metadata
+
+
+def is_sequence(path: str | os.PathLike[str]) -> bool:
+    """Whether a video under this name is a sequence of pictures, in a folder of its own."""
+    return suffix_of(path) in suffixes_of("picture")
 
 
 def open_sink(
@@ -67,24 +105,24 @@ def open_sink(
             raise OutputError("cannot write standard output: it is closed; give a file, or a program that reads it")
         sys.stdout.flush()
         return StreamSink(sys.stdout.buffer, "standard output", width, height)
-    if _kind(name) == ".png":
+    if is_sequence(name):
         return ImageSequenceSink(name, width, height, metadata, overwrite=overwrite)
     if os.path.isdir(name):
         raise OutputError(f"cannot write {name}: it is a folder; end the name with / to write a PNG sequence into it")
-    target = check_output(name, FILE_SUFFIXES, overwrite=overwrite)
-    if target.suffix.lower() == ".rgb":
-        return RawFileSink(target, width, height)
-    if target.suffix.lower() == ".mp4" and (width % 2 or height % 2):
+    target = check_output(name, suffixes_of("video"), overwrite=overwrite)
+    output = OUTPUTS[suffix_of(name)]
+    assert output.sink is not None
+    if output.needs_even_size and (width % 2 or height % 2):
         raise OutputError(
             f"cannot write {name}: an mp4 needs even width and height, not {width}×{height}; .mkv takes any size"
         )
-    return VideoFileSink(target, fps, width, height, metadata or {})
+    return output.sink(target, fps, width, height, metadata or {})
 
 
 def reopen_sink(
     path: str | os.PathLike[str] | Callable[["np.ndarray[Any, Any]"], object],
     position: Mapping[str, Any],
-    frames: Frames,
+    frames: FrameArray,
     fps: float | str | Fraction,
     width: int,
     height: int,
@@ -108,26 +146,22 @@ def reopen_sink(
     if not isinstance(recorded, str) or type(num_frames) is not int or num_frames < 0:
         raise SessionError("the session does not say where its video stands: resume from another copy")
     name = os.fspath(path)
-    if _kind(name) != _kind(recorded):
+    if suffix_of(name) != suffix_of(recorded):
         raise OutputError(
             f"cannot go on with {name}: the run did not write such a file; name the file the run wrote, or start a new "
             "run"
         )
-    if _kind(name) == ".png":
+    if is_sequence(name):
         images = ImageSequenceSink(name, width, height, metadata, overwrite=True)
         if num_frames or not overwrite:
             images.go_on(num_frames, digest)
         return _and_write(images, frames)
-    target = check_output(name, FILE_SUFFIXES, overwrite=True)
+    target = check_output(name, suffixes_of("video"), overwrite=True)
     growing = _growing(target, position.get("growing_name"))
     sink = open_sink(target, fps, width, height, metadata, overwrite=True)
     if isinstance(sink, FileSink) and (num_frames or growing != target or not overwrite):
         sink.go_on(growing, num_frames, digest)
     return _and_write(sink, frames)
-
-
-def _kind(name: str) -> str:
-    return ".png" if name.endswith("/") else os.path.splitext(name)[1].lower()
 
 
 def _growing(path: Path, name: object) -> Path:
@@ -140,7 +174,7 @@ def _growing(path: Path, name: object) -> Path:
     return path  # it was closed after all
 
 
-def _and_write(sink: Sink, frames: Frames) -> Sink:
+def _and_write(sink: Sink, frames: FrameArray) -> Sink:
     try:
         sink.write(frames)
     except BaseException:

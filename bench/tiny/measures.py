@@ -1,10 +1,14 @@
-"""What is measured of the embedded model: PSNR of its VAE, and the attributes a small classifier reads from frames."""
+"""What is measured of the embedded model: `python -m bench.tiny.measures`.
+
+PSNR of its VAE over unseen scenes, and the share of generated clips whose attributes the classifier reads as asked for.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,77 +17,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench.command import Parser, run_command
 from miga_engine.files import write_whole
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.loading import load_bundle
 from miga_engine.tiny import WEIGHTS_DIR, world
-
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "subject": world.SUBJECTS,
-    "colour": world.COLOURS,
-    "terrain": world.TERRAINS,
-    "time": world.TIMES,
-}
-
-
-class AttributeClassifier(nn.Module):
-    """Reads subject, colour, terrain and time from single frames `[N,3,H,W]` in [-1, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for cin, cout, stride in ((3, 16, 2), (16, 32, 2), (32, 48, 1), (48, 64, 2), (64, 64, 1)):
-            layers += [nn.Conv2d(cin, cout, 3, stride=stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU()]
-        self.body = nn.Sequential(*layers)
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, len(names))) for names in ATTRIBUTES.values()
-        )
-
-    def forward(self, frames: Tensor) -> list[Tensor]:
-        """Logits `[N,classes]` of every attribute, in the order of `ATTRIBUTES`."""
-        x = self.body(frames)
-        x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
-        return [head(x) for head in self.heads]
-
-
-def load_classifier(path: Path | None = None) -> AttributeClassifier:
-    """The classifier that ships beside the weights."""
-    model = AttributeClassifier()
-    state = load_file(path or WEIGHTS_DIR / "classifier.safetensors")
-    model.load_state_dict({k: v.float() for k, v in state.items()})
-    return model.eval()
-
-
-@torch.no_grad()
-def read_attributes(model: AttributeClassifier, video: Tensor) -> dict[str, str]:
-    """The attributes of a clip `[T,3,H,W]` in [-1, 1]: per attribute the class most probable over its frames."""
-    logits = model(video)
-    best = [int(x.log_softmax(-1).mean(0).argmax()) for x in logits]
-    return {name: classes[i] for (name, classes), i in zip(ATTRIBUTES.items(), best, strict=True)}
-
-
-@torch.no_grad()
-def frame_accuracy(model: AttributeClassifier, video: Tensor, scene: world.Scene) -> dict[str, float]:
-    """Share of the frames `[T,3,H,W]` whose attribute is read as the scene's, per attribute."""
-    logits = model(video)
-    return {
-        name: float((x.argmax(-1) == label).float().mean())
-        for name, x, label in zip(ATTRIBUTES, logits, scene.labels, strict=True)
-    }
-
-
-def to_tensor(video: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 `[T,H,W,3]` to float `[T,3,H,W]` in [-1, 1]."""
-    return torch.from_numpy(video).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+from miga_engine.tiny.classifier import ATTRIBUTES, AttributeClassifier, load_classifier, read_attributes, to_tensor
+from miga_engine.video.contact_sheet import write_contact_sheet
 
 
 def psnr(
     original: Tensor, other: Tensor, mask: npt.NDArray[np.float32] | None = None
 ) -> tuple[float, float, npt.NDArray[np.float64]]:
-    """PSNR in dB of a video `[T,3,H,W]` in [-1, 1]: whole, inside the subject's box, and per frame.
+    """PSNR in dB of a video `[T,3,H,W]` in [-1,1]: whole, inside the subject's box, and per frame.
 
     The box of a frame bounds the pixels its subject covers by more than a tenth; without a mask it is the frame.
     """
@@ -110,7 +58,7 @@ def sample_clips(
     height: int = 64,
     width: int = 96,
 ) -> Tensor:
-    """Short clips `[P,T,3,H,W]` in [-1, 1], one a prompt, all frames at one noise level, by Euler steps."""
+    """Short clips `[P,T,3,H,W]` in [-1,1], one a prompt, all frames at one noise level, by Euler steps."""
     generator = torch.Generator().manual_seed(seed)
     factor = bundle.spatial_factor
     shape = (bundle.latent_channels, bundle.window_frames, height // factor, width // factor)
@@ -175,18 +123,20 @@ def clip_figures(
     return {"clips": num_clips, **shares, "all_four": round(float(right.all(1).mean()), 3)}, scenes, clips
 
 
-def main() -> None:
-    """Prints the figures of the shipped weights as JSON and, if asked, writes the contact sheets."""
-    from miga_engine.video.contact_sheet import write_contact_sheet
-
-    parser = argparse.ArgumentParser(description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(prog="python -m bench.tiny.measures", description=__doc__)
     parser.add_argument("--folder", type=Path, default=WEIGHTS_DIR)
     parser.add_argument("--clips", type=int, default=80)
     parser.add_argument("--scenes", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--docs", type=Path, help="folder for vae_reconstructions.png and short_clips.png")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the figures of the shipped weights as JSON and, if asked, write the contact sheets."""
     torch.set_num_threads(args.threads)
     bundle = load_bundle(args.folder, device=torch.device("cpu"), dtype=torch.float32)
     classifier = load_classifier(args.folder / "classifier.safetensors")
@@ -217,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(build_parser(), run))
