@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from small_run import miga, rewritten
 from torch import Tensor
 
-from miga_engine import render
+from miga_engine.cli import render
 from miga_engine.config import fifo_config
 from miga_engine.engine import Engine
 from miga_engine.errors import DeviceError, DriftError, NumericsError, OutputError, SessionError
