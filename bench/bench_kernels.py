@@ -38,6 +38,7 @@ from op_cases import (
     residual_norm_modulate,
     sampler_update,
     self_attention,
+    shape_text,
 )
 from torch import Tensor
 
@@ -97,6 +98,7 @@ def sweep_configurations(*, specialized: bool) -> None:
             contenders[name] = run
         except Exception as error:
             result_files.fault(error, DEVICE, op="frame_attention", implementation=name)
+    shape, flops = f"{shape_text(q)}, {k.shape[1]} keys", 4 * q.numel() * k.shape[1]
     samples = timing.compare(f"kernels_{DEVICE}", "frame_attention", shape, HALF, contenders, DEVICE, num_flops=flops)
     if samples:
         best = min(samples, key=lambda name: timing.best(samples[name], DEVICE))
