@@ -12,11 +12,6 @@ import torch
 from safetensors.torch import save_file
 from small_run import NUM_FRAMES, OPTIONS, frames_of, rewritten
 
-<<<<<<< HEAD
-=======
-from miga_engine.cli import render
-from miga_engine.config import fifo_config
->>>>>>> hR
 from miga_engine.engine import Engine
 from miga_engine.errors import OutputError, SessionError
 from miga_engine.runtime import session as session_file
