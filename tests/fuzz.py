@@ -564,7 +564,7 @@ def load_session(folder: Folder) -> None:
     golden().resume(folder / "run.safetensors").close()
 
 
-MOST_CHUNKS = 20  # of a stream that is resumed; one that is longer is cancelled
+MOST_CHUNKS = 20  # of a stream that is resumed; one that is longer is left
 
 
 def resume_session(folder: Folder) -> None:
@@ -576,14 +576,14 @@ def resume_session(folder: Folder) -> None:
     before = {path: path.read_bytes() for path in sorted(CACHE["victims"].iterdir())}
     original, following = Engine.from_pretrained, Stream.__next__
 
-    def next_or_cancel(self: Stream) -> Any:
+    def next_or_stop(self: Stream) -> Any:
         self.fuzz_chunks = getattr(self, "fuzz_chunks", 0) + 1
-        if self.fuzz_chunks == MOST_CHUNKS:
-            self.cancel()
+        if self.fuzz_chunks > MOST_CHUNKS:
+            raise StopIteration
         return following(self)
 
     engine = golden()
-    Engine.from_pretrained, Stream.__next__ = lambda *_, **__: engine, next_or_cancel
+    Engine.from_pretrained, Stream.__next__ = lambda *_, **__: engine, next_or_stop
     WRITTEN.clear()
     file = folder / "run.safetensors"
     try:

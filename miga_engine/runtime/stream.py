@@ -86,7 +86,8 @@ class Stream(Iterator[Chunk]):
     come first, then the error; after that `save` still writes all that was made. An interrupt (KeyboardInterrupt, or
     what else a signal handler raises) and an error of `on_event` change nothing: `next` goes on, and `save` saves.
 
-    One thread at a time may ask for the next chunk. `save` and `close` wait for it, `cancel` does not.
+    One thread at a time may ask for the next chunk; `save` and `close` wait for it. From elsewhere `is_cancelled` ends
+    a run, after the pass at hand and the frames already made.
     """
 
     def __init__(
@@ -110,12 +111,12 @@ class Stream(Iterator[Chunk]):
         """Of a resumed run: what `Output.checkpoint` gave when it was saved."""
         self.resumed_at_event: int | None = None
         """Of a resumed run: number of the last event before it was saved."""
-        self._cancel = cancel = threading.Event()
+        self._is_closing = is_closing = threading.Event()
         self._pump: Pump | None = Pump(
             run,
             decoder,
             overlap=overlap_decode,
-            is_cancelled=lambda: cancel.is_set() or is_cancelled(),
+            is_cancelled=lambda: is_closing.is_set() or is_cancelled(),
             num_video_frames=num_video_frames,
         )
         self._saving = Saving(request, model)
@@ -124,7 +125,6 @@ class Stream(Iterator[Chunk]):
         self._turn = threading.Lock()  # of whoever works at the run
         self._owner: int | None = None  # the thread that has it
         self._is_making = False
-        self._is_closing = False
         self._num_chunks = 0
         self._starvation = StarvationWatch() if run.store.device.type == "cpu" else None
         blend_frames = request.miga.prompt_blend_frames
@@ -133,7 +133,7 @@ class Stream(Iterator[Chunk]):
         self._attention = {} if attention is None else attention  # the engine adds to it
 
     def __next__(self) -> Chunk:
-        if self._pump is None or self._is_closing:
+        if self._pump is None or self._is_closing.is_set():
             raise StopIteration
         if self._is_making:
             raise MigaError(
@@ -173,7 +173,7 @@ class Stream(Iterator[Chunk]):
                 finally:
                     self._owner = None
         finally:
-            if self._is_closing:  # asked for meanwhile by what was called back
+            if self._is_closing.is_set():  # asked for meanwhile by what was called back
                 self.close()
 
     def _next(self, pump: Pump) -> _Cut:
@@ -215,10 +215,6 @@ class Stream(Iterator[Chunk]):
         _log.warning("%s", message)
         self._events("warning", message=message)
 
-    def cancel(self) -> None:
-        """End the stream after the pass at hand and the frames already made. May be called from any thread."""
-        self._cancel.set()
-
     @property
     def is_resumed(self) -> bool:
         """Whether it goes on from a session file."""
@@ -244,8 +240,7 @@ class Stream(Iterator[Chunk]):
 
         Where another thread is at the next chunk, that ends first; called back from there, this is done at its end.
         """
-        self._is_closing = True
-        self._cancel.set()
+        self._is_closing.set()
         if self._owner == threading.get_ident():
             return
         with self._turn:
