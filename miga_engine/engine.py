@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Video:
-    """A finished video: ``frames`` uint8 ``[T, H, W, 3]`` on the CPU."""
+    """A finished video: `frames` uint8 `[T,H,W,3]` on the CPU."""
 
     frames: torch.Tensor
     fps: int | str
@@ -126,7 +126,7 @@ class Engine:
     def estimate(cls, given: EstimateCall) -> MemoryEstimate:
         """What a run of a model would need of memory, from its shapes: no weights are read.
 
-        Options are those of :meth:`from_pretrained` and :meth:`resolve`, and are checked as there, except that a GPU
+        Options are those of `from_pretrained` and `resolve`, and are checked as there, except that a GPU
         need not be here. Each text of the prompt counts as if it were as long as can be. window_batch takes precedence
         over that of `miga`. Call it before loading: what the process already holds counts as its libraries.
         """
@@ -149,7 +149,7 @@ class Engine:
 
     @own_modes()
     def describe(self) -> dict[str, str]:
-        """What the model is, in a few lines, for ``miga info``."""
+        """What the model is, in a few lines, for `miga info`."""
         bundle = self.bundle
         window = bundle.window_frames
         parts = {"transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder}
@@ -222,7 +222,7 @@ class Engine:
 
     @takes(RunCall)
     def run(self, given: RunCall) -> Stream:
-        """Stream a resolved request; see :meth:`stream`."""
+        """Stream a resolved request; see `stream`."""
         return self._run(given.request, part(given, StreamOptions), given.attention)
 
     def _resolve(self, given: Request) -> Request:

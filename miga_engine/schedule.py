@@ -245,7 +245,7 @@ def _unipc_row(sigmas: Sequence[float], step_index: int, history_length: int) ->
 def _unipc_corrector(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     """xc = (σ/σ₋)·y − α·φ·m1 − α·φ·(ρ₁·D + ρ₂·(m − m1)), D = (m2 − m1)/r, with the order of the frame's previous step.
 
-    Order 1: ρ₁ = 0, ρ₂ = ½. Order 2: [[1, 1], [r, 1]]·ρ = (k/φ, 2(k/(−h) − ½)/φ), k = φ/(−h) − 1, r = (λ₋₋ − λ₋)/h.
+    Order 1: ρ₁ = 0, ρ₂ = ½. Order 2: [[1,1], [r,1]]·ρ = (k/φ, 2(k/(−h) − ½)/φ), k = φ/(−h) − 1, r = (λ₋₋ − λ₋)/h.
     """
     sigma, sigma_last = sigmas[step_index], sigmas[step_index - 1]
     log_snr_last = _log_snr(sigma_last)

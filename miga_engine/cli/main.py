@@ -1,4 +1,4 @@
-"""The ``miga`` command: generate, resume, estimate, eval, convert, info."""
+"""The `miga` command: generate, resume, estimate, eval, convert, info."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``miga``; the exit code. Errors are one sentence on standard error."""
+    """Entry point of `miga`; the exit code. Errors are one sentence on standard error."""
     _keep_standard_streams()
     share_processors()
     arguments = [_hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]

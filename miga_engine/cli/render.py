@@ -33,8 +33,8 @@ OpenStream = Callable[[Callable[[Event], None], Callable[[], bool]], Stream]
 class Outputs:
     """What a run writes.
 
-    ``video`` is a name for `video.open_sink`; ``session`` None writes none. The session file is deleted when the video
-    is complete, unless ``keeps_session``; ``checkpoint_every`` None writes it only when the run is stopped.
+    `video` is a name for `video.open_sink`; `session` None writes none. The session file is deleted when the video
+    is complete, unless `keeps_session`; `checkpoint_every` None writes it only when the run is stopped.
     """
 
     video: str

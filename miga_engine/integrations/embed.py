@@ -33,7 +33,7 @@ _FRAME = re.compile("0|[1-9][0-9]{0,17}")
 class Run:
     """A video that is being made. Calls may come from any thread; each waits for the one before.
 
-    ``is_cancelled`` is one byte; whoever sets it to 1, from any thread and without Python's lock, ends the video before
+    `is_cancelled` is one byte; whoever sets it to 1, from any thread and without Python's lock, ends the video before
     the next pass.
     """
 
@@ -53,7 +53,7 @@ class Run:
     def next_frame(self, frame: Any, row_bytes: int = 0) -> bool:
         """Write the next frame, uint8 RGB, into a writable buffer of bytes; False where the video has ended.
 
-        ``row_bytes`` from the start of a row to that of the next, 0 = 3 · width. ConfigError for a buffer that does not
+        `row_bytes` from the start of a row to that of the next, 0 = 3 · width. ConfigError for a buffer that does not
         hold a frame, which is then not lost; after any other error the video has ended, and MigaError repeats it.
         """
         request = self._stream.request

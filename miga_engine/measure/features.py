@@ -25,7 +25,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Features:
-    """Who computes features, and how: float frames [n,3,H,W] in [0, 255] → [n,D]."""
+    """Who computes features, and how: float frames [n,3,H,W] in [0,255] → [n,D]."""
 
     name: str
     compute: Callable[[Tensor], Tensor]
@@ -77,7 +77,7 @@ def consistency_curve(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def colour_and_gradients(frames: Tensor) -> Tensor:
-    """A descriptor without weights: frames [n,3,H,W] in [0, 1] → [n,32·4·6].
+    """A descriptor without weights: frames [n,3,H,W] in [0,1] → [n,32·4·6].
 
     In each cell of a grid of 4 rows and 6 columns: histograms of the three channels (8 bins each, softly assigned) and
     of the gradient's direction (8 of them, weighted by its length). Square roots of shares, so that the cosine of two
@@ -251,7 +251,7 @@ def _square(frames: Tensor) -> Tensor:
 
 
 def _resized(frames: Tensor, side: int, mode: str, *, crop: bool = False) -> Tensor:
-    """Short side `side`, rounded to 8-bit levels as VBench's transforms do; in [0, 1]."""
+    """Short side `side`, rounded to 8-bit levels as VBench's transforms do; in [0,1]."""
     height, width = frames.shape[2:]
     size = [int(side * length / min(height, width)) for length in (height, width)]
     frames = F.interpolate(frames, size, mode=mode, antialias=False).round().clamp(0, 255) / 255

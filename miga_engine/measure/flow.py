@@ -18,7 +18,7 @@ SHORT_SIDE = 256
 """Motion is told in pixels of a picture this many pixels high or wide, whichever is less."""
 _BATCH = 16
 _WINDOW = 9
-_CONTRAST = 0.02  # of [0, 1]; weaker texture is not brought to full contrast
+_CONTRAST = 0.02  # of [0,1]; weaker texture is not brought to full contrast
 _STIFFNESS = 1e-3
 _LUMA = torch.tensor(LUMA)
 
@@ -44,7 +44,7 @@ def motion_and_warping(
     """Motion and warping error of every pair of successive frames of uint8 [T,H,W,3]: two float64 [T-1].
 
     Motion is the mean length of the flow vectors in pixels a frame, scaled to a picture with a short side of 256. The
-    warping error is ΣM‖I_t − warp(I_{t+1})‖² / ΣM over RGB in [0, 1] (Lai et al. 2018), M the pixels whose forward and
+    warping error is ΣM‖I_t − warp(I_{t+1})‖² / ΣM over RGB in [0,1] (Lai et al. 2018), M the pixels whose forward and
     backward flow agree: ‖f + b‖² < 0.01(‖f‖² + ‖b‖²) + 0.5 (Sundaram et al. 2010); NaN where none does. The flow is
     estimated at a short side of at most 256 by DIS, and 128 by Lucas-Kanade.
     """
@@ -79,7 +79,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def lucas_kanade(before: Tensor, after: Tensor, *, iterations: int = 4) -> Tensor:
-    """Flow [N,2,H,W] from `before` to `after`, both float [N,H,W] in [0, 1]: Lucas-Kanade, coarse to fine.
+    """Flow [N,2,H,W] from `before` to `after`, both float [N,H,W] in [0,1]: Lucas-Kanade, coarse to fine.
 
     Each level solves for every pixel the least squares of its 9×9 neighbourhood. Pictures are brought to one local mean
     and contrast first, so that a change of brightness is no motion; where there is no texture the flow of the coarser

@@ -187,12 +187,12 @@ def frozen_share(differences: Curve) -> float:
 
 
 def luminance(frames: VideoArray) -> Curve:
-    """Mean luma (BT.709) of each frame in [0, 1]: [T]."""
+    """Mean luma (BT.709) of each frame in [0,1]: [T]."""
     return np.array([float(frame.mean((0, 1)) @ _LUMA) / 255 for frame in frames])
 
 
 def saturation(frames: VideoArray) -> Curve:
-    """Mean over pixels of the largest minus the smallest channel in [0, 1]: [T]."""
+    """Mean over pixels of the largest minus the smallest channel in [0,1]: [T]."""
 
     def of(frame: VideoArray) -> float:
         r, g, b = (frame[..., i] for i in range(3))  # four times as fast as max and min over the last axis

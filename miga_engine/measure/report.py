@@ -270,7 +270,7 @@ def _axis(
 def _draw(
     plot: npt.NDArray[np.float32], heights: npt.NDArray[Any], first: int, num_frames: int, colour: npt.NDArray[Any]
 ) -> None:
-    """A curve with heights in [0, 1] from frame `first` on, two pixels thick and smooth, in place."""
+    """A curve with heights in [0,1] from frame `first` on, two pixels thick and smooth, in place."""
     rows, columns = plot.shape[:2]
     places = first + np.arange(len(heights))
     seen = np.isfinite(heights)

@@ -35,7 +35,7 @@ class TruthCurves:
         what the first frames show.
     subject_consistency, background_consistency: [T-1], VBench's rule on the classifier's features of subject and
         colour, and of terrain and time of day.
-    colour_profile_distance: [T], mean absolute difference in [0, 1] between the median colour of each row of the
+    colour_profile_distance: [T], mean absolute difference in [0,1] between the median colour of each row of the
         picture and that of the true world.
     profile: [T,64,3], those medians.
     position: [T,2], the subject's column and row in pixels of a picture 64×96.
@@ -51,9 +51,9 @@ class TruthCurves:
     scroll: npt.NDArray[np.float64]
 
     def means(self) -> dict[str, float]:
-        """One number each: means of the curves, and
+        """One number each: means of the curves, and these.
 
-        colour_drift: mean absolute difference in [0, 1] of the row medians between first and last eighth;
+        colour_drift: mean absolute difference in [0,1] of the row medians between first and last eighth;
         subject_jitter: mean length of the subject's acceleration in pixels a frame²;
         scroll_speed, scroll_variation: median of the hills' speed, and its standard deviation over that median (only
         where the video is longer than 8 frames).

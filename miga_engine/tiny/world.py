@@ -190,7 +190,7 @@ def render_frames(
 ) -> tuple[Array, Array]:
     """Renders frame `frames[i]` of `scenes[i]` for every i.
 
-    Returns the pictures `[N,H,W,3]` in [0, 1] and the subject's coverage `[N,H,W]` in [0, 1].
+    Returns the pictures `[N,H,W,3]` in [0,1] and the subject's coverage `[N,H,W]` in [0,1].
     """
     if len(scenes) != len(frames):
         raise ValueError(f"{len(scenes)} scenes are given for {len(frames)} frames: give one scene a frame")
@@ -265,7 +265,7 @@ def render(
 ) -> tuple[npt.NDArray[np.uint8], Array]:
     """Frames `first_frame … first_frame + num_frames - 1` of a scene.
 
-    Returns uint8 video `[T,H,W,3]` and the subject's coverage `[T,H,W]` in [0, 1].
+    Returns uint8 video `[T,H,W,3]` and the subject's coverage `[T,H,W]` in [0,1].
     """
     frames = np.arange(first_frame, first_frame + num_frames)
     image, mask = render_frames([scene] * num_frames, frames, height, width)
