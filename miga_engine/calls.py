@@ -5,17 +5,48 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
-from typing import TYPE_CHECKING
 
 from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions, option
 from miga_engine.options import with_default
-
-if TYPE_CHECKING:
-    from miga_engine.engine import Progress
+from miga_engine.runtime.ranks import Ranks
+from miga_engine.runtime.stream import Chunk, Event
 
 
 @dataclass(frozen=True)
-class StreamCall(Request, StreamOptions):
+class Progress:
+    """What a callback is told after each chunk."""
+
+    num_frames_out: int
+    num_frames: int | None
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class LoadCall(LoadOptions):
+    """What `from_pretrained` is asked for."""
+
+    _: KW_ONLY
+    ranks: Ranks | None = option(
+        None, "the processes that share the windows of each pass; all must ask for the same video, and rank 0 gives "
+        "its frames", kind=object, is_hosted=False, is_recorded=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamControls(StreamOptions):
+    """How frames leave a run, and who hears of it and can end it."""
+
+    on_event: Callable[[Event], None] | None = option(
+        None, "is called with each event: scores, searches, chunks, warnings", kind=object, is_hosted=False
+    )
+    is_cancelled: Callable[[], bool] | None = option(
+        None, "is asked between passes; True ends the video after what was already made", kind=object,
+        is_hosted=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StreamCall(Request, StreamControls):
     """What `stream` is asked for."""
 
 
@@ -31,7 +62,7 @@ class GenerateCall(StreamCall):
 
 
 @dataclass(frozen=True)
-class ResumeCall(StreamOptions):
+class ResumeCall(StreamControls):
     """What `resume` is asked for."""
 
     path: str | os.PathLike[str] = option(MISSING, "the session file", kind=object, is_hosted=False)
@@ -39,7 +70,7 @@ class ResumeCall(StreamOptions):
 
 
 @dataclass(frozen=True)
-class RunCall(StreamOptions):
+class RunCall(StreamControls):
     """What `run` is asked for."""
 
     request: Request = option(MISSING, "as `resolve` gives it", kind=object, is_hosted=False)

@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
@@ -17,9 +17,6 @@ from miga_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-    from miga_engine.runtime.ranks import Ranks
-    from miga_engine.runtime.stream import Event
 
 T = TypeVar("T")
 
@@ -151,10 +148,6 @@ class LoadOptions(Checked):
     capture: bool = option(
         True, "replay forwards of one shape as CUDA graphs; without effect on CPUs", is_recorded=False
     )
-    ranks: Ranks | None = option(
-        None, "the processes that share the windows of each pass; all must ask for the same video, and rank 0 gives "
-        "its frames", kind=object, is_hosted=False, is_recorded=False,
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("model", "device", "dtype", "vae_dtype"):
@@ -269,13 +262,6 @@ class StreamOptions(Checked):
     chunk_frames: int | None = option(
         None, "video frames of a chunk, the last may be shorter", shown="as they are decoded", least=1, most=MAX_FRAME,
         unit="video frames", is_hosted=False,
-    )  # fmt: skip
-    on_event: Callable[[Event], None] | None = option(
-        None, "is called with each event: scores, searches, chunks, warnings", kind=object, is_hosted=False
-    )
-    is_cancelled: Callable[[], bool] | None = option(
-        None, "is asked between passes; True ends the video after what was already made", kind=object,
-        is_hosted=False,
     )  # fmt: skip
     overlap_decode: bool | None = option(
         None, "decode in a second thread beside the network: the frames are the same, all but the first come one pass "

@@ -15,8 +15,17 @@ import torch
 
 from miga_engine import ops
 from miga_engine._version import __version__
-from miga_engine.calls import EstimateCall, GenerateCall, ResumeCall, RunCall, StreamCall
-from miga_engine.config import LoadOptions, Request, StreamOptions
+from miga_engine.calls import (
+    EstimateCall,
+    GenerateCall,
+    LoadCall,
+    Progress,
+    ResumeCall,
+    RunCall,
+    StreamCall,
+    StreamControls,
+)
+from miga_engine.config import LoadOptions, Request
 from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
 from miga_engine.errors import CheckpointError, ConfigError, DeviceError
 from miga_engine.models.bundle import ModelBundle
@@ -35,7 +44,7 @@ from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
 from miga_engine.runtime.session import State, fingerprint, load_session, taking_apart
 from miga_engine.runtime.stages import VideoRun
-from miga_engine.runtime.stream import Chunk, Events, Stream
+from miga_engine.runtime.stream import Events, Stream
 from miga_engine.tiny import WEIGHTS_DIR
 
 if TYPE_CHECKING:
@@ -60,15 +69,6 @@ class Video:
             sink.write(self.frames)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told after each chunk; returning False from the callback ends the run."""
-
-    num_frames_out: int
-    num_frames: int | None
-    chunk: Chunk
-
-
 MOST_WINDOWS = 8
 """Windows that go together at most where the GPU's memory decides: more gain next to nothing at the sizes of Wan2.1."""
 
@@ -88,8 +88,8 @@ class Engine:
 
     @classmethod
     @own_modes()
-    @takes(LoadOptions)
-    def from_pretrained(cls, given: LoadOptions) -> Engine:
+    @takes(LoadCall)
+    def from_pretrained(cls, given: LoadCall) -> Engine:
         """Load `"tiny"` (the embedded model), a model folder, or a file inside one.
 
         On "tiny" frames decoded in bfloat16 have a PSNR of 54 dB against those of float32 and differ by at most 4 of
@@ -98,7 +98,7 @@ class Engine:
         return cls._loaded(given, resolve_device(given.device))
 
     @classmethod
-    def _loaded(cls, given: LoadOptions, target: torch.device) -> Engine:
+    def _loaded(cls, given: LoadCall, target: torch.device) -> Engine:
         name, compute = str(given.model), _compute_dtype(given, target)
         is_tiny = name == "tiny"
         folder = WEIGHTS_DIR if is_tiny else Path(name)
@@ -134,7 +134,7 @@ class Engine:
 
         target = torch.device("cuda") if str(given.device).startswith("cuda") else resolve_device(given.device)
         dtype = str(_compute_dtype(given, target)).removeprefix("torch.")
-        on_meta = dataclasses.replace(part(given, LoadOptions), device="meta", dtype=dtype)
+        on_meta = LoadCall(str(given.model), "meta", dtype, preset=given.preset, vae_dtype=given.vae_dtype)
         shapes = cls._loaded(on_meta, torch.device("meta"))
         request = shapes._resolve(given)
         if given.window_batch is not None:
@@ -179,7 +179,7 @@ class Engine:
 
         Options are checked before the first chunk is asked for. The frames do not depend on how they leave.
         """
-        return self._run(self._resolve(given), part(given, StreamOptions))
+        return self._run(self._resolve(given), part(given, StreamControls))
 
     @own_modes()
     @takes(GenerateCall)
@@ -189,7 +189,7 @@ class Engine:
         `callback` is called after each chunk; when it returns False the video so far is returned.
         """
         request, frames = self._resolve(given), []
-        with self._run(request, part(given, StreamOptions)) as stream:
+        with self._run(request, part(given, StreamControls)) as stream:
             for chunk in stream:
                 frames.append(chunk.frames.cpu())
                 progress = Progress(stream.num_frames_out, request.num_frames, chunk)
@@ -214,7 +214,7 @@ class Engine:
         with taking_apart(path):
             request, state = request_and_state(path, session, given.num_frames, self._resolve)
             self._check_state(request, state)
-        stream = self._run(request, part(given, StreamOptions), attention_choices(path, session))
+        stream = self._run(request, part(given, StreamControls), attention_choices(path, session))
         stream.load(path, state, has_extension=state is session.state and session.extension is not None)
         for warning in warnings:
             stream.warn(warning)
@@ -223,13 +223,13 @@ class Engine:
     @takes(RunCall)
     def run(self, given: RunCall) -> Stream:
         """Stream a resolved request; see `stream`."""
-        return self._run(given.request, part(given, StreamOptions), given.attention)
+        return self._run(given.request, part(given, StreamControls), given.attention)
 
     def _resolve(self, given: Request) -> Request:
         return resolved(part(given, Request), self.preset, self.bundle)
 
     @own_modes()
-    def _run(self, request: Request, options: StreamOptions, attention: dict[str, str] | None = None) -> Stream:
+    def _run(self, request: Request, options: StreamControls, attention: dict[str, str] | None = None) -> Stream:
         attention = {} if attention is None else attention
         events = Events(options.on_event)
         is_on_gpu = self.device.type == "cuda"

@@ -34,7 +34,7 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
         fps=rate_text(frame_rate(preset.fps if given.fps is None else given.fps)),
         negative_prompt=bundle.default_negative_prompt if given.negative_prompt is None else given.negative_prompt,
         method=None,
-        miga=_method(given, preset.miga, bundle.window_frames),
+        miga=method_config(given, preset.miga, bundle.window_frames),
     )
     multiple = bundle.size_multiple
     for name, size in (("height", request.height), ("width", request.width)):
@@ -50,7 +50,8 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     return request
 
 
-def _method(given: Request, of_preset: MigaConfig, window_frames: int) -> MigaConfig:
+def method_config(given: Request, of_preset: MigaConfig, window_frames: int) -> MigaConfig:
+    """The options of the method: those given over the preset's, or over FIFO-Diffusion's for such a window."""
     base, changes = (given.miga, {}) if isinstance(given.miga, MigaConfig) else (of_preset, given.miga or {})
     if given.method == "fifo":
         base = fifo_config(base, window_frames)

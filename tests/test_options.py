@@ -15,12 +15,12 @@ from miga_engine import ConfigError, Engine, calls, options
 from miga_engine.cli.config_file import read_config
 from miga_engine.cli.main import _build_parser
 from miga_engine.cli.write_options import RECORDS
-from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions, option
+from miga_engine.config import MigaConfig, Request, StreamOptions, option
 from miga_engine.integrations import embed
 from miga_engine.presets import PRESETS
 
 CALLS = {
-    "from_pretrained": LoadOptions,
+    "from_pretrained": calls.LoadCall,
     "estimate": calls.EstimateCall,
     "resolve": Request,
     "stream": calls.StreamCall,

@@ -51,13 +51,15 @@ def video_options(settings: dict[str, Any]) -> dict[str, Any]:
 def _frames_of_groups(settings: dict[str, Any]) -> int:
     """Video frames of so many zigzag groups, the MIGA release's unit of length."""
     from miga_engine.engine import Engine
+    from miga_engine.resolve import method_config
 
     groups = settings["long_iter_nums"]
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ConfigError(f"long_iter_nums must be a whole number of at least 1, got {groups!r}")
     shapes = Engine.from_pretrained(settings.get("model", "tiny"), "meta", preset=settings.get("preset"))
-    request = shapes.resolve("any", **picked(settings, Request), miga=picked(settings, MigaConfig))
-    return shapes.bundle.num_video_frames(groups * request.miga.zigzag_width)
+    asked = Request("any", **picked(settings, Request), miga=picked(settings, MigaConfig))
+    config = method_config(asked, shapes.preset.miga, shapes.bundle.window_frames)
+    return shapes.bundle.num_video_frames(groups * config.zigzag_width)
 
 
 def prompt_timeline(settings: dict[str, Any]) -> dict[int, str]:
