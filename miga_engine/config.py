@@ -274,6 +274,14 @@ class StreamOptions(Checked):
 
 
 @dataclass(frozen=True)
+class Condition:
+    """What a video follows beside its prompts: a kind of `models.bundle.ModelFacts.conditions`, and its tensors."""
+
+    kind: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Request(SamplingConfig):
     """A video, as it is asked for; once resolved, with every option filled in, as metadata and session files record it.
 
@@ -300,6 +308,11 @@ class Request(SamplingConfig):
     miga: FromPreset[MigaConfig] = option(
         None, "options of the method: a MigaConfig, or a mapping of those that differ from the preset's",
         kind=object, is_hosted=False,
+    )  # fmt: skip
+
+    condition: Condition | None = option(
+        None, "an image or a clip that the video follows, of a kind that the model takes; so far none takes any",
+        kind=object, is_hosted=False, is_recorded=False,
     )  # fmt: skip
 
     @property

@@ -36,6 +36,11 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
         method=None,
         miga=method_config(given, preset.miga, bundle.window_frames),
     )
+    if given.condition is not None and given.condition.kind not in bundle.facts.conditions:
+        taken = " or ".join(bundle.facts.conditions)
+        raise ConfigError(
+            f"condition is of kind {given.condition.kind!r}, and this model follows {taken}: leave it out"
+        )
     multiple = bundle.size_multiple
     for name, size in (("height", request.height), ("width", request.width)):
         if size % multiple:

@@ -15,7 +15,7 @@ from miga_engine import ConfigError, Engine, calls, options
 from miga_engine.cli.config_file import read_config
 from miga_engine.cli.main import _build_parser
 from miga_engine.cli.write_options import RECORDS
-from miga_engine.config import MigaConfig, Request, StreamOptions, option
+from miga_engine.config import Condition, MigaConfig, Request, StreamOptions, option
 from miga_engine.integrations import embed
 from miga_engine.presets import PRESETS
 
@@ -103,6 +103,12 @@ def test_records_resolve_to_what_session_files_hold() -> None:
     for name in ("seed", "miga"):
         with pytest.raises(KeyError):
             Request.from_record({k: v for k, v in request.to_record().items() if k != name})
+
+
+def test_a_condition_is_refused_by_a_model_that_takes_none() -> None:
+    engine = Engine.from_pretrained("tiny", "meta")
+    with pytest.raises(ConfigError, match="condition is of kind 'image', and this model follows text: leave it out"):
+        engine.resolve("a kite", num_frames=9, condition=Condition("image", {}))
 
 
 def test_every_preset_decides_everything() -> None:

@@ -65,6 +65,7 @@ def resume(options: argparse.Namespace) -> int:
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.runtime.session import load_session
     from miga_engine.runtime.session_info import model_of_session, video_of_session
+    from miga_engine.video.outputs import suffixes_of
     from miga_engine.video.paths import check_output
 
     settings = vars(options)
@@ -79,7 +80,7 @@ def resume(options: argparse.Namespace) -> int:
         every = writing.checkpoint_every
         outputs = Outputs(
             str(video),
-            events=check_output(writing.events, (".jsonl",), overwrite=True) if writing.events else None,
+            events=check_output(writing.events, suffixes_of("events"), overwrite=True) if writing.events else None,
             session=path,
             checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
             keeps_session=every is not None or session.state.numbers["keeps_extension"],

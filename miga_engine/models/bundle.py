@@ -40,7 +40,7 @@ class ModelFacts:
     protocol_frames: int
     """Video frames of the clips that the MIGA paper measures."""
     conditions: tuple[str, ...] = ("text",)
-    """Kinds of condition that a video can be made to follow: see `models.family.Condition`."""
+    """Kinds of condition that a video can be made to follow: see `config.Condition`."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 A family is a folder beside this file whose `family.py` fills in one `Family`, and a line in `models.loading.FAMILIES`.
 Families import nothing of each other. What more kinds of model will need has its place:
 
-- Conditions (a first image, a clip): a family names the kinds it takes in `ModelFacts.conditions`; whoever asks for a
-  video hands over a `Condition` of one of them.
+- Conditions (a first image, a clip): a family names the kinds it takes in `ModelFacts.conditions`; `config.Request`
+  carries a `Condition`, refused unless it is of one of them; `runtime.network.Batch` has room for what it adds to the
+  frames of windows.
 - Networks by noise level (the two experts of Wan2.2): the family's `open_bundle` makes one `Transformer` that holds
   them and picks by the level in `encode_timesteps`, whose result it alone reads; nobody else learns that there are
   several.
@@ -12,26 +13,17 @@ Families import nothing of each other. What more kinds of model will need has it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transformer
 from miga_engine.weights.checkpoint import Checkpoint
 
 Device = torch.device | str | None
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a video follows beside its prompts: a kind of `ModelFacts.conditions` other than "text", and its tensors."""
-
-    kind: str
-    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
