@@ -21,13 +21,12 @@ import numpy as np
 
 from bench.study.methods import NUM_PROMPTS, PROMPTS, SCENES, WORLD, method_options
 from bench.study.paired import COMPARED, VideoRow
-from miga_engine.config import MigaConfig
+from miga_engine.config import MigaConfig, Request
 from miga_engine.errors import ConfigError
 from miga_engine.files import open_own, path_written_whole, write_whole
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
-    from miga_engine.config import Request
     from miga_engine.engine import Engine
     from miga_engine.runtime.stream import Event
 
