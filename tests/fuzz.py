@@ -474,12 +474,13 @@ def break_request(data: bytes, rng: Random) -> bytes:
 
 def load_options(folder: Folder) -> None:
     """A --config file all the way to a request and the first steps of its run."""
-    from miga_engine import cli, config_file
+    from miga_engine.cli.config_file import read_config
+    from miga_engine.cli.main import _prompt_timeline, _request_options
 
-    settings = config_file.read_config(str(folder / "run.yaml"))
-    prompt = cli._prompt_timeline(settings)
+    settings = read_config(str(folder / "run.yaml"))
+    prompt = _prompt_timeline(settings)
     settings.pop("model", None)
-    start(tiny(), {"prompt": prompt, **cli._request_options(tiny(), settings)})
+    start(tiny(), {"prompt": prompt, **_request_options(tiny(), settings)})
 
 
 def start(engine: Any, options: dict[str, Any]) -> None:
