@@ -411,7 +411,7 @@ def test_options_of_a_stochastic_solver_are_heard(models, options):
     ("options", "sentence"),
     [
         ({"prompt": "  "}, "the prompt is empty at frame 0"),
-        ({"prompt": {5: "late"}}, "has frames [[]5[]]: give a text for frame 0, too"),
+        ({"prompt": {5: "late"}}, r"has frames \[5\]: give a text for frame 0, too"),
         ({"prompt": {0: "a", -1: "b"}}, "has the key -1: give video frame numbers from 0 on"),
         ({"prompt": 7}, "prompt is of type int: give a text or a timeline"),
         ({"num_frames": 0}, "num_frames must be a whole number of at least 1 .*got 0"),
