@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
 
-from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions, option
+from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, Request, StreamOptions, option
 from miga_engine.options import with_default
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.stream import Chunk, Event
@@ -54,7 +54,7 @@ class StreamCall(Request, StreamControls):
 class GenerateCall(StreamCall):
     """What `generate` is asked for."""
 
-    num_frames: int = with_default(Request, "num_frames", 240)
+    num_frames: int = with_default(Request, "num_frames", NUM_FRAMES)
     _: KW_ONLY
     callback: Callable[[Progress], bool | None] | None = option(
         None, "is called after each chunk; False ends the run", kind=object, is_hosted=False
@@ -85,6 +85,6 @@ class EstimateCall(Request, LoadOptions):
     """What `estimate` is asked for."""
 
     prompt: str | Mapping[int, str] = with_default(Request, "prompt", "any")
-    num_frames: int | None = with_default(Request, "num_frames", 240)
+    num_frames: int | None = with_default(Request, "num_frames", NUM_FRAMES)
     _: KW_ONLY
     window_batch: int | None = with_default(MigaConfig, "window_batch", None)

@@ -32,6 +32,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_OPTION = 10_000
 """Of every count in MigaConfig: buffers are sized by them."""
 
+NUM_FRAMES = 240
+"""Video frames where nobody says how many."""
+
 MAX_FRAME = 10**9
 """Number of the last video frame: two years of video."""
 

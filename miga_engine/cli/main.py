@@ -13,8 +13,8 @@ from miga_engine._version import __version__
 from miga_engine.cli import generate, info, measure
 from miga_engine.cli.config_file import FLAG_NAMES, FLAGS_ALONE
 from miga_engine.cli.terminal import say
-from miga_engine.cli.write_options import NUM_FRAMES, WriteOptions
-from miga_engine.config import DTYPES, LoadOptions, MigaConfig, Request, StreamOptions
+from miga_engine.cli.write_options import WriteOptions
+from miga_engine.config import DTYPES, NUM_FRAMES, LoadOptions, MigaConfig, Request, StreamOptions
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.options import add_flags
 from miga_engine.threads import share_processors

@@ -6,8 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.config_file import RELEASED_NAMES, read_config, read_value, translated
-from miga_engine.cli.write_options import NUM_FRAMES
-from miga_engine.config import LoadOptions, MigaConfig, Request
+from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, Request
 from miga_engine.errors import ConfigError
 from miga_engine.options import picked
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from miga_engine.config import Checked, LoadOptions, MigaConfig, Request, StreamOptions, option
 
-NUM_FRAMES = 240
 CHECKPOINT_EVERY = 500
 """Video frames between two session files."""
 
