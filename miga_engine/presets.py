@@ -1,4 +1,4 @@
-"""Numbers of papers and releases, and ours, as data (docs/method.md §8)."""
+"""Numbers of papers and releases, and ours, as data (docs/method.md §9)."""
 
 from __future__ import annotations
 
