@@ -27,7 +27,7 @@ from collections.abc import Callable
 import result_files
 import timing
 import torch
-from bench_engine import random_transformer
+from engine_runs import random_transformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import timing
 import torch
-from bench_engine import random_transformer
+from engine_runs import random_transformer
 from safetensors.torch import load_file, save_file
 
 from miga_engine.models import load_transformer

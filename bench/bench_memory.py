@@ -25,7 +25,7 @@ from unittest import mock
 
 import result_files
 import torch
-from bench_engine import random_transformer
+from engine_runs import random_transformer
 
 from miga_engine import Engine
 from miga_engine.models.wan.vae import WanVAE

@@ -36,7 +36,7 @@ import pytest
 import result_files
 import timing
 import torch
-from bench_engine import captured_at_any_size, random_transformer
+from engine_runs import captured_at_any_size, random_transformer
 from torch import Tensor, nn
 
 from miga_engine import Engine, memory

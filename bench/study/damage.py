@@ -185,7 +185,7 @@ def document(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, flo
 _INTRODUCTION = """\
 # What the measures of `miga eval` see
 
-Made by `python -m bench.study.damage docs/measures.md`; `tests/measure/test_eval.py` holds it to what is measured.
+Made by `python -m bench.study.damage docs/measures.md`; `tests/measure/test_measures.py` holds it to what is measured.
 
 No single number says that a video is good. A still picture is perfectly consistent, noise is sharp, and a cut to a
 better scene raises accuracy: read consistency beside motion, and sharpness beside noise.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from places import GOLDENS
+from runs_code import RunsCode
 from safetensors.torch import load_file, save_file
 from test_models_vc2_text import merges, write_merges
 
@@ -260,16 +261,6 @@ def test_cut_files(ckpt: Path, tmp_path: Path, kept: int) -> None:
     for load in (*LOADERS, recognises):
         with pytest.raises(CheckpointError, match=r"model\.ckpt is cut short.*: download it again$"):
             load(file)
-
-
-class RunsCode:
-    """What a malicious file would do when unpickled."""
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (exec, (f"open({self.marker!r}, 'w')",))
 
 
 @pytest.mark.parametrize("is_archive", [True, False])

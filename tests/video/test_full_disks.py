@@ -11,9 +11,9 @@ from typing import Any
 import golden_model
 import numpy as np
 import pytest
+from clips import HEIGHT, METADATA, WIDTH
 from places import ROOT
-from test_resumed_outputs import FRAMES, METADATA, NAMES, RATE, _opened, _pictures, _tree
-from test_video import HEIGHT, WIDTH
+from stopped_runs import FRAMES, NAMES, RATE, opened, pictures, tree
 
 from miga_engine import files
 from miga_engine.cli import main
@@ -60,9 +60,9 @@ def test_a_disk_that_is_full_at_any_write(
     tmp_path: Path, name: str, is_overwriting: bool, in_thread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "whole").mkdir()
-    with _opened(f"{tmp_path}/whole/{name}") as sink:
+    with opened(f"{tmp_path}/whole/{name}") as sink:
         _write(sink, FRAMES[:NUM_FRAMES])
-    whole = _pictures(f"{tmp_path}/whole/{name}")
+    whole = pictures(f"{tmp_path}/whole/{name}")
     if name == "frames/" and is_overwriting:
         return  # older pictures go first
     num_writes = 0
@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_at_any_write(
             Path(path).write_bytes(b"old")
         with monkeypatch.context() as patch:
             disk = _Disk(patch, num_writes)
-            plain = _opened(path, overwrite=is_overwriting)
+            plain = opened(path, overwrite=is_overwriting)
             sink = EncoderThread(plain) if in_thread else plain
             sink.checkpoint()  # as a run saves it before its first frame
             try:
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_at_any_write(
         assert num_taken > 0
         with reopen_sink(path, record, behind, RATE, WIDTH, HEIGHT, METADATA) as sink:
             sink.write(FRAMES[num_taken:NUM_FRAMES])
-        assert np.array_equal(_pictures(path), whole), num_writes
+        assert np.array_equal(pictures(path), whole), num_writes
         assert {entry.name for entry in folder.iterdir()} == {name.rstrip("/")}
         num_writes += 1
     assert num_writes > 3
@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_while_a_run_is_gone_on_with(
         folder = tmp_path / str(num_writes)
         folder.mkdir()
         path = f"{folder}/{name}"
-        with _opened(path) as sink:
+        with opened(path) as sink:
             sink.write(FRAMES[:14])
             position = sink.checkpoint()
         with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_while_a_run_is_gone_on_with(
         if disk.is_full:
             with reopen_sink(path, *position, RATE, WIDTH, HEIGHT, METADATA) as sink:
                 sink.write(FRAMES[14:NUM_FRAMES])
-        assert len(_pictures(path)) == NUM_FRAMES
+        assert len(pictures(path)) == NUM_FRAMES
         assert {entry.name for entry in folder.iterdir()} == {name.rstrip("/")}
 
 
@@ -184,10 +184,10 @@ def test_standard_output_is_not_the_file_that_the_run_wrote(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(_generate(folder, "video.mp4", "--checkpoint-every", 8)) == 0
-    before = _tree(tmp_path)
+    before = tree(tmp_path)
     assert main(["resume", "video.session.safetensors", "--model", str(folder), "-o", "-", "-q"]) == 2
     assert "cannot go on with -: the run did not write such a file" in capsys.readouterr().err
-    assert _tree(tmp_path) == before
+    assert tree(tmp_path) == before
 
 
 def test_a_log_of_events_that_takes_nothing_loses_no_frame(
@@ -235,10 +235,10 @@ def test_a_log_of_events_that_takes_nothing_loses_no_frame(
 @pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mkv", "pipe:1.mp4", "file:x.rgb", "crypto:x.mp4"])
 def test_names_with_a_colon_are_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with _opened(name) as sink:
+    with opened(name) as sink:
         sink.write(FRAMES[:14])
         position = sink.checkpoint()
     with reopen_sink(name, *position, RATE, WIDTH, HEIGHT, METADATA) as sink:
         sink.write(FRAMES[14:20])
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
-    assert len(_pictures(name)) == 20
+    assert len(pictures(name)) == 20

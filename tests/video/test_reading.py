@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import places
 import pytest
-from test_video import METADATA, _frames
+from clips import METADATA, moving_square
 
 from miga_engine.cli import main
 from miga_engine.cli.measure import read_clip
@@ -23,7 +23,7 @@ from miga_engine.video import reading
 from miga_engine.video.outputs import open_sink
 from miga_engine.video.reading import opened_video, read_metadata, read_video
 
-FRAMES = _frames(41)
+FRAMES = moving_square(41)
 QUICK = ["--features", "descriptor", "--flow", "lucas-kanade"]
 
 
