@@ -124,7 +124,7 @@ def _check_command(line: str) -> None:
 
 def _check_parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     try:
-        _build_parser().parse_args(arguments)
+        parser.parse_args(arguments)
     except SystemExit as exit:  # --help
         if exit.code:
             raise

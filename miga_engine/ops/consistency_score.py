@@ -1,7 +1,6 @@
 """consistency_score: how alike groups of latent frames are, which self-reflection judges by."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from miga_engine.ops._registry import register, require, require_tensors
@@ -45,9 +44,11 @@ def consistency_score_reference(reference: Tensor, candidates: Tensor, channels:
 
 def _frame_directions(frames: Tensor, channels: str) -> Tensor:
     """[…,C,H,W] → unit vectors […,P], P = H·W (channel mean) or C·H·W (all); the zero vector stays zero."""
+    import einops  # as late as a network does: `models.layers.rearrange`
+
     frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
     vectors = frames if channels == "all" else frames.mean(-3, keepdim=True)
-    vectors = rearrange(vectors, "... c h w -> ... (c h w)")
+    vectors = einops.rearrange(vectors, "... c h w -> ... (c h w)")
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(norms > 0, norms, 1)
 

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor
 
 from miga_engine.ops._registry import is_written_once, register, require, require_indices, require_tensors
@@ -101,6 +100,8 @@ def qk_norm_rope_reference(
     eps: float,
 ) -> None:
     """The oracle: any device, any float dtype; no checks."""
+    import einops
+
     table = None
     if temporal is not None and spatial is not None and positions is not None:
         table = _rotary_table(temporal, spatial, positions)
@@ -112,18 +113,20 @@ def qk_norm_rope_reference(
             x = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
         if table is not None:
             cos, sin = (part.to(x.dtype) for part in table)
-            even, odd = rearrange(x, "b n (h pair two) -> b n h pair two", h=num_heads, two=2).unbind(-1)
+            even, odd = einops.rearrange(x, "b n (h pair two) -> b n h pair two", h=num_heads, two=2).unbind(-1)
             turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-            x = rearrange(turned, "b n h pair two -> b n (h pair two)")
+            x = einops.rearrange(turned, "b n h pair two -> b n (h pair two)")
         tensor.copy_(x)
 
 
 def _rotary_table(temporal: Tensor, spatial: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B,F·S,1,pairs] of every token."""
+    import einops
+
     batch, num_frames = positions.shape
-    in_time = repeat(temporal[positions], "b f part pair -> b f s part pair", s=spatial.shape[0])
-    in_space = repeat(spatial, "s part pair -> b f s part pair", b=batch, f=num_frames)
-    table = rearrange(torch.cat([in_time, in_space], dim=-1), "b f s part pair -> part b (f s) 1 pair")
+    in_time = einops.repeat(temporal[positions], "b f part pair -> b f s part pair", s=spatial.shape[0])
+    in_space = einops.repeat(spatial, "s part pair -> b f s part pair", b=batch, f=num_frames)
+    table = einops.rearrange(torch.cat([in_time, in_space], dim=-1), "b f s part pair -> part b (f s) 1 pair")
     return table[0], table[1]
 
 
