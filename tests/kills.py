@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import os
 import random
 import shutil
@@ -30,6 +29,8 @@ import golden_model
 import numpy as np
 import torch
 
+from miga_engine import cli
+from miga_engine.cli import generate
 from miga_engine.engine import Engine
 from miga_engine.runtime import session
 from miga_engine.runtime.session import load_session
@@ -43,7 +44,6 @@ OPTIONS = [
     *("--stage2-steps", "2", "--guidance-frames", "1", "--stride", "2", "--judge-step", "2", "--seed", "5", "-q"),
 ]
 NUM_FRAMES = 61
-COMMAND = importlib.import_module("miga_engine.cli.main")  # the package has a function of that name
 VIDEOS = ("video.mp4", "video.mkv", "video.rgb", "frames/")
 _PROMPTS = ("--prompt-at", "20", "a blue kite", "--prompt-at", "41", "a plane at night", "--prompt-blend-frames", "8")
 RUNS = {
@@ -237,7 +237,7 @@ class Trial:
                 _signal_in_session(plan)
             elif plan is not None and plan.place == "output":
                 _signal_in_output(plan)
-            status = COMMAND.main(arguments)
+            status = cli.main(arguments)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -245,9 +245,9 @@ class Trial:
 
     def _prepare(self) -> None:
         """Leave out what takes its time, and overlap in resumed runs too, for which there is no flag."""
-        Engine.from_pretrained = lambda _, device=None, dtype=None, **__: self.engines[dtype or "float32"]  # type: ignore[method-assign]
+        Engine.from_pretrained = lambda model=None, device=None, dtype=None, **__: self.engines[dtype or "float32"]  # type: ignore[method-assign]
         for check in ("_estimate_memory", "_refuse_the_impossible", "_peak_memory"):
-            setattr(COMMAND, check, lambda *_: None)
+            setattr(generate, check, lambda *_: None)
         if "--overlap-decode" in RUNS[self.run]:
             Engine.resume = functools.partialmethod(Engine.resume, overlap_decode=True)  # type: ignore[method-assign, assignment]
 
