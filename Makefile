@@ -1,4 +1,4 @@
-# demo: a video from a prompt · test: lint and all tests · lint · fake-cuda: runs on a pretended GPU
+# demo: a video from a prompt · test: lint and all tests · quick: the fast ones · lint · fake-cuda: runs on a pretended GPU
 # aot: the GPU kernels, compiled · options: docs/options.md · embed: the C interface · bench · venv · clean
 # The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
 
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test lint fake-cuda aot options embed bench venv clean
+.PHONY: demo test quick lint fake-cuda aot options embed bench venv clean
 
 demo: venv
 	mkdir -p out
@@ -18,6 +18,10 @@ demo: venv
 # One thread a process: tests/conftest.py.
 test: lint
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# The working loop: under a minute on two cores. All but the tests that are marked slow.
+quick: $(VENV)/.test $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow" -q --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .

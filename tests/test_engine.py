@@ -75,6 +75,7 @@ def _digest(frames: torch.Tensor) -> str:
     return hashlib.sha256(frames.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "num_frames"), [*(("wan", n) for n in (1, 2, 17, 30, 61)), *(("videocrafter2", n) for n in (1, 2, 9))]
 )
@@ -85,6 +86,7 @@ def test_exactly_as_many_frames_as_asked(models, family, num_frames):
     assert frames.dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_same_seed_same_frames_however_they_are_cut(model):
     assert torch.equal(model.video, model.generate())
     for chunk_frames, overlap in ((1, False), (4, True)):
@@ -95,6 +97,7 @@ def test_same_seed_same_frames_however_they_are_cut(model):
     assert not torch.equal(model.video, model.generate(seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_frames", [None, 7])
 def test_overlapped_decoding_changes_nothing(engine, chunk_frames):
     options = golden_model.OPTIONS | {"miga": golden_model.MIGA, "chunk_frames": chunk_frames}
@@ -105,6 +108,7 @@ def test_overlapped_decoding_changes_nothing(engine, chunk_frames):
     assert torch.equal(_generate(engine, 61, overlap_decode=True), torch.cat([chunk.frames for chunk in plain]))
 
 
+@pytest.mark.slow
 def test_overlapped_runs_in_two_threads_do_not_disturb_one_another(engine):
     alone = [_generate(engine, seed=seed) for seed in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
@@ -112,6 +116,7 @@ def test_overlapped_runs_in_two_threads_do_not_disturb_one_another(engine):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["close", "drop", "cancel"])
 def test_overlapped_stream_ends_with_its_thread(engine, ends):
     options = golden_model.OPTIONS | {"miga": golden_model.MIGA, "overlap_decode": True}
@@ -132,6 +137,7 @@ def test_overlapped_stream_ends_with_its_thread(engine, ends):
     assert not any(thread.name == "miga-decode" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_vae_dtype_is_obeyed_and_close(folder, engine):
     half = Engine.from_pretrained(folder, vae_dtype="bfloat16")
     assert half.bundle.vae.dtype == torch.bfloat16
@@ -143,6 +149,7 @@ def test_vae_dtype_is_obeyed_and_close(folder, engine):
         Engine.from_pretrained(folder, vae_dtype="int8")
 
 
+@pytest.mark.slow
 def test_same_frames_in_another_process(engine, folder):
     program = (
         "import hashlib, golden_model; from miga_engine import Engine; "
@@ -158,12 +165,14 @@ def test_same_frames_in_another_process(engine, folder):
     assert result.stdout.strip() == _digest(_generate(engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_batch", [2, 5])
 def test_window_batch_changes_rounding_only(model, window_batch):
     batched = model.generate(miga=dataclasses.replace(model.miga, window_batch=window_batch))
     assert (batched.int() - model.video.int()).abs().max() <= 2
 
 
+@pytest.mark.slow
 def test_a_run_is_cancelled_between_passes(model):
     chunks: list[Chunk] = []
     for chunk in model.stream(model.num_frames, is_cancelled=lambda: bool(chunks)):
@@ -177,6 +186,7 @@ def test_cancelled_before_the_first_frame(model):
     assert list(model.stream(model.num_frames, is_cancelled=lambda: True)) == []
 
 
+@pytest.mark.slow
 def test_fifo_diffusion_runs_and_streams(model):
     fifo = fifo_config(model.miga, model.engine.bundle.window_frames)
     video = model.generate(miga=fifo)
@@ -207,6 +217,7 @@ ranks.close()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_windows_and_make_the_same_video(models, tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(miga_engine.__file__).parent.parent)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -228,6 +239,7 @@ def test_two_ranks_share_the_windows_and_make_the_same_video(models, tmp_path):
         assert second[name][1] > len(calls) / 4
 
 
+@pytest.mark.slow
 def test_endless_stream_starts_at_once_and_can_be_dropped(engine):
     chunks = engine.stream("a red balloon", **golden_model.OPTIONS, miga=golden_model.MIGA)
     first = [next(chunks) for _ in range(6)]
@@ -236,6 +248,7 @@ def test_endless_stream_starts_at_once_and_can_be_dropped(engine):
     assert torch.equal(torch.from_dlpack(first[0].frames), first[0].frames)
 
 
+@pytest.mark.slow
 def test_callback_ends_the_run_with_what_is_there(engine):
     seen = []
 
@@ -254,6 +267,7 @@ def test_callback_is_refused_nothing_when_it_returns_nothing(engine):
     assert len(engine.generate("a red balloon", 20, callback=lambda progress: None, **options).frames) == 20
 
 
+@pytest.mark.slow
 def test_events_tell_the_run(engine):
     events = []
     _generate(engine, on_event=events.append, miga=dataclasses.replace(golden_model.MIGA, score_drop=0.0))
@@ -263,12 +277,14 @@ def test_events_tell_the_run(engine):
     assert sum(event.data["num_frames"] for event in events if event.kind == "chunk") == 30
 
 
+@pytest.mark.slow
 def test_a_run_leaves_nothing_behind_for_the_next(engine):
     before = _generate(engine)
     _generate(engine, 20, prompt="another prompt", seed=9)
     assert torch.equal(before, _generate(engine))
 
 
+@pytest.mark.slow
 def test_save_and_read_back(engine, tmp_path):
     from miga_engine.video.reading import read_metadata, read_video
 
@@ -281,6 +297,7 @@ def test_save_and_read_back(engine, tmp_path):
     assert metadata["miga"]["zigzag_width"] == 2
 
 
+@pytest.mark.slow
 def test_what_a_run_holds_does_not_grow_with_its_length(engine):
     """Bytes of all tensors that are alive, beside those of the frames given out."""
 
@@ -300,6 +317,7 @@ def test_what_a_run_holds_does_not_grow_with_its_length(engine):
     assert held[1] <= 1.001 * held[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "videocrafter2"])
 def test_of_many_prompts_only_those_at_hand_are_held(models, family, monkeypatch):
     """100 prompts take the memory of those that the queue shows, and give the frames of a table that holds all."""
@@ -324,6 +342,7 @@ def test_of_many_prompts_only_those_at_hand_are_held(models, family, monkeypatch
     assert small <= layout.capacity + 2 < large
 
 
+@pytest.mark.slow
 def test_a_later_prompt_changes_only_what_it_can_reach(engine):
     single = _generate(engine, 61)
     double = _generate(engine, 61, prompt={0: "a red balloon", 57: "snow at night"})
@@ -332,6 +351,7 @@ def test_a_later_prompt_changes_only_what_it_can_reach(engine):
     assert same[0]
 
 
+@pytest.mark.slow
 def test_a_prompt_after_the_end_changes_nothing(engine):
     assert torch.equal(_generate(engine), _generate(engine, prompt={0: "a red balloon", 5000: "night"}))
 
@@ -346,6 +366,7 @@ def test_facts_come_with_the_model(models):
         engine.resolve("a b", num_frames=4, solver="unipc", use_scale_array=False, **model.options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"prompt": "snow at night"}, {"use_scale_array": False}, {"eta": 0.0}])
 def test_options_of_a_stochastic_solver_are_heard(models, options):
     model = models["videocrafter2"]

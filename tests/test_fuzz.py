@@ -8,10 +8,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from places import ROOT
 from refusals import on_linux
 
 
+@pytest.mark.slow
 @on_linux
 def test_fuzz() -> None:
     """A share of `python tests/fuzz.py`, each target at least once."""
@@ -21,6 +23,7 @@ def test_fuzz() -> None:
     assert run.stdout.endswith("200 cases, 0 failed\n")
 
 
+@pytest.mark.slow
 @on_linux
 def test_the_fuzzer_sees_faults(tmp_path: Path) -> None:
     """Loaders that crash, run code, take memory, print nonsense or fail otherwise are told apart."""

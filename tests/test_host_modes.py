@@ -111,6 +111,7 @@ def _state() -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("family", OPTIONS)
 @pytest.mark.parametrize("mode", MODES)
@@ -135,6 +136,7 @@ def test_the_frames_do_not_depend_on_the_hosts_modes(mode: str, family: str, ove
     assert not any(frames.requires_grad or frames.is_inference() for frames in chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OPTIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_generating_saving_and_resuming_do_not_either(mode: str, family: str, folders, videos, tmp_path: Path) -> None:
@@ -151,6 +153,7 @@ def test_generating_saving_and_resuming_do_not_either(mode: str, family: str, fo
     assert torch.equal(torch.cat([first, *rest]), videos[family])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_loaded_networks_are_real_whatever_the_mode(mode: str, folders) -> None:
     plain = load_transformer(folders["wan"]), load_vae(folders["wan"])

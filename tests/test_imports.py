@@ -181,6 +181,7 @@ def test_the_rules_have_teeth(part: str, imported: str, is_loaded: bool) -> None
     assert _violation(part, imported, is_loaded)
 
 
+@pytest.mark.slow
 def test_python_outside_the_package_never_imports_top_level_kernels() -> None:
     for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py"), ROOT / "setup.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -31,6 +31,7 @@ FEW_STEPS = ["--num-frames", "5", "--num-inference-steps", "9", "--stage2-steps"
 NOTHING_HELD_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured through /proc")
 @pytest.mark.parametrize(
     ("options", "environment"),
@@ -87,6 +88,7 @@ def _write_headers(folder: Path, name: str, module: nn.Module, shards: int = 1) 
     return sum(tensor.numel() for _, tensor in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "shards", "parameters"), [("1.3B", 1, 1.42e9), ("14B", 6, 14.29e9)])
 def test_published_models_are_estimated_from_their_headers(size, shards, parameters, tmp_path):
     with torch.device("meta"):
@@ -153,6 +155,7 @@ def test_attention_counts_by_the_device_it_is_meant_for():
     assert q.nbytes < needs["cuda"] < needs["cpu"]
 
 
+@pytest.mark.slow
 def test_estimate_follows_the_request(tmp_path):
     folder = golden_model.build(tmp_path / "model")
     options = {"device": "cpu", "miga": golden_model.MIGA, **golden_model.OPTIONS}
@@ -181,6 +184,7 @@ def test_estimate_follows_the_request(tmp_path):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_networks_in_one_file_are_counted_once(tmp_path):
     """Each network of VideoCrafter2's file is mapped by itself, and its text tower's last block is never read."""
     golden_model.build_videocrafter2(tmp_path)
@@ -229,6 +233,7 @@ def test_window_batch_is_the_largest_power_of_two_that_fits():
     assert choose_window_batch(needs, free_bytes=10**9, most=20) == 16
 
 
+@pytest.mark.slow
 def test_the_prompts_of_a_config_are_counted(tmp_path, capsys) -> None:
     """And of many no more than the queue shows at once, with their blends."""
     from miga_engine.cli import main

@@ -55,6 +55,7 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(word.item() for word in philox4x32(key, as_words(counter))) == expected
 
 
+@pytest.mark.slow
 def test_philox_matches_triton_bit_for_bit(tmp_path):
     pytest.importorskip("triton")
     script, given, returned = (tmp_path / name for name in ("kernel.py", "given.pt", "returned.pt"))

@@ -31,6 +31,7 @@ def _run(engine: Engine, family: str, **options):
                          **golden_model.FAMILIES[family].options, **options)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_decoder_that_gives_nan_stops_the_run_behind_its_sound_frames(
@@ -60,6 +61,7 @@ def test_a_decoder_that_gives_nan_stops_the_run_behind_its_sound_frames(
     assert torch.equal(torch.cat([made, *rest]), whole)
 
 
+@pytest.mark.slow
 def test_nan_in_the_file_of_the_vae_ends_in_a_sentence_and_not_in_a_black_video(tmp_path: Path, capsys) -> None:
     folder = golden_model.build(tmp_path / "model")
     file = folder / "Wan2.1_VAE.safetensors"
@@ -79,6 +81,7 @@ def test_nan_in_the_file_of_the_vae_ends_in_a_sentence_and_not_in_a_black_video(
     )
 
 
+@pytest.mark.slow
 def test_float16_that_overflows_names_the_dtypes_that_do_not(engines, family: str, monkeypatch) -> None:
     vae = engines[family].bundle.vae
     latents = torch.full((1, vae.config.z_dim, 2, 4, 4), 1e4)

@@ -45,6 +45,7 @@ def test_import_is_light() -> None:
     assert heavy.isdisjoint(loaded)
 
 
+@pytest.mark.slow
 def test_import_of_the_engine_needs_neither_oracles_nor_triton_nor_video() -> None:
     loaded = _python(
         "import sys; from miga_engine import Engine; print(*{name.split('.')[0] for name in sys.modules})"

@@ -202,6 +202,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_shell_block_is_run_line_for_line(scratch: Path, monkeypatch, capsys) -> None:
     """In README's order: the first resume finds a run that was interrupted, the second one that is complete."""
     lines = [line for line in _shell_lines(README) if not line.startswith("make ")]
@@ -250,6 +251,7 @@ class _EnoughError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_the_python_blocks_are_run(scratch: Path) -> None:
     shown: list[torch.Tensor] = []
 

@@ -14,6 +14,7 @@ from miga_engine.engine import Engine
 from miga_engine.threads import StarvationWatch, processor_quota, share_processors
 
 
+@pytest.mark.slow
 def test_the_command_chooses_how_its_threads_wait_before_torch_is_loaded() -> None:
     script = """
 import os, sys

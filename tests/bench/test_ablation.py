@@ -90,6 +90,7 @@ def test_a_method_can_be_changed_in_its_name(engine: Engine) -> None:
 # The grid --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_grid_is_filled_up_measured_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +148,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_no_video_is_made_whose_figures_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,6 +294,7 @@ def test_steps_planted_together_are_apart() -> None:
     assert len(lots) == 4
 
 
+@pytest.mark.slow
 def test_the_judge_of_latents_sees_what_was_planted(engine: Engine) -> None:
     tiny = engine.preset
     few = dataclasses.replace(tiny.miga, zigzag_width=2, stage2_steps=2)  # a queue that fits one window

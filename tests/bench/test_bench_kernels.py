@@ -48,6 +48,7 @@ def test_configurations_have_names_of_their_own() -> None:
         assert len({bench_kernels.configuration_name(config) for config in configs}) == len(configs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_saved_at_once", [False, True])
 def test_a_contender_that_fails_costs_no_other_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved_at_once: bool

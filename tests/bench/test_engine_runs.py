@@ -8,6 +8,7 @@ import torch
 pytestmark = pytest.mark.usefixtures("own_results")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"num_frames": 21, "guidance_scale": 1.5}], ids=["long", "shorter than a clip"]
 )
@@ -25,6 +26,7 @@ def test_diffusers_loop_makes_the_engines_latents_and_video(options: dict) -> No
     assert (ours - theirs).abs().max() <= baseline_diffusers.TOLERANCE * theirs.abs().max()
 
 
+@pytest.mark.slow
 def test_check_refuses_another_video() -> None:
     import baseline_diffusers
     import engine_runs
@@ -38,6 +40,7 @@ def test_check_refuses_another_video() -> None:
         baseline_diffusers.check(engine, loop, request)
 
 
+@pytest.mark.slow
 def test_half_precision_is_held_to_the_float32_latents() -> None:
     import baseline_diffusers
     import engine_runs
@@ -49,6 +52,7 @@ def test_half_precision_is_held_to_the_float32_latents() -> None:
     assert 0 < baseline_diffusers.check(engine, loop, engine_runs.small_request(engine, num_frames=21)) < 0.1
 
 
+@pytest.mark.slow
 def test_parts_of_a_run_add_up() -> None:
     import engine_runs
 

@@ -78,6 +78,7 @@ def test_results_are_at_most_eight_files_however_the_command_ends(tmp_path: Path
     assert {"./rows.txt", "./second.log", "./9"} <= set(listed.stdout.split())
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_sentence_and_a_failure(tmp_path: Path) -> None:
     run = _command("second", tmp_path, "echo no GPU is visible; exit 3")
     assert run.returncode == 3
@@ -97,6 +98,7 @@ def test_without_a_gpu_one_sentence_and_a_failure(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_first_minutes_run_as_far_as_a_cpu_goes(tmp_path: Path) -> None:
     environment = {**os.environ, "SMALL": "1", "MIGA_RESULTS": str(tmp_path), "MIGA_COMMIT": "abc1234"}
     stages = ("env", "ceilings", "ops", "attention", "whole")

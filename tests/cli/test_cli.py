@@ -39,6 +39,7 @@ def _miga(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
     video, sheet, events = tmp_path / "video.mp4", tmp_path / "sheet.png", tmp_path / "events.jsonl"
     arguments = ["--num_frames", 30, "--seed=7", "--prompt-at", 20, "a blue balloon", "--quiet", *SMALL]
@@ -56,6 +57,7 @@ def test_generate_writes_video_sheet_and_events(folder, tmp_path, capsys):
     assert {"stage", "score", "chunk"} <= kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fps", "recorded"), [("29.97", "2997/100"), ("24000/1001", "24000/1001"), ("6", 6)])
 def test_the_rate_may_be_a_fraction(folder, tmp_path, capsys, fps, recorded):
     video, saved = tmp_path / "video.mp4", tmp_path / "video.session.safetensors"
@@ -68,6 +70,7 @@ def test_the_rate_may_be_a_fraction(folder, tmp_path, capsys, fps, recorded):
         assert container.streams.video[0].average_rate == Fraction(recorded)
 
 
+@pytest.mark.slow
 def test_videocrafter2_folder_makes_a_video(tmp_path, capsys):
     model = golden_model.build_videocrafter2(tmp_path / "model")
     size = ["--height", 8, "--width", 16, "--num-inference-steps", 7]
@@ -83,6 +86,7 @@ def test_videocrafter2_folder_makes_a_video(tmp_path, capsys):
     assert (read_metadata(video)["solver"], read_metadata(video)["use_scale_array"]) == ("ddim", True)
 
 
+@pytest.mark.slow
 def test_fifo_method_and_no_flags(folder, tmp_path):
     video = tmp_path / "video.mkv"
     arguments = ["--height", 32, "--width", 48, "--num-inference-steps", 10]
@@ -94,6 +98,7 @@ def test_fifo_method_and_no_flags(folder, tmp_path):
     assert (recorded["zigzag_width"], recorded["commit"], recorded["self_reflection"]) == (1, "trailing", False)
 
 
+@pytest.mark.slow
 def test_config_file_with_released_names_and_flags_that_override(folder, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -177,6 +182,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(arguments, sentence, fol
     assert (tmp_path / "old.mp4").read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 def test_interrupt_ends_cleanly_with_what_is_there(folder, tmp_path):
     video = tmp_path / "video.mp4"
     process = subprocess.Popen(
@@ -197,6 +203,7 @@ def test_interrupt_ends_cleanly_with_what_is_there(folder, tmp_path):
     assert np.isfinite(frames).all()
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_only_when_done(folder, tmp_path):
     video = tmp_path / "video.mp4"
     video.write_bytes(b"precious")
@@ -207,6 +214,7 @@ def test_overwrite_replaces_only_when_done(folder, tmp_path):
     assert len(read_video(video)) == 9
 
 
+@pytest.mark.slow
 def test_estimate_takes_the_options_of_generate(folder, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("sample_steps: 10\nwindow_batch: 2\n")
@@ -228,6 +236,7 @@ def test_info(folder, tmp_path, capsys):
     assert _miga("info", tmp_path / "missing") == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_video_of_one(folder, tmp_path):
     """As `torchrun --nproc-per-node 2 -m miga_engine generate …` does, on CPUs."""
     options = ["a red balloon", "--model", str(folder), "--num-frames", "13", "--quiet", *SMALL]
@@ -252,6 +261,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("is_taken", "code"), [(False, 0), (True, 2)])
 def test_a_rank_leaves_its_group_whole(folder, tmp_path, is_taken, code):
     """A thread of the group that outlives it may meet the interpreter's end, which aborts: a good run would exit 1."""

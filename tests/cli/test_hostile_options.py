@@ -142,6 +142,7 @@ def test_any_prompt(tiny: Engine, text: str) -> None:
     passes_or_is_refused(encode)
 
 
+@pytest.mark.slow
 def test_pictures_beyond_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--height", "16384", "--width", "16384"]
     assert main(["generate", "a", "--device", "cpu", *size, "-o", str(tmp_path / "a.mkv")]) == 2

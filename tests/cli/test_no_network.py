@@ -20,6 +20,7 @@ def folder(tmp_path: Path) -> Path:
     return golden_model.build(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_the_network(folder: Path, tmp_path: Path) -> None:
     """A video is made where Python can open no socket, and none is tried."""
     program = textwrap.dedent("""

@@ -115,12 +115,14 @@ def test_header_is_plain_c(tmp_path):
     subprocess.run([compiler, *flags, tmp_path / "host.c"], check=True)
 
 
+@pytest.mark.slow
 def test_library_exports_the_header_and_nothing_else(built):
     table = _host("nm", "-D", "--defined-only", built / "libmiga_embed.so").stdout
     exported = {line.split()[-1] for line in table.splitlines() if line.split()[-2] in "TDBR"}
     assert exported == set(re.findall(r"^MIGA_API .*?(miga_\w+)\(", (HERE / "miga_embed.h").read_text(), re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_example_prints_the_checksums_of_python(built, folder, frames):
     result = _host(built / "example", folder, json.dumps(OPTIONS))
     expected = [f"{number} {checksum}" for number, checksum in enumerate(_checksums(frames[0]))]
@@ -128,6 +130,7 @@ def test_example_prints_the_checksums_of_python(built, folder, frames):
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_example_cancels_saves_and_resumes_without_losing_a_frame(built, folder, frames, tmp_path):
     options = json.dumps({**OPTIONS, "overlap_decode": True})
     result = _host(built / "example", folder, options, 7, tmp_path / "run.safetensors")
@@ -136,6 +139,7 @@ def test_example_cancels_saves_and_resumes_without_losing_a_frame(built, folder,
     assert (tmp_path / "run.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_host_can_rely_on_it(built, folder, frames, tmp_path):
     inside = json.dumps(OPTIONS)[1:-1]  # begins with num_frames, which an endless run leaves out
     result = _host(built / "checks", built / "libmiga_embed.so", folder, inside, tmp_path / "run.safetensors")
@@ -190,6 +194,7 @@ def test_another_environment_is_refused_by_name(built, folder, program, sentence
 # From a process that has Python ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", [ctypes.CDLL, ctypes.PyDLL], ids=["lock released", "lock held"])
 def test_in_a_process_that_has_python(built, folder, frames, loader):
     library = loader(str(built / "libmiga_embed.so"))
@@ -234,6 +239,7 @@ def _pull(run: embed.Run, most: int = 10**6) -> torch.Tensor:
     return torch.stack(pulled) if pulled else torch.empty(0)
 
 
+@pytest.mark.slow
 def test_saved_runs_go_on_at_the_frame_and_can_be_made_longer(run, engine, tmp_path):
     path = os.fsencode(tmp_path / "run.safetensors")
     first = run(num_frames=60)
@@ -261,6 +267,7 @@ def test_a_model_that_the_host_has_not_named_is_not_opened(run, tmp_path, monkey
         embed.resume_run(path, b"{}")
 
 
+@pytest.mark.slow
 def test_one_handle_in_two_threads_gives_every_frame_once(run, frames):
     shared = run()
     parts: list[torch.Tensor] = []
@@ -272,6 +279,7 @@ def test_one_handle_in_two_threads_gives_every_frame_once(run, frames):
     assert sorted(_checksums(torch.cat(parts))) == sorted(_checksums(frames[0]))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_run_ends_it_and_is_repeated(run):
     failing = run(stop_on_drift=0.0)
     frame = bytearray(48 * 32 * 3)
@@ -282,6 +290,7 @@ def test_an_error_of_the_run_ends_it_and_is_repeated(run):
             failing.next_frame(frame)
 
 
+@pytest.mark.slow
 def test_timeline_and_method_are_those_of_the_engine(run, engine):
     timeline = {0: "a red balloon", 5: "snow at night"}
     config = dataclasses.replace(fifo_config(engine.preset.miga, 5), guidance_offset=2)
@@ -291,6 +300,7 @@ def test_timeline_and_method_are_those_of_the_engine(run, engine):
     assert torch.equal(pulled, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -94,6 +94,7 @@ with open(report, "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_neither_output_nor_global_state(folder, tmp_path):
     (tmp_path / "cwd").mkdir()
     result = subprocess.run(
@@ -105,6 +106,7 @@ def test_neither_output_nor_global_state(folder, tmp_path):
     assert changed == {"import": [], "between chunks": [], "run": []}
 
 
+@pytest.mark.slow
 def test_only_programs_print():
     """The command, and the one that makes docs/options.md."""
     for path in ROOT.glob("miga_engine/**/*.py"):
@@ -131,6 +133,7 @@ def test_every_exception_has_one_base_and_is_exported():
         assert getattr(miga_engine, each.__name__) is each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [
@@ -159,6 +162,7 @@ def test_what_a_caller_can_do_wrong_raises_miga_error(engine, tmp_path, call):
 # Frames ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_frames", [None, 1, 7])
 def test_frames_are_shared_without_a_copy(engine, chunk_frames):
     for chunk in engine.stream(PROMPT, 20, chunk_frames=chunk_frames, **OPTIONS):
@@ -170,6 +174,7 @@ def test_frames_are_shared_without_a_copy(engine, chunk_frames):
         assert np.from_dlpack(chunk.frames).ctypes.data == place
 
 
+@pytest.mark.slow
 def test_frames_that_were_given_out_are_the_callers(engine):
     """Writing into a chunk, or keeping it, does not reach into the run."""
     whole = engine.generate(PROMPT, 20, **OPTIONS).frames
@@ -216,6 +221,7 @@ def alone(tmp_path_factory) -> list[tuple[Engine, golden_model.Family, torch.Ten
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap_decode", [False, True])
 def test_two_engines_in_two_threads_give_the_frames_of_one_after_the_other(alone, overlap_decode):
     with ThreadPoolExecutor(len(alone)) as pool:
@@ -223,6 +229,7 @@ def test_two_engines_in_two_threads_give_the_frames_of_one_after_the_other(alone
     assert all(torch.equal(future.result(), frames) for future, (_, _, frames) in zip(together, alone, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap_decode", [False, True])
 def test_cancel_from_another_thread(engine, overlap_decode):
     event, has_begun = threading.Event(), threading.Event()
@@ -264,6 +271,7 @@ def _begin(engine: Engine, **options) -> tuple[object, list[weakref.ref]]:
     return stream, [weakref.ref(each) for each in _tensors() if id(each) not in known_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ends", "overlap_decode"), [("with", False), ("with", True), ("dropped", True)])
 def test_a_run_releases_its_memory_at_once(engine, ends, overlap_decode):
     """Without the garbage collector: nothing of a run is part of a cycle."""
@@ -285,6 +293,7 @@ def test_a_run_releases_its_memory_at_once(engine, ends, overlap_decode):
     assert not any(thread.name == "miga-decode" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_an_engine_releases_its_weights(folder):
     engine = Engine.from_pretrained(folder)
     engine.generate(PROMPT, 5, **OPTIONS)

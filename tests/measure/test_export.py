@@ -24,6 +24,7 @@ SMALL = ["--height", 32, "--width", 48, "--num-inference-steps", 10, "--zigzag-w
          "--guidance-frames", 1, "--stride", 2, "--judge-step", 3]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_vbench_export_is_made_once_and_goes_on(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red balloon over snowy hills at dawn\n\na white plane over a desert at noon\n")
@@ -101,6 +102,7 @@ def test_narrlv_export_has_the_names_and_keys_its_scripts_read(tmp_path):
         export.plan_narrlv(path)
 
 
+@pytest.mark.slow
 def test_protocol_is_the_papers_and_a_foreign_export_is_left_alone(tmp_path, tmp_path_factory):
     from miga_engine.engine import Engine
 

@@ -26,6 +26,7 @@ def test_flow_finds_a_known_shift(shift):
     assert error.mean() < 0.2
 
 
+@pytest.mark.slow
 def test_motion_does_not_depend_on_the_size_and_warping_error_leaves_hidden_pixels_out():
     small, _ = world.render(SCENE, 0, 9)
     large, _ = world.render(SCENE, 0, 9, 128, 192)

@@ -57,6 +57,7 @@ def damaged() -> tuple[list[dict[str, float]], dict[str, dict[str, float]]]:
     return [damage.figures(clip, vae) for clip in clips], broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in MEASURES if n not in ("subject_consistency", "background_consistency")])
 def test_measure_sees_the_damage_it_must_and_no_other(damaged, name):
     clean, broken = damaged
@@ -66,12 +67,14 @@ def test_measure_sees_the_damage_it_must_and_no_other(damaged, name):
     assert got == EXPECTED[name], (values, {what: broken[what][name] for what in EXPECTED[name]})
 
 
+@pytest.mark.slow
 def test_every_damage_is_seen(damaged):
     seen = damage.marks(*damaged)
     for what in damage.DAMAGES:
         assert sum(row[what] != "·" for row in seen.values()) >= 3, what
 
 
+@pytest.mark.slow
 def test_document_says_what_is_measured(damaged):
     """The text word for word; marks but for values near the border between seen and not seen."""
     clean, broken = damaged

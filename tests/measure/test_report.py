@@ -35,6 +35,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.slow
 def test_command_prints_the_table_with_motion_beside_consistency(files, capsys):
     assert miga("eval", files["moving"], files["still"], "--features", "descriptor", "--flow", "lucas-kanade") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -52,6 +53,7 @@ def test_command_prints_the_table_with_motion_beside_consistency(files, capsys):
     assert "Lucas-Kanade, built in" in lines[-4] + lines[-3] + lines[-5]
 
 
+@pytest.mark.slow
 def test_command_writes_tables_and_a_picture(files, tmp_path, capsys):
     outputs = {suffix: tmp_path / f"table{suffix}" for suffix in (".json", ".csv")}
     quick = ["--features", "descriptor", "--flow", "lucas-kanade", "--num-frames", 20]
@@ -98,6 +100,7 @@ def test_picture_draws_the_curve_where_its_values_are(tmp_path):
         assert 1 - column.argmax() / (len(column) - 1) == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.slow
 def test_folders_are_read_in_order_and_bad_input_is_named(files, tmp_path, capsys):
     quick = ["--features", "descriptor", "--flow", "lucas-kanade"]
     assert miga("eval", files["pictures"], "--json", *quick) == 0

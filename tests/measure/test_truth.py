@@ -29,6 +29,7 @@ def test_prompts_are_read_back_from_every_wording():
         truth.scenes_of("a cat", 1, np.zeros((1, 4), int))
 
 
+@pytest.mark.slow
 def test_what_a_prompt_leaves_open_is_to_stay_as_it_began():
     video = np.concatenate(
         [world.render(SCENE, 0, 30)[0], world.render(dataclasses.replace(SCENE, time="night"), 30, 30)[0]]
@@ -42,6 +43,7 @@ def test_what_a_prompt_leaves_open_is_to_stay_as_it_began():
     assert measure_tiny(video, {0: f"a {SCENE.subject}", 30: f"the {SCENE.subject}"})["accuracy_time"] > 0.95
 
 
+@pytest.mark.slow
 def test_truth_follows_the_subject_and_the_hills_and_timelines():
     video, mask = world.render(SCENE, 300, 60)
     curves = truth.truth_curves(video, world.caption(SCENE))

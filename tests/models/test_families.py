@@ -183,6 +183,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_toy_family_loads_estimates_and_generates(toy: Path) -> None:
     options = {"height": 16, "width": 24, "num_inference_steps": 7, "guidance_scale": 2.0}
     miga = MigaConfig(zigzag_width=2, stage2_steps=2, guidance_frames=1, stride=2, judge_step=2, candidates=2)
@@ -213,6 +214,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pth", ".ckpt")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", golden_model.FAMILIES)
 def test_what_a_loader_keeps_in_float32_is_not_cast_by_a_conversion(tmp_path: Path, family: str) -> None:
     """Each family by its own rule: a converted model is, in bfloat16, the model in bfloat16."""

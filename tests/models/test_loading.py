@@ -92,6 +92,7 @@ def test_official_and_diffusers_folders_hold_the_same_model(official: Path, diff
     assert torch.equal(ours.encode_prompts(prompts), theirs.encode_prompts(prompts))
 
 
+@pytest.mark.slow
 def test_networks_load_by_root_component_folder_and_file(official: Path, diffusers: Path) -> None:
     for load, name, file in (
         (load_transformer, "transformer", DIT_FILE),
@@ -129,6 +130,7 @@ def test_single_file_needs_no_config(tmp_path: Path) -> None:
         load_bundle(tmp_path / "wan.safetensors")
 
 
+@pytest.mark.slow
 def test_dtype_is_cast_on_arrival(official: Path) -> None:
     transformer = load_transformer(official, dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in transformer.state_dict().items()}
@@ -142,6 +144,7 @@ def test_dtype_is_cast_on_arrival(official: Path) -> None:
     assert bundle.vae.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_bundle_states_the_facts_of_the_model(official: Path) -> None:
     bundle = load_bundle(official)
     assert (bundle.latent_channels, bundle.spatial_factor, bundle.frame_ratio, bundle.size_multiple) == (16, 8, 4, 16)
@@ -175,6 +178,7 @@ def test_weights_are_off_the_file(official: Path) -> None:
     assert torch.equal(transformer.patch_embedding.weight, before)
 
 
+@pytest.mark.slow
 def test_import_needs_torch_only() -> None:
     code = (
         "import sys, miga_engine.models\n"
@@ -195,6 +199,7 @@ def put(key: str, *shape: int) -> Callable[[Tensors], None]:
     return lambda tensors: tensors.update({key: torch.zeros(shape)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -319,6 +324,7 @@ def test_indexes_stay_in_their_folder(official: Path) -> None:
         load_transformer(official)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["DIT", "VAE", "tokenizer"])
 @pytest.mark.parametrize(
     ("content", "sentence"),

@@ -79,6 +79,7 @@ def convert(*arguments: object) -> int:
     return main(["convert", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_networks_load_by_file_and_folder(ckpt: Path, released: Tensors) -> None:
     for load, public, prefix in zip(LOADERS, PUBLIC, PREFIXES, strict=True):
         module = load(ckpt)
@@ -91,6 +92,7 @@ def test_networks_load_by_file_and_folder(ckpt: Path, released: Tensors) -> None
     assert load_vae(ckpt).decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_single_networks_load_from_their_file() -> None:
     assert load_unet(GOLDENS / "vc2" / "unet.safetensors").config.model_channels == 32
     assert load_vae(GOLDENS / "vc2" / "vae.safetensors").config.dim == 32
@@ -111,6 +113,7 @@ def test_a_model_is_told_by_its_keys(ckpt: Path, tmp_path: Path) -> None:
     assert not recognises(tmp_path)
 
 
+@pytest.mark.slow
 def test_dtypes(ckpt: Path, released: Tensors, tmp_path: Path) -> None:
     unet = load_unet(ckpt, dtype=torch.bfloat16)
     assert all((p.dtype == torch.float32) == unet.keeps_fp32(name) for name, p in unet.state_dict().items())
@@ -127,6 +130,7 @@ def test_the_keys_are_those_of_the_release(released: Tensors) -> None:
     assert others == {name: list(released[name].shape) for name in SCHEDULE_TABLES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULE_TABLES)
 def test_another_noise_schedule_is_refused(released: Tensors, tmp_path: Path, name: str) -> None:
     tables = {key: released[key] for key in SCHEDULE_TABLES}
@@ -149,6 +153,7 @@ def edited(tensors: Tensors, **changes: torch.Tensor | None) -> Tensors:
     return {key: value for key, value in (tensors | changes).items() if value is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("load", "key", "value", "message"),
     [
@@ -291,6 +296,7 @@ def test_ckpts_of_other_things(tmp_path: Path) -> None:
                 load(tmp_path / "model.ckpt")
 
 
+@pytest.mark.slow
 def test_tokenizer_beside_the_model(ckpt: Path, tmp_path: Path) -> None:
     for name in ("model.ckpt", "model.safetensors"):
         with pytest.raises(CheckpointError, match=r"holds no tokenizer \(none of bpe_simple_vocab_16e6\.txt\.gz, "):
@@ -312,6 +318,7 @@ def test_tokenizer_that_fits(released: Tensors, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).vocab_size == load_tokenizer(file).vocab_size == 516
 
 
+@pytest.mark.slow
 def test_converted_model_is_the_same(
     ckpt: Path, released: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +339,7 @@ def test_converted_model_is_the_same(
         load_vae(tmp_path)
 
 
+@pytest.mark.slow
 def test_converted_to_bfloat16(ckpt: Path, released: Tensors, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
     assert convert(ckpt, out, "--dtype", "bfloat16") == 0
@@ -357,6 +365,7 @@ def test_convert_writes_shared_and_strided_tensors_apart(tmp_path: Path) -> None
         assert torch.equal(converted[key], value.half() if value.is_floating_point() else value), key
 
 
+@pytest.mark.slow
 def test_convert_refuses_what_it_cannot_write(
     ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

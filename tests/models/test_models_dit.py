@@ -31,6 +31,7 @@ def golden() -> dict[str, torch.Tensor]:
     return load_file(GOLDENS / "io.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0, 1])
 @pytest.mark.parametrize("c", [0, 1])
 def test_matches_golden(dit: WanDiT, golden: dict[str, torch.Tensor], t: int, c: int) -> None:
@@ -41,6 +42,7 @@ def test_matches_golden(dit: WanDiT, golden: dict[str, torch.Tensor], t: int, c:
     assert relative_error(per_frame, golden[f"out_frames_headfixed_t{t}_c{c}"]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_ways_to_give_one_timestep_agree(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     latents, context = golden["latent"].expand(2, -1, -1, -1, -1), golden["context_0"][None]
     reference = dit(latents, 875.0, context)
@@ -63,6 +65,7 @@ def both_contexts(dit: WanDiT, golden: dict[str, torch.Tensor]) -> ContextCache:
     return table
 
 
+@pytest.mark.slow
 def test_context_is_encoded_once_and_named_by_row(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     latents = golden["latent"].expand(2, -1, -1, -1, -1)
     cache = both_contexts(dit, golden)
@@ -74,6 +77,7 @@ def test_context_is_encoded_once_and_named_by_row(dit: WanDiT, golden: dict[str,
     assert relative_error(by_frame, by_window) <= 1e-6
 
 
+@pytest.mark.slow
 def test_each_frame_attends_to_its_own_prompt(dit: WanDiT, golden: dict[str, torch.Tensor]) -> None:
     """With self-attention silenced frames do not meet, so a mixed window is its frames taken from pure ones."""
     silenced = load_transformer(GOLDENS / "official")
@@ -87,6 +91,7 @@ def test_each_frame_attends_to_its_own_prompt(dit: WanDiT, golden: dict[str, tor
     assert relative_error(pure[0], pure[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_agrees_with_diffusers(tmp_path: Path) -> None:
     torch.manual_seed(5)
     theirs = WanTransformer3DModel(
@@ -114,6 +119,7 @@ def test_agrees_with_diffusers(tmp_path: Path) -> None:
     assert relative_error(ours(latents, timesteps, context), per_frame) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_its_rounding(dtype: torch.dtype, golden: dict[str, torch.Tensor]) -> None:
     half = load_transformer(GOLDENS / "official", dtype=dtype)
@@ -151,6 +157,7 @@ def test_frame_positions_turn_the_attention(dit: WanDiT, golden: dict[str, torch
 SAVINGS = ("shares_branches", "skips_frames", "collapses_padding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("per_frame", [False, True])
 @pytest.mark.parametrize("switched_off", [*SAVINGS, None])

@@ -94,6 +94,7 @@ def test_short_prompts_are_padded_to_the_longest_only() -> None:
     assert mask[0].tolist() == [1] + [0] * (ids.shape[1] - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype: torch.dtype, golden: dict[str, torch.Tensor]) -> None:
     half = load_text_encoder(GOLDENS / "official" / "models_t5_tiny.safetensors", dtype=dtype)

@@ -39,6 +39,7 @@ def tiny() -> WanVAE:
     return WanVAE(TINY).requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_decode_matches_golden(vae: WanVAE, golden: dict[str, torch.Tensor]) -> None:
     video = vae.decode(golden["latent"][None])[0]
     assert relative_error(video, golden["decoded"]) <= TOLERANCE
@@ -46,6 +47,7 @@ def test_decode_matches_golden(vae: WanVAE, golden: dict[str, torch.Tensor]) -> 
     assert relative_error(first, golden["decoded_first_frame_only"]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_weights_are_laid_out_once_and_give_the_same_video(vae: WanVAE, golden: dict[str, torch.Tensor]) -> None:
     plain = WanVAE(vae.config).requires_grad_(False)
     plain.load_state_dict(vae.state_dict())
@@ -67,6 +69,7 @@ def test_whole_clip_pass_matches_golden(vae: WanVAE, golden: dict[str, torch.Ten
     assert relative_error(vae.decode_core(golden["latent"][None])[0], golden["decoded_unclamped"]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [[5], [1, 1, 1, 1, 1], [2, 3], [1, 4], [3, 1, 1]])
 def test_stream_equals_whole_decode_bit_for_bit(
     vae: WanVAE, golden: dict[str, torch.Tensor], pieces: list[int]
@@ -78,6 +81,7 @@ def test_stream_equals_whole_decode_bit_for_bit(
     assert torch.equal(torch.cat(frames, dim=2), vae.decode(latents))
 
 
+@pytest.mark.slow
 def test_stream_resumes_from_its_saved_state(vae: WanVAE, golden: dict[str, torch.Tensor], tmp_path: Path) -> None:
     latents = golden["latent"][None, ..., :4, :4]
     whole = vae.decode(latents)
@@ -104,6 +108,7 @@ def test_saved_state_is_never_written_into(tiny: WanVAE) -> None:
     assert all(torch.equal(state[name], copies[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_agrees_with_diffusers(tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs = AutoencoderKLWan(
@@ -166,6 +171,7 @@ def test_encoder_is_differentiable_over_the_whole_clip(tiny: WanVAE) -> None:
     assert video.grad[:, :, 0].abs().sum() > 0  # the last latent sees the first frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype: torch.dtype, golden: dict[str, torch.Tensor]) -> None:
     half = load_vae(GOLDENS / "official" / "Wan2.1_VAE.safetensors", dtype=dtype)

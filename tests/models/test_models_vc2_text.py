@@ -106,6 +106,7 @@ def test_no_token_sees_a_later_one(encoder: CLIPTextEncoder, golden: dict[str, t
     assert ((before - after)[:, 10:].abs().amax(dim=-1) > 0).all()
 
 
+@pytest.mark.slow
 def test_sizes_of_the_published_model() -> None:
     with torch.device("meta"):
         encoder = CLIPTextEncoder()
@@ -117,6 +118,7 @@ def test_sizes_of_the_published_model() -> None:
     assert in_file == 354_032_641
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [write_text, write_merges, write_json_lines, write_json_pairs])
 def test_token_ids_match_openclip(
     tmp_path: Path, golden: dict[str, torch.Tensor], write: Callable[[Path, list[str]], Path]

@@ -49,6 +49,7 @@ def contexts(golden: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([golden["context"], golden["context2"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0, 1])
 @pytest.mark.parametrize("c", [0, 1])
 def test_matches_golden(unet: VideoUNet, golden: dict[str, torch.Tensor], t: int, c: int) -> None:
@@ -70,6 +71,7 @@ def test_sizes_follow_from_the_shapes(unet: VideoUNet) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_rate_of_the_video_is_8_unless_given(unet: VideoUNet, golden: dict[str, torch.Tensor]) -> None:
     latents, t, context = golden["x"], golden["t_scalar_0"], golden["context"]
     assert relative_error(unet(latents, t, context, fps=16), golden["eps_scalar_default_fps16"]) <= TOLERANCE
@@ -81,6 +83,7 @@ def test_the_rate_of_the_video_is_8_unless_given(unet: VideoUNet, golden: dict[s
         assert torch.equal(unet(latents, t, context, fps=fps), unet(latents, t, context))
 
 
+@pytest.mark.slow
 def test_ways_to_give_one_timestep_agree(unet: VideoUNet, golden: dict[str, torch.Tensor]) -> None:
     latents, context = golden["x"].repeat(2, 1, 1, 1, 1), golden["context"]
     levels = unet.encode_timesteps(torch.tensor([3, 875]))
@@ -104,6 +107,7 @@ def test_a_schedule_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: di
     assert relative_error(out[1], golden["eps_frames_t1_c0"][0]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_context_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: dict[str, torch.Tensor]) -> None:
     latents, t = golden["x"].repeat(2, 1, 1, 1, 1), golden["t_scalar_0"]
     prompts = [unet.encode_context(golden[name]) for name in ("context", "context2")]
@@ -119,6 +123,7 @@ def test_context_is_encoded_once_and_named_by_row(unet: VideoUNet, golden: dict[
     assert relative_error(unet(latents, t, cache), by_window.flip(0)) <= 2e-6  # a prompt for each window
 
 
+@pytest.mark.slow
 def test_each_frame_attends_to_its_own_prompt(golden: dict[str, torch.Tensor]) -> None:
     """With what joins frames silenced, a mixed window is its frames taken from pure ones."""
     silenced = load_unet()
@@ -138,6 +143,7 @@ def test_each_frame_attends_to_its_own_prompt(golden: dict[str, torch.Tensor]) -
     assert relative_error(pure[0], pure[1]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_branches_and_kept_frames_equal_separate_runs(
     unet: VideoUNet, golden: dict[str, torch.Tensor], per_frame: bool
@@ -158,6 +164,7 @@ def test_branches_and_kept_frames_equal_separate_runs(
     assert relative_error(together[0], together[2]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_its_rounding(dtype: torch.dtype, golden: dict[str, torch.Tensor]) -> None:
     """Rounded activations cost at most twice what the rounding of the weights alone does, on top of it."""
@@ -194,6 +201,7 @@ def test_no_gradient_flows_and_nothing_given_is_changed() -> None:
     assert not outside.requires_grad
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
     torch.manual_seed(3)
     model = VideoUNet(SMALL).eval()
@@ -204,6 +212,7 @@ def test_compiles_as_one_graph() -> None:
     assert relative_error(compiled(*arguments, keep=keep), model(*arguments, keep=keep)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_attention_asked_for_by_name_is_obeyed_or_refused(golden: dict[str, torch.Tensor]) -> None:
     model = load_unet()
     for name in ("sdpa", "reference"):

@@ -29,6 +29,7 @@ def golden() -> dict[str, torch.Tensor]:
     return load_file(GOLDENS / "io.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_training", [False, True])
 def test_decode_matches_golden(vae: KLVAE, golden: dict[str, torch.Tensor], is_training: bool) -> None:
     with torch.set_grad_enabled(is_training):
@@ -46,6 +47,7 @@ def test_encode_matches_golden(vae: KLVAE, golden: dict[str, torch.Tensor]) -> N
     assert torch.equal(vae.encode(golden["video_in"]), mean * 0.18215)
 
 
+@pytest.mark.slow
 def test_agrees_with_diffusers() -> None:
     torch.manual_seed(3)
     ours = KLVAE(KLVAEConfig(dim=32, dim_mult=(1, 2, 4, 4), num_res_blocks=2)).requires_grad_(False)
@@ -68,6 +70,7 @@ def test_agrees_with_diffusers() -> None:
     assert relative_error(logvar[:, :, 0], encoded.logvar) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [[5], [1, 1, 1, 1, 1], [2, 3], [4, 1]])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_stream_equals_whole_decode_bit_for_bit(vae: KLVAE, pieces: list[int], batch: int) -> None:
@@ -108,6 +111,7 @@ def test_gradients_pass_through_the_decoder(vae: KLVAE, golden: dict[str, torch.
     assert latents.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_sizes_of_the_published_model() -> None:
     with torch.device("meta"):
         vae = KLVAE()

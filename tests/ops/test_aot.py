@@ -1,5 +1,6 @@
 """The gate on what the Triton kernels compile to for GPUs that are not here; what is compiled: bench/aot.py."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -42,13 +43,21 @@ def _python(*arguments: str | Path, cache: Path) -> str:
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return json.loads(_python(ROOT / "bench" / "aot.py", "--json", cache=tmp_path_factory.mktemp("triton")))
+    """Compiled once for all processes of the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "aot.json"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            shared.write_text(_python(ROOT / "bench" / "aot.py", "--json", cache=tmp_path_factory.mktemp("triton")))
+    return json.loads(shared.read_text())
 
 
 def _where(code: dict) -> str:
     return f"{code['kernel']} of {code['case']} on {code['target']}"
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_target(codes: list[dict]) -> None:
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")}
     for target in TARGETS:
@@ -56,11 +65,13 @@ def test_every_kernel_is_compiled_for_every_target(codes: list[dict]) -> None:
         assert files <= kernels, target
 
 
+@pytest.mark.slow
 def test_nothing_spills(codes: list[dict]) -> None:
     spills = {_where(code): code["spilled"] for code in codes if (code["case"], code["target"]) not in SPILLS_ALLOWED}
     assert not {where: size for where, size in spills.items() if size}
 
 
+@pytest.mark.slow
 def test_shared_memory_fits(codes: list[dict]) -> None:
     assert not [_where(code) for code in codes if code["shared"] > SHARED_LIMIT[code["target"]]]
 
@@ -97,6 +108,7 @@ def test_warps_are_specialised_where_asked(codes: list[dict]) -> None:
     assert min(warps) > 4
 
 
+@pytest.mark.slow
 def test_streams_are_read_and_written_in_128_bits(codes: list[dict]) -> None:
     checked = set()
     for code in codes:
@@ -108,6 +120,7 @@ def test_streams_are_read_and_written_in_128_bits(codes: list[dict]) -> None:
     assert checked == set(NARROW_LOADS)
 
 
+@pytest.mark.slow
 def test_the_gate_sees_spills_and_narrow_accesses(tmp_path: Path) -> None:
     """128 rows of attention on four warps spill; rows of 190 numbers cannot be read 128 bits at a time."""
     script = """
@@ -126,6 +139,7 @@ print(json.dumps([dataclasses.asdict(code) for call in bad for code in aot.compi
     assert norm["narrow_loads"] > NARROW_LOADS["residual_norm_modulate"]
 
 
+@pytest.mark.slow
 def test_the_gate_sees_serialised_products(tmp_path: Path) -> None:
     """Scores read while the next ones are under way have to be copied out of a product in flight."""
     source = (ROOT / "kernels" / "frame_attention.py").read_text()
@@ -159,6 +173,7 @@ def test_waits_are_counted_in_the_innermost_loops(monkeypatch: pytest.MonkeyPatc
     assert aot._overlap(f"$L__BB0_1:\n{exponential}\nbra.uni $L__BB0_1;") == (0, 0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_table_is_readable(codes: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "bench")
     import aot

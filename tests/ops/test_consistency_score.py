@@ -20,6 +20,7 @@ def consistency():
     return load_file(GOLDENS / "consistency" / "io.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONSISTENCY_META["cases"], ids=lambda case: str(case["case"]))
 def test_matches_golden(consistency, case):
     reference, group = (consistency[f"case{case['case']}_{name}"].transpose(0, 1) for name in ("saved", "new"))
@@ -62,6 +63,7 @@ def test_is_the_mean_of_all_cosines(channels):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", ["mean", "all"])
 def test_opcheck(channels):
     frames = torch.randn(5, 4, 5, 7)
@@ -81,6 +83,7 @@ def test_refuses_what_does_not_fit(reference, candidates, channels, message):
         ops.consistency_score(torch.zeros(reference), torch.zeros(candidates), channels)
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("channels", ["mean", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -128,12 +131,14 @@ def test_cpp_does_not_depend_on_threads() -> None:
     assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_cpp_meets_its_contract() -> None:
     arguments = (torch.randn(2, 4, 3, 5), torch.randn(3, 2, 4, 3, 5), "all")
     torch.library.opcheck(torch.ops.miga.consistency_score.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", ["mean", "all"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 1, 3, 5, 7), (1, 1, 3, 4, 1, 1), (9, 2, 2, 2, 61, 103)])
@@ -149,6 +154,7 @@ def test_triton_is_within_the_error_budget(shape: tuple[int, ...], dtype: torch.
     assert torch.equal(result, kernel.launch(reference, candidates, channels))
 
 
+@pytest.mark.slow
 def test_triton_of_zero_nan_mixed_types_and_no_candidates() -> None:
     frames = randn(2, 4, 3, 3)
     assert kernel.launch(torch.zeros_like(frames), frames[None], "mean").tolist() == [0.0]

@@ -42,6 +42,7 @@ def _setup(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_broken_compiler_is_reported_and_survived(tmp_path: Path) -> None:
     run = _setup(tmp_path, CC="/bin/false", CXX="/bin/false")
     assert run.returncode == 0, run.stderr
@@ -49,6 +50,7 @@ def test_broken_compiler_is_reported_and_survived(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("_C.so"))
 
 
+@pytest.mark.slow
 def test_demanded_kernels_must_build(tmp_path: Path) -> None:
     assert _setup(tmp_path, CC="/bin/false", CXX="/bin/false", MIGA_BUILD_EXT="1").returncode != 0
     run = _setup(tmp_path, MIGA_BUILD_EXT="yes")
@@ -134,6 +136,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="no C++ compiler for x86-64 here")
 def test_every_clone_gives_the_same_bits(tmp_path: Path) -> None:
     """The clones differ in their instructions only, so each is compiled as a program of its own."""

@@ -96,6 +96,7 @@ def _configs(head_dim: int, is_warp_specialized: bool = False) -> list[Config]:
     return [config for config in configs if config.is_warp_specialized == is_warp_specialized]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "m", "head_dim"),
@@ -105,6 +106,7 @@ def test_sizes_are_arbitrary(n: int, m: int, head_dim: int, dtype: torch.dtype) 
     _check(*_inputs(2, 2, n, m, 1, head_dim, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_configuration_gives_the_same(head_dim: int, dtype: torch.dtype) -> None:
@@ -119,6 +121,7 @@ def test_every_configuration_gives_the_same(head_dim: int, dtype: torch.dtype) -
             _check(q, k, v, bias, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 32, 33, 64, 65, 128, 193])
 def test_overlapped_loops_end_anywhere_in_a_block(m: int) -> None:
     """The first and the last block of keys have a place of their own; there may be one, two or many."""
@@ -128,6 +131,7 @@ def test_overlapped_loops_end_anywhere_in_a_block(m: int) -> None:
             _check(*tensors, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_descriptors_take_the_rows_of_windows_and_runs(num_rows: int) -> None:
     """Descriptors are of all rows of keys; what lies past a row's keys counts as nothing, whatever it holds."""
@@ -141,6 +145,7 @@ def test_descriptors_take_the_rows_of_windows_and_runs(num_rows: int) -> None:
             _check(q, k[:1, :140], v[:1, :140], config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("runs", [(), (4,)])
@@ -153,6 +158,7 @@ def test_key_rows_name_the_keys_of_windows_and_runs(
     _check(q, k, v, _bias(num_rows, 21) if has_bias else None, key_rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_shared_by_every_window(dtype: torch.dtype) -> None:
     q, k, v = _inputs(3, 1, 37, 50, 2, 64, dtype)
@@ -162,6 +168,7 @@ def test_keys_shared_by_every_window(dtype: torch.dtype) -> None:
     assert torch.equal(launch(q, *shared, None, None, None), launch(q, k, v, None, None, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padded_text_collapses_to_one_key(dtype: torch.dtype) -> None:
     """Padding of equal keys weighs as much as one of them with the logarithm of their number for a bias."""
@@ -201,6 +208,7 @@ def test_scale_is_the_callers(scale: float) -> None:
     _check(*_inputs(1, 1, 33, 140, 1, 64, torch.float16), scale=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_of_any_type_and_broadcast(dtype: torch.dtype) -> None:
     q, k, v = _inputs(2, 2, 20, 40, 1, 64, dtype)
@@ -211,6 +219,7 @@ def test_bias_of_any_type_and_broadcast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(constant, launch(q, k, v, None, None, None), rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 def test_queries_may_be_the_end_of_a_window() -> None:
     """The last block asks only for the frames that are written back."""
     q, k, v = _inputs(2, 2, 150, 150, 2, 64, torch.float16)
@@ -219,6 +228,7 @@ def test_queries_may_be_the_end_of_a_window() -> None:
     torch.testing.assert_close(part, whole[:, 97:], rtol=0, atol=torch.finfo(torch.float16).eps)
 
 
+@pytest.mark.slow
 def test_other_strides_and_alignments() -> None:
     heads_first = [torch.randn(1, 3, 140, 64, device=DEVICE).half().transpose(1, 2) for _ in range(3)]
     _check(*heads_first)
@@ -262,6 +272,7 @@ def test_work_and_traffic_are_counted() -> None:
     assert frame_attention.bytes_moved(2, 32_760, 32_760, 12, 128) == 4 * 2 * 32_760 * 1536 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_warp_specialised_configurations_give_the_same(head_dim: int, dtype: torch.dtype) -> None:
@@ -287,6 +298,7 @@ def test_whole_window_of_the_real_model_under_graph_capture(dtype: torch.dtype, 
         _check(q[:, -512:], k, v, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [12, 170])
 def test_a_row_of_keys_that_is_none_becomes_the_nearest(m: int) -> None:
     q, k, v = _inputs(2, 3, 12, m, 1, 64, DTYPES[0])

@@ -192,6 +192,7 @@ def test_cpp_does_not_depend_on_threads(dtype: torch.dtype) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_cpp_meets_its_contract() -> None:
     x, gate, weight, bias, rows = _cpu_arguments((2, 3, 5, 24), torch.float32, "many")
@@ -231,6 +232,7 @@ def _tables(x_shape: tuple[int, ...], num_rows: int, with_rows: bool) -> tuple[l
 SHAPES = [(2, 3, 5, 7), (1, 2, 1, 24), (1, 3, 17, 192), (1, 2, 5, 1536)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("guarded_empty_like")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -248,6 +250,7 @@ def test_triton_norm_modulate_is_within_the_error_budget(shape, num_rows, with_r
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("guarded_empty_like")
 @pytest.mark.parametrize(("dtype", "y_dtype"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize(

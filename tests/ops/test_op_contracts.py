@@ -54,6 +54,7 @@ def _calls(dtype):
 OPS = list(_calls(torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
@@ -61,6 +62,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(op, args, kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_as_one_graph(name: str) -> None:
     op, args, kwargs = _calls(torch.float32)[name]
@@ -79,6 +81,7 @@ def _clone(args):
     return [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
 
 
+@pytest.mark.slow
 def test_the_transformer_compiles_as_one_graph() -> None:
     torch.manual_seed(0)
     model = WanDiT(WanDiTConfig(24, 48, 8, 2, 2, 6, 4, 3, 3)).to(DEVICE)
@@ -168,6 +171,7 @@ def test_an_index_out_of_bounds_is_refused(name: str, wrong: int, registered: bo
         _call_with(name, wrong, registered=registered)
 
 
+@pytest.mark.slow
 def test_wrong_calls_end_in_sentences_and_never_in_a_signal() -> None:
     """In a process of its own, which a signal would end: a hundred spoilt calls of each op."""
     script = places.TESTS / "fuzz_ops.py"

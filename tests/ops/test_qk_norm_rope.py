@@ -81,6 +81,7 @@ def _rotate(implementation, case: dict, dtype: torch.dtype, num_heads: int, part
 CPU_HEADS = [(1, 8, 2, 3, 1), (2, 12, 2, 3, 5), (4, 48, 1, 4, 5), (12, 128, 1, 2, 3), (3, 26, 1, 2, 5)]
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64])
@@ -160,6 +161,7 @@ def test_cpp_does_not_depend_on_threads(dtype: torch.dtype) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_cpp_meets_its_contract() -> None:
     case = _heads(2, 12, 2, 3, 5, torch.bfloat16, torch.float32)
@@ -191,6 +193,7 @@ def _fused_qkv(shape: tuple[int, ...], dtype: torch.dtype, fill: float = torch.n
     return [qkv[:, :, 0], qkv[:, :, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "has_weights"), each_with_the_first(HEADS, [(True,), (False,)]))
 def test_triton_is_within_the_error_budget(shape, has_weights, dtype) -> None:

@@ -230,6 +230,7 @@ def test_half_precision_velocities_are_read_at_their_values():
     assert all(torch.equal(received, wanted) for received, wanted in zip(state, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_opcheck():
     state, velocities, arguments = random_update()
     torch.library.opcheck(torch.ops.miga.sampler_update.default, (*state, *velocities), arguments)

@@ -70,6 +70,7 @@ def test_cpp_in_strided_memory_and_on_several_threads() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_cpp_meets_its_contract() -> None:
     state, frames, keywords = _cpu_queue(torch.float32, torch.bfloat16)
@@ -77,6 +78,7 @@ def test_cpp_meets_its_contract() -> None:
     torch.library.opcheck(torch.ops.miga.sampler_update.default, tuple(clean), keywords)
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(7, 3, 5, 7), (7, 16, 60, 104)])
@@ -128,6 +130,7 @@ def test_drawn_normals_are_those_of_noise_py() -> None:
     assert int(steps.abs().max()) <= 1
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_cpp_with_drawn_noise_meets_its_contract_on_any_number_of_threads() -> None:
     state, frames, keywords = _cpu_queue(torch.float32, torch.float32, (7, 16, 30, 52))
@@ -168,6 +171,7 @@ def _queue(velocity: torch.dtype, fill: float = torch.nan, frame: tuple[int, ...
     return state, frames, keywords
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity", DTYPES)
 @pytest.mark.parametrize("is_guided", [True, False])
 @pytest.mark.parametrize("noise", ["none", "tensor", "counters"])
@@ -217,6 +221,7 @@ def test_triton_of_strided_memory_and_of_nothing() -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler", "ddim"])
 def test_triton_over_every_solver_stays_within_the_error_budget_over_its_steps(solver: str) -> None:
     """Frames at different steps of one schedule, from uninitialised history to the end, as a queue moves."""
@@ -248,6 +253,7 @@ def test_triton_over_every_solver_stays_within_the_error_budget_over_its_steps(s
         assert_within_budget(result, rounded, truth)
 
 
+@pytest.mark.slow
 def test_triton_draws_noise_that_has_the_bits_of_the_noise_module() -> None:
     """A row that is the noise alone, over 20,000 normals of an odd frame; frame numbers beyond 32 bits and below 0."""
     frame, numbers = (3, 37, 37), [0, 1, -1, (1 << 40) + 3, -(1 << 55)]

@@ -94,6 +94,7 @@ def test_uint8_is_rounded_to_the_nearest_level_and_clamped() -> None:
     assert to_uint8(torch.tensor([-7.0, 7.0]).expand(3, 1, 1, 2))[0, 0, :, 0].tolist() == [0, 255]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_overlap_gives_the_same_frames_bit_for_bit(vae: WanVAE, device: str, mode: type) -> None:
@@ -242,6 +243,7 @@ def test_closing_ends_the_thread_after_the_latent_frame_at_hand() -> None:
     assert not _threads()
 
 
+@pytest.mark.slow
 def test_nothing_stays_behind() -> None:
     class Decoder:
         def push(self, latents: Tensor) -> Tensor:
@@ -261,6 +263,7 @@ def test_nothing_stays_behind() -> None:
         assert last() is None
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_in_peace_while_it_decodes() -> None:
     """A thread that comes back from an operator of torch to an interpreter that has ended aborts the process."""
     script = """

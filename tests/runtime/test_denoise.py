@@ -45,6 +45,7 @@ def test_batches_hold_equal_windows_in_order(limit: int) -> None:
     assert _split([], limit) == []
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch_once_and_loses_nothing() -> None:
     sizes, events = [], []
 
@@ -180,6 +181,7 @@ def start_ranks(script: str, count: int, folder: Path, window_batch: int) -> lis
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "window_batch"), [(2, 1), (3, 2)])
 def test_ranks_make_the_same_video_bit_for_bit(tmp_path: Path, count: int, window_batch: int) -> None:
     for process in start_ranks(RANK, count, tmp_path, window_batch):
@@ -191,6 +193,7 @@ def test_ranks_make_the_same_video_bit_for_bit(tmp_path: Path, count: int, windo
     assert max(calls) < 0.75 * sum(calls)  # the work was shared
 
 
+@pytest.mark.slow
 def test_a_lost_rank_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     script = RANK.replace("torch.save(", "import os\nif rank == 1: os._exit(9)\ntorch.save(")
     processes = start_ranks(script, 2, tmp_path, 1)

@@ -36,6 +36,7 @@ def fault(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> _Fault:
     return _Fault(monkeypatch, engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_stops_the_run_with_frame_level_and_window(engine, whole, tmp_path, fault, value, monkeypatch) -> None:
     def poisoned(output: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ def test_nan_stops_the_run_with_frame_level_and_window(engine, whole, tmp_path, 
     assert torch.equal(torch.cat([torch.cat(frames)[:start], frames_of(resumed)]), whole)
 
 
+@pytest.mark.slow
 def test_the_flag_is_read_once_a_tick(engine, monkeypatch) -> None:
     reads, ticks = [], []
     from miga_engine.runtime.denoise import Denoiser
@@ -71,6 +73,7 @@ def test_the_flag_is_read_once_a_tick(engine, monkeypatch) -> None:
     assert len(reads) == len(ticks) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [3, 100, 140])
 def test_out_of_memory_in_the_network_loses_nothing(engine, whole, tmp_path, fault, call, monkeypatch) -> None:
     def no_memory(output: Tensor) -> Tensor:
@@ -87,6 +90,7 @@ def test_out_of_memory_in_the_network_loses_nothing(engine, whole, tmp_path, fau
     assert torch.equal(torch.cat([*frames, resumed]), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 def test_out_of_memory_in_the_decoder_loses_nothing(engine, whole, tmp_path, overlap, monkeypatch) -> None:
     core, count = engine.bundle.vae.decode_core, iter(range(10**6))
@@ -128,6 +132,7 @@ class _LosesARank:
             raise DeviceError("rank 0 of 2 lost touch with the others (Connection closed by peer): start the run again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_exchanges", [12, 40])
 def test_a_lost_rank_leaves_a_state_to_go_on_from(engine, whole, tmp_path, num_exchanges, monkeypatch) -> None:
     monkeypatch.setattr(engine, "ranks", _LosesARank(num_exchanges))
@@ -166,6 +171,7 @@ def test_drift_is_how_far_values_have_moved() -> None:
     assert DriftMeter(json.loads(json.dumps(meter.reference))).measure(frames)["drift"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_drifts_is_stopped_and_can_be_gone_on_with(engine, whole, tmp_path) -> None:
     events: list[dict[str, Any]] = []
     stream = engine.stream(

@@ -94,6 +94,7 @@ def num_lines(engine: Engine) -> int:
     return tracer.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("part", range(4))
 def test_an_interrupt_at_any_line_changes_nothing(engine, whole, num_lines, tmp_path, overlap, part) -> None:
@@ -123,6 +124,7 @@ def test_an_interrupt_at_any_line_changes_nothing(engine, whole, num_lines, tmp_
         stream.close()
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_middle_of_a_change_finds_it_done(engine, whole, tmp_path) -> None:
     """At lines of the changes themselves, which are few among all."""
     stream = _stream(engine)
@@ -177,6 +179,7 @@ def test_within_the_block_handlers_wait() -> None:
 # Memory and callbacks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError(), KeyboardInterrupt()])
 def test_noise_that_cannot_be_drawn_loses_nothing(engine, whole, tmp_path, error, monkeypatch) -> None:
     """At every drawing of noise: seed clip, warm-up, queue, candidates, refine."""
@@ -209,6 +212,7 @@ def _events(engine: Engine, **options: Any) -> list[str]:
     return kinds
 
 
+@pytest.mark.slow
 def test_a_run_saved_at_any_event_goes_on(engine, whole, tmp_path) -> None:
     for number, kind in list(enumerate(_events(engine)))[::2]:
         taken: list[Tensor] = []
@@ -227,6 +231,7 @@ def test_a_run_saved_at_any_event_goes_on(engine, whole, tmp_path) -> None:
         assert torch.equal(torch.cat([*taken, *(chunk.frames for chunk in resumed)]), whole), (number, kind)
 
 
+@pytest.mark.slow
 def test_a_callback_that_fails_at_any_event_loses_nothing(engine, whole, tmp_path) -> None:
     class _CallbackError(Exception):
         pass

@@ -31,6 +31,7 @@ pytestmark = CAN_PRETEND
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [("tiny", "float32"), ("wan", "float32"), ("wan", "bfloat16"), ("videocrafter2", "bfloat16")]
 )
@@ -50,6 +51,7 @@ def test_eager_captured_and_overlapped_runs_give_the_same_frames(gpu, folders, f
     assert torch.equal(frames_by(captured, family), eager)
 
 
+@pytest.mark.slow
 def test_the_host_waits_once_a_tick(gpu) -> None:
     """For the news that nothing was NaN; and where it judges by a score, and takes the frames."""
     engine = Engine.from_pretrained("tiny", "cuda", "float32")
@@ -68,6 +70,7 @@ def test_the_host_waits_once_a_tick(gpu) -> None:
     assert grown[regular[0]] == num_ticks[2] - num_ticks[1]
 
 
+@pytest.mark.slow
 def test_prompts_change_and_blend(gpu, folders) -> None:
     prompts = {0: PROMPT, 24: "a red balloon over snowy hills at night"}
     options = {"miga": dataclasses.replace(options_of("tiny")["miga"], prompt_blend_frames=8)}
@@ -76,6 +79,7 @@ def test_prompts_change_and_blend(gpu, folders) -> None:
     assert levels_apart(on_gpu, on_cpu) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny", *golden_model.FAMILIES])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_resumed_run_gives_the_frames_that_come_next(gpu, folders, tmp_path, family: str, overlap: bool) -> None:
@@ -92,6 +96,7 @@ def test_a_resumed_run_gives_the_frames_that_come_next(gpu, folders, tmp_path, f
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.slow
 def test_a_second_gpu_is_used_although_the_first_is_current(gpu, folders) -> None:
     expected = frames_by(Engine.from_pretrained("tiny", "cuda", "bfloat16"), "tiny")
     engine = Engine.from_pretrained("tiny", "cuda:1", "bfloat16")
@@ -115,6 +120,7 @@ def test_noise_and_indices_are_drawn_without_a_wait(gpu) -> None:
 # Captured forwards ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_large_batches_are_not_captured(gpu, monkeypatch) -> None:
     expected = frames_by(Engine.from_pretrained("tiny", "cuda", "float32"), "tiny")
     monkeypatch.setattr(capture, "CAPTURE_POSITIONS", 0)
@@ -123,6 +129,7 @@ def test_large_batches_are_not_captured(gpu, monkeypatch) -> None:
     assert len(gpu.graphs) == num_captures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_graphs_are_few_whatever_is_committed(gpu, batch: int) -> None:
     miga = dataclasses.replace(options_of("tiny")["miga"], window_batch=batch, self_reflection=False)
@@ -130,6 +137,7 @@ def test_graphs_are_few_whatever_is_committed(gpu, batch: int) -> None:
     assert len(gpu.graphs) <= batch
 
 
+@pytest.mark.slow
 def test_one_capture_at_a_time(gpu) -> None:
     """As torch asks of a process, in which two engines may run in two threads."""
     seen = []
@@ -162,6 +170,7 @@ def _slow(name: str, call: Any) -> float:
     return {"cudnn": 1.0, "triton": 2.0}.get(name, 3.0)
 
 
+@pytest.mark.slow
 def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, tmp_path, monkeypatch) -> None:
     timed: list[str] = []
 
@@ -197,6 +206,7 @@ def test_who_computes_attention_is_chosen_once_recorded_and_kept(gpu, folders, t
     assert torch.equal(torch.cat(parts), video.frames)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_took_and_who_computed_attention(gpu, tmp_path, capsys) -> None:
     pytest.importorskip("av", reason="an mp4 is written")
     video = tmp_path / "balloon.mp4"
@@ -213,6 +223,7 @@ def test_the_command_says_what_it_took_and_who_computed_attention(gpu, tmp_path,
     assert set(choices.values()) <= set(ATTENTION_BACKENDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["magic", "auto", ["sdpa"], {}, None, 7])
 def test_choices_that_are_none_are_one_sentence(gpu, tmp_path, choice: Any) -> None:
     path = tmp_path / "run.safetensors"
@@ -243,6 +254,7 @@ def test_gelu_is_the_products_epilogue(gpu) -> None:
     assert used.count("aten::_addmm_activation") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny", "videocrafter2"])
 @pytest.mark.parametrize(("vae_dtype", "allowed"), [("float32", False), ("tf32", True)])
 def test_convolutions_round_as_asked_whatever_the_host_has_set(gpu, folders, family, vae_dtype, allowed) -> None:

@@ -76,6 +76,7 @@ class _Fault:
             raise type(self.error)(*self.error.args)  # a fresh one: an error that is kept holds its frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[:5:2])
 def test_memory_that_runs_out_in_the_first_forward_halves_the_batch(gpu, error: Exception) -> None:
     engine, events = Engine.from_pretrained("tiny", "cuda", "float32", capture=False), []
@@ -99,6 +100,7 @@ def test_memory_that_runs_out_in_the_first_forward_halves_the_batch(gpu, error: 
     assert gpu.live_at_empty_cache[-1] <= live[-1]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_first_capture_ends_capturing_alone(gpu) -> None:
     engine, events = Engine.from_pretrained("tiny", "cuda", "float32"), []
     expected = frames_by(engine, "tiny")
@@ -113,6 +115,7 @@ def test_memory_that_runs_out_in_the_first_capture_ends_capturing_alone(gpu) -> 
     assert len(gpu.graphs) == num_captures + 1
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_a_later_forward_leaves_graphs_usable(gpu) -> None:
     """Graphs of a batch that is halved are given up with their pool, and smaller ones are captured anew."""
     engine, events = Engine.from_pretrained("tiny", "cuda", "float32"), []
@@ -140,6 +143,7 @@ def test_another_error_in_a_capture_is_not_hidden(gpu) -> None:
     assert str(raised.value.__context__) == "no kernel image"
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_decoder_is_given_back(gpu, tmp_path) -> None:
     engine = Engine.from_pretrained("tiny", "cuda", "float32")
     whole = frames_by(engine, "tiny")
@@ -161,6 +165,7 @@ def test_memory_that_runs_out_in_the_decoder_is_given_back(gpu, tmp_path) -> Non
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "videocrafter2"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_run_takes_no_more_than_was_estimated(gpu, folders, family: str, batch: int) -> None:
@@ -177,6 +182,7 @@ def test_a_run_takes_no_more_than_was_estimated(gpu, folders, family: str, batch
     assert 0.8 * estimate < gpu.peak_bytes <= estimate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_runs_memory_goes_with_its_last_user(gpu, capture: bool) -> None:
     """At once, not when Python next looks for cycles."""
@@ -197,6 +203,7 @@ def test_a_runs_memory_goes_with_its_last_user(gpu, capture: bool) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_the_batch_is_chosen_without_a_folder_and_once_for_each_size(gpu, monkeypatch) -> None:
     """An engine of networks that came from elsewhere has no files to read shapes from."""
     bundle = Engine.from_pretrained("tiny", "cuda", "bfloat16").bundle

@@ -17,6 +17,7 @@ from miga_engine.schedule import make_schedule
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_reflection_adopts_only_better_candidates_and_reports_them():
     events: list = []
     config = toy_config(self_reflection=True, judge_step=4, score_drop=0.0, candidates=3)
@@ -29,11 +30,13 @@ def test_reflection_adopts_only_better_candidates_and_reports_them():
     assert [s["search"] for s in searches] == list(range(len(searches)))
 
 
+@pytest.mark.slow
 def test_reflection_with_an_unreachable_threshold_changes_nothing():
     config = toy_config(self_reflection=True, judge_step=4, score_drop=10.0)
     assert torch.equal(collect(toy_run(config, 30)), collect(toy_run(toy_config(), 30)))
 
 
+@pytest.mark.slow
 def test_candidates_batch_without_changing_the_result():
     options = {"self_reflection": True, "judge_step": 4, "score_drop": 0.0, "candidates": 3}
     alone = collect(toy_run(toy_config(**options), 30))
@@ -41,6 +44,7 @@ def test_candidates_batch_without_changing_the_result():
     assert (alone - together).abs().max() <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_anchor", [False, True])
 def test_searches_read_the_anchor_of_their_own_prompt(has_anchor):
     config = toy_config(self_reflection=True, judge_step=4, score_drop=0.0, guidance_anchor=has_anchor)
@@ -74,6 +78,7 @@ def test_every_judge_can_be_chosen() -> None:
     assert set(judge.metadata["choices"]) == set(JUDGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", ["latent", "x0"])
 @pytest.mark.parametrize("channels", ["mean", "all"])
 def test_every_judge_runs(judge, channels):

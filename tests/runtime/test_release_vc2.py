@@ -247,6 +247,7 @@ def relative_errors(ours: dict[str, torch.Tensor], golden: dict[str, torch.Tenso
     return {key: float((ours[key] - t).abs().max() / t.abs().max()) for key, t in expected.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_replay_of_the_release_reproduces_its_latents(name):
     golden = record_of(name)
@@ -284,6 +285,7 @@ def test_released_preset_says_what_was_replayed():
     assert miga.candidates * searches == sum(score["kind"] == "candidate" for score in scores)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_whole_line_with_a_network_equals_the_release():
     """From noise through the seed clip to refined latents and first pictures, with the goldens' UNet and VAE."""

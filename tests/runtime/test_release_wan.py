@@ -193,6 +193,7 @@ def _difference(ours: dict[str, torch.Tensor], golden: dict[str, torch.Tensor], 
     return {key: float((ours[key] - tensor).abs().max()) for key, tensor in shared.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small_append", "small_noappend", "official", "reflect_thr", "reflect_force"])
 def test_replay_of_the_release_reproduces_its_latents(name):
     replay = ReleaseReplay.of_queue(name)
@@ -241,6 +242,7 @@ def test_release_schedule_is_understood(name):
     assert [{key: event[key] for key in mine} for mine, event in zip(ours, recorded, strict=True)] == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "judged"), [("e2e_small", set()), ("e2e_reflect", {9, 10, 11})])
 def test_whole_line_with_a_network_equals_the_release(name, judged):
     """Seed clip to refined latents and first video frames with the goldens' DiT and VAE, the head done right."""

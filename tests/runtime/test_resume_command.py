@@ -41,6 +41,7 @@ def whole_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndar
     return read_video(video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_written", "error"), [(20, errno.ENOSPC), (30, errno.EIO), (5, errno.EPIPE)])
 def test_a_disk_that_fills_up(model, tmp_path, whole_file, num_written, error, monkeypatch, capsys) -> None:
     """The encoder, or the file system under it, fails for good; space comes back before the run is resumed."""
@@ -65,6 +66,7 @@ def test_a_disk_that_fills_up(model, tmp_path, whole_file, num_written, error, m
     assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_every_frame_that_was_made(model, tmp_path, whole_file, monkeypatch, capsys) -> None:
     """The video's disk is full, the session's is not: no frame has to be made again."""
     (tmp_path / "other").mkdir()
@@ -89,6 +91,7 @@ def test_a_full_disk_keeps_every_frame_that_was_made(model, tmp_path, whole_file
     assert video.stat().st_size == NUM_FRAMES * 32 * 48 * 3
 
 
+@pytest.mark.slow
 def test_nothing_but_a_broken_pipe_ends_a_run_to_a_pipe(model, tmp_path) -> None:
     command = [sys.executable, "-m", "miga_engine", *map(str, _generate(model, "-"))]
     reader = f"{' '.join(map(repr, command))} | head -c 100000 > {tmp_path / 'part.rgb'}; echo ${{PIPESTATUS[0]}}"
@@ -98,6 +101,7 @@ def test_nothing_but_a_broken_pipe_ends_a_run_to_a_pipe(model, tmp_path) -> None
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_kills(tmp_path) -> None:
     """A short run of `python tests/kills.py`, whose full figures are in README; every kind is killed at least once."""
     done = subprocess.run(
@@ -119,6 +123,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
 
 
+@pytest.mark.slow
 def test_resume_and_extend_from_the_shell(model, tmp_path, whole_file, capsys) -> None:
     video, saved = tmp_path / "video.mp4", tmp_path / "video.session.safetensors"
     assert miga(*_generate(model, video, "--num-frames", 33, "--checkpoint-every", 8)) == 0
@@ -137,6 +142,7 @@ def test_resume_and_extend_from_the_shell(model, tmp_path, whole_file, capsys) -
     assert len(read_video(moved)) == 65
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_told_to_stop_is_gone_on_with(model, tmp_path, whole_file, number) -> None:
     video, events = tmp_path / "video.mp4", tmp_path / "events.jsonl"
@@ -155,6 +161,7 @@ def test_a_run_that_is_told_to_stop_is_gone_on_with(model, tmp_path, whole_file,
     assert sum(event["num_frames"] for event in numbers if event["event"] == "chunk") == NUM_FRAMES
 
 
+@pytest.mark.slow
 def test_a_session_is_resumed_from_another_folder(model, tmp_path, whole_file, monkeypatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
@@ -166,6 +173,7 @@ def test_a_session_is_resumed_from_another_folder(model, tmp_path, whole_file, m
     assert np.array_equal(read_video(tmp_path / "here" / "video.mp4"), whole_file)
 
 
+@pytest.mark.slow
 def test_older_pictures_are_replaced_by_consent_alone(model, tmp_path, monkeypatch, capsys) -> None:
     """A run over a model of pictures, interrupted before its first frame: a session file is not a consent."""
     older = tmp_path / "frames" / "000003.png"

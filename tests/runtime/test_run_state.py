@@ -114,6 +114,7 @@ def saved_bytes(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> byt
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_value_that_no_run_writes_is_one_sentence(engine, tmp_path, saved_bytes, change, capsys) -> None:
     path = tmp_path / "run.safetensors"

@@ -17,6 +17,7 @@ from miga_engine.engine import Engine
 from miga_engine.errors import SessionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("chunk_frames", [None, 7])
 def test_a_resumed_run_gives_the_frames_that_come_next(engine, whole, tmp_path, overlap, chunk_frames) -> None:
@@ -32,6 +33,7 @@ def test_a_resumed_run_gives_the_frames_that_come_next(engine, whole, tmp_path, 
         assert torch.equal(torch.cat([*taken, frames_of(resumed)]), whole)
 
 
+@pytest.mark.slow
 def test_saving_changes_nothing_for_the_run_itself(engine, whole, tmp_path) -> None:
     stream = engine.stream("a red balloon", NUM_FRAMES, **OPTIONS)
     frames = []
@@ -41,6 +43,7 @@ def test_saving_changes_nothing_for_the_run_itself(engine, whole, tmp_path) -> N
     assert torch.equal(torch.cat(frames), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -59,6 +62,7 @@ def test_every_stage_can_be_gone_on_with(engine, tmp_path, changes) -> None:
     _check_resumes_everywhere(engine, options, 41, tmp_path)
 
 
+@pytest.mark.slow
 def test_fifo_and_a_stochastic_solver_can_be_gone_on_with(tmp_path) -> None:
     engine = Engine.from_pretrained(golden_model.build_videocrafter2(tmp_path / "model"), "cpu")
     miga = dataclasses.replace(golden_model.MIGA, reference_groups=1, candidates=2, judge_step=2)
@@ -82,6 +86,7 @@ def _check_resumes_everywhere(
         assert torch.equal(torch.cat([*frames[:number], resumed]), torch.cat(frames)), number
 
 
+@pytest.mark.slow
 def test_a_run_can_be_cancelled_from_another_thread_saved_and_resumed(engine, whole, tmp_path) -> None:
     is_cancelled = threading.Event()
     stream = engine.stream("a red balloon", NUM_FRAMES, is_cancelled=is_cancelled.is_set, **OPTIONS)
@@ -93,6 +98,7 @@ def test_a_run_can_be_cancelled_from_another_thread_saved_and_resumed(engine, wh
     assert torch.equal(torch.cat([*frames, frames_of(engine.resume(tmp_path / "run.safetensors"))]), whole)
 
 
+@pytest.mark.slow
 def test_an_endless_run_is_resumed_endless(engine, tmp_path) -> None:
     with engine.stream("a red balloon", **OPTIONS) as stream:
         expected = torch.cat([next(stream).frames for _ in range(9)])
@@ -107,6 +113,7 @@ def test_an_endless_run_is_resumed_endless(engine, tmp_path) -> None:
 # Making it longer ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("miga", [golden_model.MIGA, fifo_config(golden_model.MIGA, 5)], ids=["miga", "fifo"])
 def test_a_finished_run_made_longer_is_a_longer_run(engine, tmp_path, miga) -> None:
     options = {**OPTIONS, "miga": miga}
@@ -122,6 +129,7 @@ def test_a_finished_run_made_longer_is_a_longer_run(engine, tmp_path, miga) -> N
     assert frames_of(engine.resume(path)).numel() == 0  # and as it was asked for, it is complete
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frames", [57, 60, 65])
 def test_any_length_made_longer_is_a_longer_run(engine, tmp_path, num_frames) -> None:
     """A unified pass near the end of a run cuts otherwise than that of a longer one: over half of all lengths differed
@@ -136,6 +144,7 @@ def test_any_length_made_longer_is_a_longer_run(engine, tmp_path, num_frames) ->
         assert torch.equal(whole, frames_of(engine.stream("a red balloon", longer, **options))), longer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_frames", "longer"), [(89, 129)])
 def test_the_embedded_model_made_longer(tmp_path, num_frames, longer) -> None:
     engine, size = Engine.from_pretrained("tiny", "cpu"), {"height": 32, "width": 48}
@@ -147,6 +156,7 @@ def test_the_embedded_model_made_longer(tmp_path, num_frames, longer) -> None:
     assert torch.equal(whole, frames_of(engine.stream("a red balloon over snowy hills at dawn", longer, **size)))
 
 
+@pytest.mark.slow
 def test_a_run_saved_near_its_end_says_that_it_cannot_be_made_longer(engine, tmp_path) -> None:
     path = tmp_path / "run.safetensors"
     stream = engine.stream("a red balloon", 21, **OPTIONS)
@@ -158,6 +168,7 @@ def test_a_run_saved_near_its_end_says_that_it_cannot_be_made_longer(engine, tmp
         engine.resume(path, num_frames=9)
 
 
+@pytest.mark.slow
 def test_a_run_saved_early_can_be_given_another_length(engine, whole, tmp_path) -> None:
     path = tmp_path / "run.safetensors"
     with engine.stream("a red balloon", 201, **OPTIONS) as stream:

@@ -27,6 +27,7 @@ def saved(engine: Engine, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused_and_the_one_before_it_is_taken(engine, saved, caplog) -> None:
     data = bytearray(saved.read_bytes())
     data[-100] ^= 1
@@ -42,6 +43,7 @@ def test_a_damaged_file_is_refused_and_the_one_before_it_is_taken(engine, saved,
     assert "going on from" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_file_that_was_replaced_is_kept(engine, tmp_path) -> None:
     path = tmp_path / "run.safetensors"
     with engine.stream("a red balloon", NUM_FRAMES, **OPTIONS) as stream:
@@ -60,6 +62,7 @@ def test_the_file_that_was_replaced_is_kept(engine, tmp_path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.previous.safetensors", "run.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
@@ -76,6 +79,7 @@ def test_what_has_changed_is_named(engine, saved, field, value, sentence) -> Non
         engine.resume(saved)
 
 
+@pytest.mark.slow
 def test_another_machine_or_version_is_a_warning(engine, whole, saved, caplog) -> None:
     rewritten(saved, lambda record, _: record["model"].update(torch="1.0", device="cuda", CPU="AVX9, threads: 64"))
     resumed = engine.resume(saved)
@@ -86,6 +90,7 @@ def test_another_machine_or_version_is_a_warning(engine, whole, saved, caplog) -
     assert "made with CPU AVX9, threads: 64, and here it is " in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -123,6 +128,7 @@ def test_no_file_and_no_session_file(engine, tmp_path) -> None:
         engine.resume(tmp_path / "text.safetensors")
 
 
+@pytest.mark.slow
 def test_a_session_file_that_cannot_be_written_leaves_the_old_one(engine, saved, monkeypatch) -> None:
     before = saved.read_bytes()
 

@@ -18,6 +18,7 @@ from miga_engine.schedule import make_schedule
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine_steps", [None, 3])
 @pytest.mark.parametrize("name", PRESETS)
 def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, refine_steps, monkeypatch):
@@ -65,6 +66,7 @@ def _count_steps(self, windows, *, noise_series=0, then=lambda: None):
     then()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine_steps", [0, 6])
 @pytest.mark.parametrize("num_frames", [4, 9, 31, 50, 64])
 def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
@@ -73,6 +75,7 @@ def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
     assert torch.equal(collect(toy_run(config, num_frames)), oracle.run(num_frames))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"zigzag_width": 7}, {"stride": 7, "zigzag_width": 1}, {"guidance_frames": 0},
                                      {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3},
                                      {"guidance_anchor": True}])  # fmt: skip
@@ -119,6 +122,7 @@ def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt(
     assert torch.equal(anchors[changed_at], predicted[0])  # as clean as the network then takes it to be
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_batch", [2, 5])
 def test_window_batch_changes_nothing_but_rounding(window_batch):
     whole = collect(toy_run(toy_config(refine_steps=4), 40))
@@ -126,6 +130,7 @@ def test_window_batch_changes_nothing_but_rounding(window_batch):
     assert (whole - batched).abs().max() <= 2e-6
 
 
+@pytest.mark.slow
 def test_endless_stream_begins_like_a_long_video():
     run = toy_run(toy_config(refine_steps=3), None)
     parts = []
@@ -138,6 +143,7 @@ def test_endless_stream_begins_like_a_long_video():
     assert torch.equal(endless, finite[: len(endless)])
 
 
+@pytest.mark.slow
 def test_seeds_reproduce_and_differ():
     config = toy_config(self_reflection=True, judge_step=4, score_drop=0.001, candidates=2)
     first = collect(toy_run(config, 30))
@@ -145,6 +151,7 @@ def test_seeds_reproduce_and_differ():
     assert not torch.equal(first, collect(toy_run(config, 30, seed=6)))
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_first_frames_leave_early():
     run = toy_run(toy_config(refine_steps=4), 400)
     rows = run.store.sample.shape[0]

@@ -72,6 +72,7 @@ def stopped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 # Where it writes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.rgb", "a.mp4", "a.mkv", "%06d.png", "new.mp4"])
 @pytest.mark.parametrize("num_frames", [0, 9])
 def test_a_session_writes_nowhere_that_nobody_named(model, outside, stopped, capsys, name, num_frames) -> None:
@@ -96,6 +97,7 @@ def test_a_session_writes_nowhere_that_nobody_named(model, outside, stopped, cap
     assert _content(outside) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recorded", ["", "/", ".", "..", "a.png", "/a.png", "video.rgb", "../video.rgb", "/../..", None, "x\0y"]
 )
@@ -120,6 +122,7 @@ def test_a_place_that_is_none_is_one_sentence(engine, stopped, capsys, recorded,
     assert _content(saved.parent) == before
 
 
+@pytest.mark.slow
 def test_a_video_that_is_a_link_is_not_followed(model, outside, stopped, capsys) -> None:
     before = _content(outside)
     saved = stopped()
@@ -131,6 +134,7 @@ def test_a_video_that_is_a_link_is_not_followed(model, outside, stopped, capsys)
     assert _content(outside) == before
 
 
+@pytest.mark.slow
 def test_a_model_that_nobody_named_is_not_opened(model, tmp_path, stopped, capsys) -> None:
     saved = stopped()
     assert miga("resume", saved, "-q") == 2
@@ -140,6 +144,7 @@ def test_a_model_that_nobody_named_is_not_opened(model, tmp_path, stopped, capsy
     assert miga("resume", saved, "-q") == 0  # below the session file
 
 
+@pytest.mark.slow
 def test_a_copied_folder_goes_on_in_the_copy(model, tmp_path, stopped) -> None:
     saved = stopped()
     copy = tmp_path / "copy"
@@ -154,6 +159,7 @@ def test_a_copied_folder_goes_on_in_the_copy(model, tmp_path, stopped) -> None:
     assert (tmp_path / "video.rgb").read_bytes() == (copy / "video.rgb").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_command_that_goes_on_is_told_whole(model, tmp_path, stopped, capsys) -> None:
     """With what the session file is not trusted to say."""
     (tmp_path / "states").mkdir()
@@ -205,6 +211,7 @@ def test_an_empty_file_made_for_it_is_taken(engine, tmp_path) -> None:
 # Who is at it ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_at_one_session_are_one_too_many(model, stopped, capsys) -> None:
     saved = stopped()
     before = _content(saved.parent)
@@ -224,6 +231,7 @@ def test_two_at_one_session_are_one_too_many(model, stopped, capsys) -> None:
 # What a person hears -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_warnings_are_heard_without_a_bar_too(model, tmp_path, stopped, capsys) -> None:
     saved, events = stopped(), tmp_path / "events.jsonl"
     rewritten(saved, lambda record, _: record["model"].update(torch="1.0"))
@@ -238,6 +246,7 @@ def test_warnings_are_heard_without_a_bar_too(model, tmp_path, stopped, capsys) 
     assert kinds[:2] == ["warning", "warning"]
 
 
+@pytest.mark.slow
 def test_events_are_told_once_though_the_run_was_killed(model, tmp_path, stopped) -> None:
     events = tmp_path / "events.jsonl"
     saved = stopped("video.rgb", 9, "--events", events)
@@ -258,6 +267,7 @@ def test_events_are_told_once_though_the_run_was_killed(model, tmp_path, stopped
     assert other.read_text().startswith('{"mine": 1}\nnotes\n')
 
 
+@pytest.mark.slow
 def test_a_terminal_that_hangs_up_saves_as_a_stop_does(model, tmp_path) -> None:
     video = tmp_path / "video.rgb"
     command = [sys.executable, "-m", "miga_engine", *map(str, _generate(model, video, "--num-frames", 400))]
@@ -279,6 +289,7 @@ def test_a_terminal_that_hangs_up_saves_as_a_stop_does(model, tmp_path) -> None:
     assert len(frames) == stored * 32 * 48 * 3
 
 
+@pytest.mark.slow
 def test_a_hang_up_that_is_ignored_stays_ignored(model, tmp_path) -> None:
     """As under nohup."""
     video = tmp_path / "video.rgb"

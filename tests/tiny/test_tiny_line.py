@@ -59,6 +59,7 @@ def _stream(engine: Engine, network, config, num_frames: int) -> torch.Tensor:
     return torch.cat([clean.latents for clean in run])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine_steps", [0, 3])
 @pytest.mark.parametrize("num_frames", [13, 20, 31])
 def test_streamed_equals_whole_sequence_bit_for_bit(engine, network, num_frames, refine_steps):
@@ -68,6 +69,7 @@ def test_streamed_equals_whole_sequence_bit_for_bit(engine, network, num_frames,
     assert torch.equal(_stream(engine, network, config, num_frames), oracle.run(num_frames))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_batch", [2, 5])
 def test_window_batch_is_rounding_only(engine, network, window_batch):
     alone = _stream(engine, network, _config(engine), 20)
@@ -82,6 +84,7 @@ torch.save(line._stream(engine, line.make_network(engine), line._config(engine, 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _extension.load(), reason="the C++ CPU kernels were not built")
 def test_cpp_kernels_and_eager_ops_make_the_same_latents(engine, network, tmp_path):
     environment = {**os.environ, "MIGA_EXTENSION": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -98,6 +101,7 @@ def test_presets_defaults_fit_the_model(engine):
     assert engine.bundle.default_negative_prompt == ""
 
 
+@pytest.mark.slow
 def test_night_falls_when_the_prompt_says_so(engine):
     """The picture darkens near the change and not before; the steps are few, so the picture is rough."""
     prompts = {0: "a red balloon over snowy hills at noon", 80: "a red balloon over snowy hills at night"}
@@ -107,6 +111,7 @@ def test_night_falls_when_the_prompt_says_so(engine):
     assert light[:57].min() > 0.75 * light[:40].mean()
 
 
+@pytest.mark.slow
 def test_prompts_are_heard(engine):
     """At noon the sky is blue, at dusk it is not."""
     noon, dusk = (

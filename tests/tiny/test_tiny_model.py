@@ -30,6 +30,7 @@ def test_weights_are_small_and_state_their_figures():
     assert {"vae", "generated_clips"} <= set(facts["figures"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vae_reconstructs_an_unseen_scene(bundle):
     """Within 3 dB of the mean that the weights state, in the subject's box too, and flat along time.
@@ -48,6 +49,7 @@ def test_vae_reconstructs_an_unseen_scene(bundle):
     assert abs(along[5:27].mean() - along[27:].mean()) < 1.5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_latents_are_normalised_on_the_world(bundle):
     rng = np.random.default_rng(11)
@@ -102,6 +104,7 @@ def test_classifier_reads_rendered_frames(classifier):
     assert np.mean(right, axis=0).min() >= 0.95
 
 
+@pytest.mark.slow
 def test_a_generated_clip_shows_what_its_prompt_says(bundle, classifier):
     """Three prompts, twelve attributes; at least ten are read as asked for."""
     scenes = [

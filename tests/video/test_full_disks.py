@@ -54,6 +54,7 @@ def _write(sink: Sink, frames: "np.ndarray[Any, Any]") -> None:
         sink.write(frames[start : start + 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("is_overwriting", "in_thread"), [(False, False), (True, False), (False, True)])
 def test_a_disk_that_is_full_at_any_write(
@@ -96,6 +97,7 @@ def test_a_disk_that_is_full_at_any_write(
     assert num_writes > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_disk_that_is_full_while_a_run_is_gone_on_with(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +152,7 @@ def _in_shell(tmp_path: Path, arguments: list[str], redirection: str) -> subproc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "sentence"),
     [
@@ -170,6 +173,7 @@ def test_a_standard_output_that_takes_nothing(folder: Path, tmp_path: Path, redi
         assert (tmp_path / "video.rgb").stat().st_size == 33 * 32 * 48 * 3
 
 
+@pytest.mark.slow
 def test_a_closed_standard_error_does_not_lead_into_the_frames(folder: Path, tmp_path: Path) -> None:
     done = _in_shell(tmp_path, _generate(folder, "-"), "2>&- > video.rgb")
     assert done.returncode == 0
@@ -179,6 +183,7 @@ def test_a_closed_standard_error_does_not_lead_into_the_frames(folder: Path, tmp
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["video.mp4", "video.rgb"]
 
 
+@pytest.mark.slow
 def test_standard_output_is_not_the_file_that_the_run_wrote(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +195,7 @@ def test_standard_output_is_not_the_file_that_the_run_wrote(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_log_of_events_that_takes_nothing_loses_no_frame(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_unwritable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         open_sink(tmp_path / "a.mp4", FPS, WIDTH, HEIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.rgb", "a.mp4", "a.mkv", "images/"])
 @pytest.mark.parametrize("wrapper", ["", "EncoderThread"])
 def test_full_disk_is_one_sentence(tmp_path: Path, name: str, wrapper: str) -> None:
@@ -236,6 +237,7 @@ for call, *arguments in ((video.save, "a.mp4"), (open_sink, "images/", 8, 48, 32
 """
 
 
+@pytest.mark.slow
 def test_video_is_made_without_pyav_and_an_mp4_names_the_package(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(places.ROOT)}
     command = [sys.executable, "-c", WITHOUT_AV]

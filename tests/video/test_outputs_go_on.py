@@ -16,6 +16,7 @@ from miga_engine.video.reading import read_video
 METADATA = {"prompt": "a red balloon", "seed": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["video.mp4", "video.mkv", "video.rgb", "frames/"])
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_an_output_goes_on_from_its_checkpoint(tmp_path, name, in_thread) -> None:

@@ -87,6 +87,7 @@ def test_no_host_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert not asked
 
 
+@pytest.mark.slow
 def test_a_picture_of_16000_squared_is_refused_in_little_memory(tmp_path: Path) -> None:
     (tmp_path / "frames").mkdir()
     _flat_png(tmp_path / "frames" / "0.png", 16_000, 16_000)
@@ -105,6 +106,7 @@ print(codes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     assert int(grown) < 200  # MiB
 
 
+@pytest.mark.slow
 def test_a_video_is_refused_before_its_frames_are_held(
     video: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +136,7 @@ def test_frames_of_more_pixels_than_are_read_are_refused(video: Path, monkeypatc
             read(video)
 
 
+@pytest.mark.slow
 def test_a_video_in_parts_is_measured_as_the_whole(video: Path) -> None:
     options = {"features": "descriptor", "flow": "lucas-kanade", "block": 4}
     whole = measures.measure(FRAMES, 8.0, **options)
@@ -155,6 +158,7 @@ def test_what_must_be_held_whole_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         measures.measure(FRAMES, prompt="a red balloon", features="descriptor", flow="lucas-kanade")
 
 
+@pytest.mark.slow
 def test_long_videos_are_measured_in_the_memory_of_a_few_frames(tmp_path: Path) -> None:
     """400 frames of 512×512, 300 MiB of them, in a small file."""
     path = tmp_path / "long.mp4"

@@ -20,6 +20,7 @@ from miga_engine.video.outputs import open_sink
 from miga_engine.video.png import write_png
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_position_does_not_say_where_to_write(tmp_path: Path, name: str) -> None:
     for folder in ("mine", "elsewhere", "other"):
@@ -119,6 +120,7 @@ def test_pictures_of_others_behind_the_run_are_kept(tmp_path: Path) -> None:
     assert Path(tmp_path, "more", "000022.png").read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_has_no_frames_yet_goes_over_its_own_file(tmp_path: Path, name: str) -> None:
     path = f"{tmp_path}/{name}"
@@ -133,6 +135,7 @@ def test_a_run_that_has_no_frames_yet_goes_over_its_own_file(tmp_path: Path, nam
     assert np.array_equal(pictures(path), pictures(f"{tmp_path}/whole/{name}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("length", [8, 40])
 def test_a_run_that_has_no_frames_yet_leaves_the_files_of_others(tmp_path: Path, name: str, length: int) -> None:
@@ -168,6 +171,7 @@ def test_raw_frames_of_others_are_noticed_wherever_they_part(tmp_path: Path) -> 
     assert path.read_bytes() == FRAMES.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_names_the_frames_is_the_same_while_it_grows_when_killed_and_when_closed(
     tmp_path: Path, name: str

@@ -74,6 +74,7 @@ def test_a_link_in_the_place_of_a_new_file_is_not_followed(tmp_path: Path, name:
     assert not leads or victim.read_bytes() == b"hours of work"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_a_killed_overwriting_run_is_gone_on_with_where_it_grew(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

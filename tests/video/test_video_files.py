@@ -49,6 +49,7 @@ def _timing(path: Path) -> tuple[Fraction, Fraction, list[tuple[int, int, int]]]
         return Fraction(stream.average_rate), Fraction(duration), packets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("fps", [1, 12, 16, 24, 60, 29.97, "24000/1001", "30000/1001", Fraction(1, 2)])
 def test_every_length_lasts_as_long_as_its_frames(tmp_path: Path, suffix: str, fps: Any) -> None:

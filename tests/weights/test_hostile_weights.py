@@ -240,6 +240,7 @@ def test_hubs_keep_weights_behind_links(folder: Path, tmp_path: Path) -> None:
     load_transformer(folder)
 
 
+@pytest.mark.slow
 @given(header=st.dictionaries(
     st.text(max_size=8), st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
                                       lambda inner: st.lists(inner, max_size=3) | st.fixed_dictionaries(
@@ -269,6 +270,7 @@ def test_any_config(tmp_path_factory: pytest.TempPathFactory, config: dict[str, 
     passes_or_is_refused(lambda: load_transformer(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_file_that_is_cut_while_it_is_open_is_a_sentence_and_no_signal(tmp_path: Path, suffix: str) -> None:
     """In a process of its own; of a memory map the part behind the new end is SIGBUS."""

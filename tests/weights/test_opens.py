@@ -37,6 +37,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
+@pytest.mark.slow
 def test_a_run_of_the_command_opens_each_file_once_and_builds_each_network_once(count, tmp_path: Path) -> None:
     """With its estimate and its checks, of which the first knew nothing of the second."""
     assert main(["generate", "a red kite", "--device", "cpu", *FEW_STEPS, "-q", "-o", str(tmp_path / "a.mp4")]) == 0
