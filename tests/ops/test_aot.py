@@ -76,12 +76,14 @@ def test_shared_memory_fits(codes: list[dict]) -> None:
     assert not [_where(code) for code in codes if code["shared"] > SHARED_LIMIT[code["target"]]]
 
 
+@pytest.mark.slow
 def test_attention_uses_the_matrix_units(codes: list[dict]) -> None:
     found = {_where(code): (code["matrix"], MATRIX[code["target"]]) for code in codes if "attention" in code["case"]}
     assert len(found) > 40
     assert not {where: got for where, (got, wanted) in found.items() if got != wanted}
 
 
+@pytest.mark.slow
 def test_exponentials_run_under_products_on_sm_90(codes: list[dict]) -> None:
     """A wgmma is waited for by all its warps. The overlapped form, which is the default, does every exponential of its
     loop before that, where the plain one has nothing in flight; each waits once for its two products."""
@@ -96,11 +98,13 @@ def test_exponentials_run_under_products_on_sm_90(codes: list[dict]) -> None:
         assert default.endswith(" 128x128 w8 s2 tma overlapped")
 
 
+@pytest.mark.slow
 def test_no_product_is_serialised(codes: list[dict]) -> None:
     """Where other instructions touch its registers too early, ptxas waits for every wgmma at once, and says so."""
     assert not [_where(code) for code in codes if code["is_serialized"]]
 
 
+@pytest.mark.slow
 def test_warps_are_specialised_where_asked(codes: list[dict]) -> None:
     """Triton ignores the request where it cannot; beside the four warps of the softmax others must be there."""
     warps = [code["num_warps"] for code in codes if code["case"].endswith(" ws")]
