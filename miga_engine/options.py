@@ -153,22 +153,28 @@ def add_flags(
     The parser is to suppress defaults, so that what was not given is left to the record.
     """
     groups = {group.title: group for group in parser._action_groups}
-    for name, option in fields(record).items():
+    for option in sorted(fields(record).values(), key=lambda option: _place(option)[1]):
+        name = option.name
         if names is not None and name not in names:
             continue
         title = option.metadata["group"] or TITLES.get(record, "output")
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         flags = (*option.metadata["flags"], "--" + name.replace("_", "-"))
-        said = option.metadata["help"] if record is MigaConfig and not option.metadata["shown"] else _sentence(option)
+        is_plain = _is_switch(option) or (record is MigaConfig and not option.metadata["shown"])  # the preset's default
+        said = option.metadata["help"] if is_plain else _sentence(option)
         group.add_argument(*flags, **_flag(option, help.get(name, said)))
+
+
+def _is_switch(option: dataclasses.Field[Any]) -> bool:
+    """Off unless it is there, as `-y`."""
+    return option.default is False and bool(option.metadata["flags"])
 
 
 def _flag(option: dataclasses.Field[Any], help: str) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": help.replace("%", "%%")}
     kind, choices = kind_of(option), _choices(option)
     if kind is bool:
-        is_switch = option.default is False and option.metadata["flags"]
-        return keywords | {"action": "store_true" if is_switch else argparse.BooleanOptionalAction}
+        return keywords | {"action": "store_true" if _is_switch(option) else argparse.BooleanOptionalAction}
     if choices:
         return keywords | {"choices": choices}
     if kind is int or kind is float:
