@@ -34,7 +34,7 @@ class ModelFacts:
     prediction_type: str
     """What the network predicts: velocity or epsilon."""
     default_preset: str
-    """Name of the defaults, in `config.PRESETS`."""
+    """Name of the defaults, in `presets.PRESETS`."""
     default_negative_prompt: str
     """Negative prompt where the caller gives none."""
     protocol_frames: int
