@@ -6,24 +6,17 @@ import contextlib
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import DeviceError, NumericsError, SessionError
+from miga_engine.models.protocols import StreamDecoder
 from miga_engine.runtime.decode import Decoding, on_side_stream
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.stages import DONE, VideoRun
-
-
-class VideoDecoder(Protocol):
-    """A VAE that decodes a video piece by piece. A push that fails leaves it as it was."""
-
-    def push(self, latents: Tensor, /) -> Tensor: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, state: dict[str, Tensor], /) -> None: ...
 
 
 class Pump:
@@ -37,7 +30,7 @@ class Pump:
     def __init__(
         self,
         run: VideoRun,
-        decoder: VideoDecoder,
+        decoder: StreamDecoder,
         *,
         overlap: bool,
         is_cancelled: Callable[[], bool],

@@ -20,9 +20,10 @@ from torch import Tensor
 from miga_engine.config import Request
 from miga_engine.device import own_modes
 from miga_engine.errors import DriftError, MigaError, SessionError, printable
+from miga_engine.models.protocols import StreamDecoder
 from miga_engine.runtime.drift import DriftMeters
 from miga_engine.runtime.interrupts import uninterrupted
-from miga_engine.runtime.pump import Pump, VideoDecoder
+from miga_engine.runtime.pump import Pump
 from miga_engine.runtime.saving import Autosave, Output, Saving
 from miga_engine.runtime.session import State, taking_apart
 from miga_engine.runtime.stages import VideoRun
@@ -93,7 +94,7 @@ class Stream(Iterator[Chunk]):
     def __init__(
         self,
         run: VideoRun,
-        decoder: VideoDecoder,
+        decoder: StreamDecoder,
         request: Request,
         model: Callable[[], dict[str, Any]],
         *,
