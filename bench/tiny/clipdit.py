@@ -101,7 +101,7 @@ def encode_text(p: Params, ids: Tensor, mask: Tensor) -> Tensor:
     """Text rows `[B,L,D]` of token ids `[B,L]`; rows outside the mask are zero."""
     b, length = ids.shape
     x = F.embedding(ids, p["token_embedding.weight"])
-    buckets = relative_buckets(length)
+    buckets = relative_buckets(length).to(ids.device)
     hidden = torch.where(mask.bool(), 0.0, -1e9)[:, None, None, :]  # [B,1,1,L]
     for i in range(TEXT_LAYERS):
         name = f"blocks.{i}"
@@ -148,8 +148,18 @@ def _attend(p: Params, name: str, x: Tensor, y: Tensor, rope: tuple[Tensor, Tens
     v = _linear(p, f"{name}.v", y).unflatten(-1, (-1, HEAD_DIM))
     if rope is not None:
         q, k = _rotate(q, *rope), _rotate(k, *rope)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if x.is_cuda:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:  # the CPU's fused attention takes a third of a training step, plain products a twentieth
+        out = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1).to(v.dtype) @ v
     return _linear(p, f"{name}.o", out.transpose(1, 2).flatten(2))
+
+
+def init_motion_head(dim: int, seed: int = 0) -> dict[str, Tensor]:
+    """A head that reads motion from the middle of the DiT; it helps in training and is never exported."""
+    g = torch.Generator().manual_seed(seed)
+    return {"weight": torch.randn(12, dim, generator=g) * 0.02, "bias": torch.zeros(12)}
 
 
 def velocity(p: Params, x: Tensor, timesteps: Tensor, text: Tensor, rope: Tensor) -> Tensor:
@@ -157,19 +167,33 @@ def velocity(p: Params, x: Tensor, timesteps: Tensor, text: Tensor, rope: Tensor
 
     `text` is `[B,text_len,D]`, zero rows after the prompt; `rope` comes from `rope_table(F, H/2, W/2)`.
     """
+    return velocity_and_motion(p, None, x, timesteps, text, rope)[0]
+
+
+def velocity_and_motion(
+    p: Params, head: Params | None, x: Tensor, timesteps: Tensor, text: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`velocity`, and what the motion head reads after half of the blocks: `[B,3,F,H,W]`, flow right and down in pixels
+    a frame, and the subject's share of the cell."""
     b, c, f, h, w = x.shape
+
+    def unpatched(tokens: Tensor) -> Tensor:
+        cells = tokens.reshape(b, f, h // 2, w // 2, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        return cells.reshape(b, -1, f, h, w)
+
     patches = x.reshape(b, c, f, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(b, -1, 4 * c)
     h_ = F.linear(patches, p["patch_embedding.weight"].flatten(1), p["patch_embedding.bias"]).float()
     half = p["time_embedding.0.weight"].shape[1] // 2
-    freqs = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
+    freqs = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
     angle = timesteps.float()[:, None] * freqs
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         e = _linear(p, "time_embedding.0", torch.cat([angle.cos(), angle.sin()], 1))
         e = _linear(p, "time_embedding.2", F.silu(e))
         e6 = _linear(p, "time_projection.1", F.silu(e)).unflatten(1, (6, -1))  # [B,6,D]
     context = _linear(p, "text_embedding.2", F.gelu(_linear(p, "text_embedding.0", text), approximate="tanh"))
     turn = (rope.cos()[None, :, None], rope.sin()[None, :, None])
     num_layers = sum(1 for k in p if k.endswith(".ffn.0.weight"))
+    motion = None
     for i in range(num_layers):
         name = f"blocks.{i}"
         m = (p[f"{name}.modulation"] + e6)[:, :, None].unbind(1)  # 6 of [B,1,D]
@@ -180,6 +204,8 @@ def velocity(p: Params, x: Tensor, timesteps: Tensor, text: Tensor, rope: Tensor
         y = _layer_norm(h_) * (1 + m[4]) + m[3]
         y = _linear(p, f"{name}.ffn.2", F.gelu(_linear(p, f"{name}.ffn.0", y), approximate="tanh"))
         h_ = h_ + y.float() * m[5]
+        if head is not None and i == num_layers // 2 - 1:
+            motion = unpatched(F.linear(_layer_norm(h_), head["weight"], head["bias"]).float())
     m = (p["head.modulation"] + e[:, None])[:, :, None].unbind(1)
     out = _linear(p, "head.head", _layer_norm(h_) * (1 + m[1]) + m[0]).float()
-    return out.reshape(b, f, h // 2, w // 2, 2, 2, c).permute(0, 6, 1, 2, 4, 3, 5).reshape(b, c, f, h, w)
+    return unpatched(out), motion

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
+
 Params = Mapping[str, Tensor]
 
 
@@ -129,6 +131,23 @@ def from_official(state: Params) -> dict[str, Tensor]:
         else:
             out[name] = v
     return out
+
+
+def folded(params: Params, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Parameters whose latents, which had this mean and std `[z]`, have those of the published Wan2.1 VAE.
+
+    The change of scale goes into the 1x1 convolutions `conv1`, after the encoder, and `conv2`, before the decoder.
+    """
+    p = {k: v.clone() for k, v in params.items()}
+    wan_mean, wan_std = torch.tensor(WAN_LATENTS_MEAN), torch.tensor(WAN_LATENTS_STD)
+    scale, z = wan_std / std, len(mean)
+    p["conv1.weight"][:z] *= scale[:, None, None, None]
+    p["conv1.bias"][:z] = (p["conv1.bias"][:z] - mean) * scale + wan_mean
+    p["conv1.bias"][z:] += 2 * scale.log()
+    weight = p["conv2.weight"][..., 0, 0]
+    p["conv2.bias"] = p["conv2.bias"] + weight @ (mean - wan_mean / scale)
+    p["conv2.weight"] = (weight / scale)[..., None, None]
+    return p
 
 
 def _norm(x: Tensor, gamma: Tensor) -> Tensor:

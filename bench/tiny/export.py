@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.tiny import clipdit, clipvae, text
-from bench.tiny.steps import HEIGHT, WIDTH, log
+from bench.tiny.steps import DIT_FILE, HEIGHT, TEXT_FILE, VAE_FILE, WIDTH, log
+from bench.tiny.train_dit import shipped_dit
 from bench.tiny.train_vae import load_vae
 from miga_engine.files import path_written_whole, write_whole
-from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
-from miga_engine.tiny import world
-
-
-def folded_vae(work: Path, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """Official parameters whose latents, under the published Wan2.1 statistics, have mean 0 and std 1 on the world.
-
-    The change of scale goes into the 1x1x1 convolutions `conv1` (after the encoder) and `conv2` (before the decoder).
-    """
-    state = {k: v.float() for k, v in clipvae.to_official(load_vae(work)).items()}
-    wan_mean, wan_std = torch.tensor(WAN_LATENTS_MEAN), torch.tensor(WAN_LATENTS_STD)
-    scale = wan_std / std
-    z = len(mean)
-    state["conv1.weight"][:z] *= scale[:, None, None, None, None]
-    state["conv1.bias"][:z] = (state["conv1.bias"][:z] - mean) * scale + wan_mean
-    state["conv1.bias"][z:] += 2 * scale.log()
-    weight = state["conv2.weight"][..., 0, 0, 0]
-    state["conv2.bias"] = state["conv2.bias"] + weight @ (mean - wan_mean / scale)
-    state["conv2.weight"] = (weight / scale)[..., None, None, None]
-    return state
-
+from miga_engine.tiny import WEIGHTS_DIR, world
 
 _CARD = """# The embedded model `tiny`
 
@@ -54,12 +36,18 @@ dawn"; layout and motion from a seed; 64×96 pixels, 12 frames a second. Words t
 1. VAE: {vae_minutes} minutes, {vae_steps} steps; 24 single frames or 3 clips of 9 frames at first, then 17-frame clips
    (2 whole, or 4 cut around the subject), L1 + 2·L2 + 0.5·gradient difference, subject weighted ×7, + 1e-4·KL, EMA 0.995. Every
    3×3×3 convolution acts on the current frame only; time is learned in the (3,1,1) convolutions of the resamplers.
-   As run: learning rate peak 1.5e-3, then after restarts 1e-3 and, from minute 23, 9e-4, always falling by a cosine.
-   Then {vae_decoder_minutes} minutes, {vae_decoder_steps} steps, of the decoder alone.
+   As run: AdamW, learning rate peak 1.5e-3, then after restarts 1e-3 and, from minute 23, 9e-4, always falling by a cosine.
    The latents' statistics are folded into conv1 and conv2, so the published Wan2.1 mean and std normalise them.
-2. DiT and text encoder together: {dit_minutes} minutes, {dit_steps} steps of 16 windows of 13 latent frames from {dit_clips}
-   encoded clips; flow matching, one noise level a window, logit-normal with shift 3, 10 % of the captions empty, 30 % in
-   other words, AdamW 1e-3 falling by a cosine, EMA 0.998. Last mean loss {dit_loss}.
+   Then {vae_decoder_minutes} minutes, {vae_decoder_steps} steps, of the decoder alone (`vae --decoder-only`), latents as they were:
+   L1 with the subject weighted ×8, 0.5 × the error's differences in space, its difference in time, and its second
+   difference in time where the subject is; Muon for the kernels, AdamW for the rest.
+2. DiT and text encoder together, first 26 minutes, 3048 steps of AdamW, loss unweighted, 2000 clips; then from there
+   {dit_minutes} minutes, {dit_steps} steps of 16 windows of 13 latent frames from {dit_clips} encoded clips of 97 frames; flow
+   matching, one noise level a window, logit-normal with shift 3, 10 % of the captions empty, 30 % in other words. Errors
+   count 4 times more at the subject and up to 4 times more where latents change in time (arXiv 2601.20504); a head, not
+   exported, reads the true motion after half of the blocks (after arXiv 2502.02492). Muon for the blocks' matrices, AdamW
+   for the rest, 1e-3, over the last quarter falling to nothing. The {dit_average} of two averages (decay 0.998, 0.9995).
+   Last mean loss {dit_loss}.
 3. A small classifier of subject, colour, terrain and time, trained on rendered and on reconstructed frames.
 
 ## Figures (`python -m bench.tiny.measures`)
@@ -77,43 +65,43 @@ where the causal decoder starts up, are some 3 dB below the rest (`psnr_db_first
 """  # noqa: E501
 
 
-def export(work: Path, folder: Path, figures: dict[str, object]) -> None:
-    """Writes the folder in the official Wan layout, in float16."""
+def _trained(work: Path, name: str) -> dict[str, Any]:
+    path = work / name
+    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else {}
+    return found
+
+
+def export(work: Path, folder: Path, average: str, figures: dict[str, object]) -> None:
+    """Writes the folder in the official Wan layout, in float16: of each part what `work` trained, else what ships.
+
+    `average` names the running average of the DiT that is taken, see `train_dit.DECAYS`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    saved = torch.load(work / "dit.pt", weights_only=True)
-    vae = torch.load(work / "vae.pt", weights_only=True)
-    path = work / "vae_decoder.pt"
-    decoder = torch.load(path, weights_only=True) if path.exists() else {}
+    vae, decoder, dit = (_trained(work, name) for name in ("vae.pt", "vae_decoder.pt", "dit.pt"))
 
     def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.detach().half().contiguous() for k, v in state.items()}
 
-    ema: dict[str, Tensor] = saved["ema"]
-    dit = half({k[4:]: v for k, v in ema.items() if k.startswith("dit.")})
-    encoder = half({k[5:]: v for k, v in ema.items() if k.startswith("text.")})
+    trained = dit["averages"][average] if dit else shipped_dit()
     files = {
-        "diffusion_pytorch_model.safetensors": dit,
-        "models_t5_umt5-xxl-enc-bf16.safetensors": encoder,
-        "Wan2.1_VAE.safetensors": half(folded_vae(work, saved["mean"], saved["std"])),
+        DIT_FILE: half({k[4:]: v for k, v in trained.items() if k.startswith("dit.")}),
+        TEXT_FILE: half({k[5:]: v for k, v in trained.items() if k.startswith("text.")}),
+        VAE_FILE: half(clipvae.to_official(load_vae(work))),
     }
-    if (work / "classifier.pt").exists():
-        files["classifier.safetensors"] = half(torch.load(work / "classifier.pt", weights_only=True))
+    classifier = "classifier.safetensors"
+    files[classifier] = half(_trained(work, "classifier.pt") or load_file(WEIGHTS_DIR / classifier))
     for name, state in files.items():
         with path_written_whole(folder / name) as partial:
             save_file(state, partial, metadata={"format": "pt"})
             partial.chmod(0o644)
     write_whole(folder / "config.json", json.dumps(clipdit.DIT_CONFIG, indent=2) + "\n")
     text.save_tokenizer(folder)
-    training = {
-        "vae_minutes": round(vae["elapsed"] / 60, 1),
-        "vae_steps": vae["step"],
-        "vae_decoder_minutes": round(decoder.get("elapsed", 0.0) / 60, 1),
-        "vae_decoder_steps": decoder.get("step", 0),
-        "dit_minutes": round(saved["elapsed"] / 60, 1),
-        "dit_steps": saved["step"],
-        "dit_clips": saved["clips"],
-        "dit_loss": round(saved["loss"], 4),
-    }
+    training = json.loads((WEIGHTS_DIR / "miga.json").read_text())["training"]
+    for part, state in (("vae", vae), ("vae_decoder", decoder), ("dit", dit)):
+        if state:
+            training |= {f"{part}_minutes": round(state["elapsed"] / 60, 1), f"{part}_steps": state["step"]}
+    if dit:
+        training |= {"dit_clips": dit["clips"], "dit_loss": round(dit["loss"], 4), "dit_average": average}
     facts = {
         "name": "miga_engine tiny",
         "license": "Apache-2.0",
@@ -129,10 +117,10 @@ def export(work: Path, folder: Path, figures: dict[str, object]) -> None:
     million = {name: sum(v.numel() for v in state.values()) / 1e6 for name, state in files.items()}
     card = _CARD.format(
         **training,
-        vae_size=million["Wan2.1_VAE.safetensors"],
-        text_size=million["models_t5_umt5-xxl-enc-bf16.safetensors"],
-        dit_size=million["diffusion_pytorch_model.safetensors"],
-        vocab=len(ema["text.token_embedding.weight"]),
+        vae_size=million[VAE_FILE],
+        text_size=million[TEXT_FILE],
+        dit_size=million[DIT_FILE],
+        vocab=len(trained["text.token_embedding.weight"]),
         num_captions=len(world.all_captions()),
         figures=json.dumps(figures, indent=2),
     )

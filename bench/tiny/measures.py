@@ -1,6 +1,7 @@
 """What is measured of the embedded model: `python -m bench.tiny.measures`.
 
-PSNR of its VAE over unseen scenes, and the share of generated clips whose attributes the classifier reads as asked for.
+PSNR of its VAE over unseen scenes, the share of generated clips whose attributes the classifier reads as asked for, and
+how the subject holds together: its jitter, and the share of frames in which it is not one piece (`pieces`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from bench.command import Parser, run_command
+from bench.tiny.pieces import pieces, subject_areas
 from miga_engine.files import write_whole
+from miga_engine.measure.truth import truth_curves
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.loading import load_bundle
 from miga_engine.tiny import WEIGHTS_DIR, world
@@ -78,10 +81,33 @@ def sample_clips(
     return torch.cat(clips)
 
 
+def played(video: Tensor) -> npt.NDArray[np.uint8]:
+    """uint8 `[T,H,W,3]` of a clip `[T,3,H,W]` in [-1,1], as a sink would write it."""
+    return np.asarray((video.permute(0, 2, 3, 1) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
+
+
+def subject_figures(clips: Sequence[npt.NDArray[np.uint8]], scenes: Sequence[world.Scene]) -> dict[str, Any]:
+    """Jitter of the subject in pixels a frame², mean and median over clips, and the share of frames in which it is not
+    one piece, with a 95 % interval over clips."""
+    jitter = [truth_curves(c, world.caption(s)).means()["subject_jitter"] for c, s in zip(clips, scenes, strict=True)]
+    broken = np.array(
+        [float((pieces(subject_areas(c, s)) != 1).float().mean()) for c, s in zip(clips, scenes, strict=True)]
+    )
+    rng = np.random.default_rng(0)
+    means = broken[rng.integers(0, len(broken), (4000, len(broken)))].mean(1)
+    return {
+        "jitter": round(float(np.mean(jitter)), 3),
+        "jitter_median": round(float(np.median(jitter)), 3),
+        "not_one_piece": round(float(broken.mean()), 4),
+        "not_one_piece_95": [round(float(v), 4) for v in np.quantile(means, (0.025, 0.975))],
+    }
+
+
 def vae_figures(bundle: ModelBundle, num_scenes: int = 16, num_frames: int = 97, seed: int = 90_210) -> dict[str, Any]:
     """PSNR of encode and decode over unseen scenes: whole, in the subject's box, along the clip."""
     rng = np.random.default_rng(seed)
     whole, box, quarters, opening = [], [], [], []
+    scenes, true, shown = [], [], []
     for _ in range(num_scenes):
         scene = world.sample_scene(rng)
         video, mask = world.render(scene, int(rng.integers(5000, 9000)), num_frames)
@@ -89,6 +115,9 @@ def vae_figures(bundle: ModelBundle, num_scenes: int = 16, num_frames: int = 97,
         with torch.no_grad():
             rec = bundle.vae.decode(bundle.vae.encode(x.transpose(0, 1)[None]))[0].transpose(0, 1)
         a, b, along = psnr(x, rec, mask)
+        scenes.append(scene)
+        true.append(video)
+        shown.append(played(rec))
         whole.append(a)
         box.append(b)
         opening.append(along[:9])
@@ -101,6 +130,8 @@ def vae_figures(bundle: ModelBundle, num_scenes: int = 16, num_frames: int = 97,
         "psnr_db_subject_box": round(float(np.mean(box)), 2),
         "psnr_db_quarters": np.mean(quarters, 0).round(2).tolist(),
         "psnr_db_first_frames": np.mean(opening, 0).round(2).tolist(),
+        **subject_figures(shown, scenes),
+        "true_clips": subject_figures(true, scenes),
     }
 
 
@@ -120,7 +151,8 @@ def clip_figures(
          if (read := read_attributes(classifier, c))]
     )  # fmt: skip
     shares = {a: round(float(v), 3) for a, v in zip(ATTRIBUTES, right.mean(0), strict=True)}
-    return {"clips": num_clips, **shares, "all_four": round(float(right.all(1).mean()), 3)}, scenes, clips
+    held = subject_figures([played(c) for c in clips], scenes)
+    return {"clips": num_clips, **shares, "all_four": round(float(right.all(1).mean()), 3), **held}, scenes, clips
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,10 +178,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_whole(args.json, json.dumps(figures, indent=2))
 
-    def pictures(video: Tensor, frames: Sequence[int]) -> npt.NDArray[np.uint8]:
-        chosen = video[list(frames)].permute(0, 2, 3, 1)
-        return np.asarray((chosen * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
-
     if args.docs:
         rng = np.random.default_rng(7)
         rows = []
@@ -158,10 +186,10 @@ def run(args: argparse.Namespace) -> None:
             x = to_tensor(world.render(scene, 7000, 97)[0])
             with torch.no_grad():
                 rec = bundle.vae.decode(bundle.vae.encode(x.transpose(0, 1)[None]))[0].transpose(0, 1)
-            rows += [pictures(v, range(0, 97, 16)) for v in (x, rec)]
+            rows += [played(v)[::16] for v in (x, rec)]
         write_contact_sheet(args.docs / "vae_reconstructions.png", rows)
         chosen = range(0, min(12, len(clips)))
-        write_contact_sheet(args.docs / "short_clips.png", [pictures(clips[i], range(0, 49, 8)) for i in chosen])
+        write_contact_sheet(args.docs / "short_clips.png", [played(clips[i])[::8] for i in chosen])
         for i in chosen:
             print(world.caption(scenes[i]), read_attributes(classifier, clips[i]))
 

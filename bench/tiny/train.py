@@ -1,12 +1,14 @@
 """The recipe of the embedded model: `python -m bench.tiny.train {vae,cache,dit,classifier,export}`.
 
-Each step keeps its state in `--work` and goes on from it when started again. Lengths of training are wall-clock
-minutes, because the recipe is made for a small CPU; the learning rate follows the share of the time used.
+Each step keeps its state in `--work` and goes on from it when started again, the DiT's as if it had never stopped.
+Lengths of training are wall-clock minutes, because the recipe is made for a small CPU; the learning rate follows the
+share of the time used. What no step has trained in `--work` is taken from the shipped weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from bench.command import Parser, run_command
 from bench.tiny.export import export
 from bench.tiny.train_classifier import train_classifier
-from bench.tiny.train_dit import cache_latents, train_dit
+from bench.tiny.train_dit import DECAYS, DitOptions, cache_latents, train_dit
 from bench.tiny.train_vae import train_vae
 from miga_engine.tiny import WEIGHTS_DIR
 
@@ -28,14 +30,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder of what the steps leave")
     parser.add_argument("--minutes", type=float, default=35.0, help="wall-clock length of a training")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--device", default="cpu", help="cache, dit: where it runs, such as cuda")
+    parser.add_argument("--fresh", action="store_true", help="dit: begin with new weights, not with the shipped ones")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="dit: for the hidden matrices")
+    parser.add_argument("--subject-weight", type=float, default=4.0, help="dit: how much more the subject counts")
+    parser.add_argument("--change-weight", type=float, default=1.0, help="dit: how much more change in time counts")
+    parser.add_argument("--motion-weight", type=float, default=0.1, help="dit: weight of the motion head")
+    parser.add_argument("--seed", type=int, default=0, help="dit: of the order of batches")
     parser.add_argument("--compile", action="store_true", help="compile what is known to train the same compiled")
     parser.add_argument("--decoder-only", action="store_true", help="vae: train on with the encoder as it is")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clips", type=int, default=2000, help="cache: number of clips over all parts")
-    parser.add_argument("--frames", type=int, default=61, help="cache: video frames a clip")
+    parser.add_argument("--clips", type=int, default=3000, help="cache: number of clips over all parts")
+    parser.add_argument("--frames", type=int, default=97, help="cache: video frames a clip")
     parser.add_argument("--part", type=int, default=0, help="cache: which part this process makes")
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=WEIGHTS_DIR, help="export: where the weights go")
+    parser.add_argument("--average", choices=list(DECAYS), default="long", help="export: which average of the DiT")
     return parser
 
 
@@ -46,14 +56,15 @@ def run(args: argparse.Namespace) -> None:
     if args.step == "vae":
         train_vae(args.work, args.minutes, args.lr, compile_step=args.compile, decoder_only=args.decoder_only)
     elif args.step == "cache":
-        cache_latents(args.work, args.clips, args.frames, args.part, args.parts)
+        cache_latents(args.work, args.clips, args.frames, args.part, args.parts, args.device)
     elif args.step == "dit":
-        train_dit(args.work, args.minutes, args.lr, compile_step=args.compile)
+        names = (field.name for field in dataclasses.fields(DitOptions))
+        train_dit(args.work, DitOptions(**{name: getattr(args, name) for name in names}), args.device)
     elif args.step == "classifier":
         train_classifier(args.work, args.minutes)
     else:
         path = args.work / "figures.json"
-        export(args.work, args.folder, json.loads(path.read_text()) if path.exists() else {})
+        export(args.work, args.folder, args.average, json.loads(path.read_text()) if path.exists() else {})
 
 
 if __name__ == "__main__":

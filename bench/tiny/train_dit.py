@@ -3,50 +3,83 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.tiny import clipdit, clipvae, text
-from bench.tiny.steps import HEIGHT, WIDTH, log, save_state
+from bench.tiny.steps import DIT_FILE, HEIGHT, TEXT_FILE, WIDTH, log, save_state, stable_then_falling
 from bench.tiny.train_vae import load_vae
-from miga_engine.tiny import world
+from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
+from miga_engine.tiny import WEIGHTS_DIR, world
+
+WINDOW, BATCH = 13, 16
+DECAYS = {"short": 0.998, "long": 0.9995}
+_PER_PART = 250
+
+
+@dataclass(frozen=True)
+class DitOptions:
+    """How the DiT is trained: what `--minutes` and the other flags of the step set."""
+
+    minutes: float
+    lr: float = 1e-3
+    optimizer: str = "muon"
+    subject_weight: float = 4.0
+    change_weight: float = 1.0
+    motion_weight: float = 0.1
+    fresh: bool = False
+    compile: bool = True
+    seed: int = 0
 
 
 @torch.no_grad()
-def cache_latents(work: Path, num_clips: int, num_frames: int, part: int, parts: int) -> None:
-    """Renders and encodes clips for the DiT: raw mean latents in float16 and the scenes they show, one file a part."""
-    params = load_vae(work)
-    clipvae.norm_silu = torch.compile(clipvae.norm_silu, dynamic=True)
-    rng = np.random.default_rng(5000 + part)
-    latents, labels = [], []
+def cache_latents(work: Path, num_clips: int, num_frames: int, part: int, parts: int, device: str = "cpu") -> None:
+    """Renders and encodes clips for the DiT, a file for every 250; what is there stays and is gone on from.
+
+    A file holds the normalised latents `[N,C,F,h,w]` in float16, what moves in them `[N,3,F,h,w]` (flow right and down
+    in pixels a frame, the subject's share of the cell) in float16, and the scenes' four attributes `[N,4]`.
+    """
+    params = {k: v.to(device) for k, v in load_vae(work).items()}
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (WAN_LATENTS_MEAN, WAN_LATENTS_STD))
+    if device == "cpu":
+        clipvae.norm_silu = torch.compile(clipvae.norm_silu, dynamic=True)
     start = time.time()
-    for i in range(num_clips // parts):
-        scene = world.sample_scene(rng)
-        video, _ = world.render(scene, int(rng.integers(0, 2000)), num_frames, HEIGHT, WIDTH)
-        x = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, _ = clipvae.encode_clip(params, x)
-        latents.append(mean[0].half())
-        labels.append(scene.labels)
-        if i % 100 == 99:
-            log(f"part {part}: {i + 1} clips in {time.time() - start:.0f} s")
-    save_state(work / f"cache{part}.pt", {"latents": torch.stack(latents), "labels": torch.tensor(labels)})
+    for number in range(part, num_clips // _PER_PART, parts):
+        path = work / f"cache{number:03d}.pt"
+        if path.exists():
+            continue
+        rng = np.random.default_rng([5000, number])
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _ in range(_PER_PART):
+            scene = world.sample_scene(rng)
+            frames = np.arange(num_frames) + int(rng.integers(0, 2000))
+            picture, cover, flow = world.render_tensors([scene] * num_frames, frames, HEIGHT, WIDTH, device)
+            x = (picture * 255 + 0.5).floor().permute(3, 0, 1, 2)[None].div(127.5).sub(1)
+            with torch.autocast(device, torch.bfloat16):
+                latents, _ = clipvae.encode_clip(params, x)
+            motion = torch.cat([flow.permute(3, 0, 1, 2), cover[None]])  # [3,T,H,W]
+            cells = F.avg_pool2d(motion, 8)
+            groups = [cells[:, :1], cells[:, 1:].unflatten(1, (-1, 4)).mean(2)]  # frames of each latent frame
+            rows.append((((latents - mean) / std)[0].half(), torch.cat(groups, 1).half(), torch.tensor(scene.labels)))
+        names = ("latents", "motion", "labels")
+        save_state(path, {n: torch.stack(v).cpu() for n, v in zip(names, zip(*rows, strict=True), strict=True)})
+        log(f"{path.name} after {time.time() - start:.0f} s")
 
 
-def load_cache(work: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalised latents `[N,C,F,h,w]` in float16, labels `[N,4]`, and the channels' mean and std."""
+def load_cache(work: Path, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, motion and labels of all cached clips, see `cache_latents`."""
     parts = [torch.load(path, weights_only=True) for path in sorted(work.glob("cache*.pt"))]
-    raw = torch.cat([p["latents"] for p in parts])
-    sample = raw[:: max(1, len(raw) // 400)].float()
-    mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
-    shape = (1, -1, 1, 1, 1)
-    normal = torch.cat([((r.float() - mean.view(shape)) / std.view(shape)).half() for r in raw.split(64)])
-    return normal, torch.cat([p["labels"] for p in parts]), mean, std
+    if not parts:
+        raise FileNotFoundError(f"{work} holds no cache*.pt: run the step cache first")
+    latents, motion, labels = (torch.cat([p[name] for p in parts]) for name in ("latents", "motion", "labels"))
+    return latents.to(device), motion.to(device), labels
 
 
 def scene_of(labels: Tensor) -> world.Scene:
@@ -57,105 +90,152 @@ def scene_of(labels: Tensor) -> world.Scene:
 
 def dit_loss(
     dit: dict[str, Tensor],
-    text: dict[str, Tensor],
+    text_encoder: dict[str, Tensor],
+    head: dict[str, Tensor],
     x0: Tensor,
+    motion: Tensor,
     noise: Tensor,
     sigma: Tensor,
     ids: Tensor,
     mask: Tensor,
     rope: Tensor,
-) -> Tensor:
-    """Flow matching: mean square error of the velocity `noise - x0` at one noise level a clip."""
+    weights: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:
+    """Flow matching at one noise level a clip: what is minimised, and the plain mean square error beside it.
+
+    The error counts more where the subject is and where latents change in time (arXiv 2601.20504); the motion head's
+    own error is added (arXiv 2502.02492). `weights` are those of subject, change and motion head.
+    """
     s = sigma[:, None, None, None, None]
-    rows = clipdit.encode_text(text, ids, mask)
-    v = clipdit.velocity(dit, (1 - s) * x0 + s * noise, 1000 * sigma, rows, rope)
-    return (v - (noise - x0)).square().mean()
+    rows = clipdit.encode_text(text_encoder, ids, mask)
+    v, seen = clipdit.velocity_and_motion(dit, head, (1 - s) * x0 + s * noise, 1000 * sigma, rows, rope)
+    error = (v - (noise - x0)).square().mean(1)  # [B,F,h,w]
+    change = F.pad((x0[:, :, 1:] - x0[:, :, :-1]).abs().mean(1), (0, 0, 0, 0, 1, 0))
+    weight = 1 + weights[0] * (2 * motion[:, 2]).clamp(max=1) + weights[1] * (change / change.mean()).clamp(max=4)
+    loss = (weight * error).mean() / weight.mean()
+    read = ((seen - motion * motion.new_tensor([1.0, 1.0, 2.0]).view(1, 3, 1, 1, 1)).square()).mean()
+    return loss + weights[2] * read, error.detach().mean()
 
 
-def train_dit(work: Path, minutes: float, peak_lr: float, seed: int = 0, compile_step: bool = True) -> None:
-    """Trains DiT and text encoder together on windows of 13 latent frames of the cached clips."""
-    path = work / "dit.pt"
-    latents, labels, mean, std = load_cache(work)
-    scenes = [scene_of(row) for row in labels]
+def shipped_dit() -> dict[str, Tensor]:
+    """The shipped DiT and text encoder, under `dit.` and `text.`, in float32."""
+    files = {"dit": DIT_FILE, "text": TEXT_FILE}
+    return {f"{n}.{k}": v.float() for n, f in files.items() for k, v in load_file(WEIGHTS_DIR / f).items()}
+
+
+def _optimizers(params: dict[str, Tensor], options: DitOptions) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices of the DiT's blocks if asked for, AdamW for the rest."""
+    hidden = [
+        v
+        for k, v in params.items()
+        if options.optimizer == "muon" and k.startswith("dit.blocks.") and v.ndim == 2 and "modulation" not in k
+    ]
+    ids = {id(v) for v in hidden}
+    rest = [v for v in params.values() if id(v) not in ids]
+    groups = [
+        {"params": [v for v in rest if v.ndim >= 2], "weight_decay": 0.01},
+        {"params": [v for v in rest if v.ndim < 2], "weight_decay": 0.0},
+    ]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99))]
+    if hidden:
+        found.append(torch.optim.Muon(hidden, lr=options.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def _batches(
+    latents: Tensor, motion: Tensor, labels: Tensor, options: DitOptions, first_step: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Batches from step `first_step` on; every step draws from its own seed, so that a run goes on as it would have."""
     tokenizer = text.build_tokenizer()
     length = int(clipdit.DIT_CONFIG["text_len"])  # type: ignore[call-overload]
-    params = {f"dit.{k}": v for k, v in clipdit.init_dit(seed).items()}
-    params |= {f"text.{k}": v for k, v in clipdit.init_text_encoder(tokenizer.get_vocab_size(), seed).items()}
-    ema = {k: v.clone() for k, v in params.items()}
-    elapsed, step = 0.0, 0
-    saved = torch.load(path, weights_only=True) if path.exists() else None
-    if saved is not None:
-        params, ema, elapsed, step = saved["params"], saved["ema"], saved["elapsed"], saved["step"]
-    params = {k: v.detach().requires_grad_() for k, v in params.items()}
-    dit = {k[4:]: v for k, v in params.items() if k.startswith("dit.")}
-    encoder = {k[5:]: v for k, v in params.items() if k.startswith("text.")}
-    decayed = [v for v in params.values() if v.ndim >= 2]
-    plain = [v for v in params.values() if v.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.99))
-    if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-    rng = np.random.default_rng(seed + 99 * step)
-    torch.manual_seed(seed + step)
-    f, batch = 13, 16
-    rope = clipdit.rope_table(f, HEIGHT // 16, WIDTH // 16)
-
-    def draw() -> tuple[Tensor, ...]:
-        rows = rng.integers(0, len(latents), batch)
-        late = latents.shape[2] - f
+    scenes = [scene_of(row) for row in labels]
+    step = first_step
+    while True:
+        rng = np.random.default_rng([options.seed, step])
+        g = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        picked = rng.integers(0, len(latents), BATCH)
+        late = latents.shape[2] - WINDOW
         # half of the windows open a video, whose first latent is a single frame; the others lie inside one
-        starts = [0 if rng.random() < 0.5 else int(rng.integers(0, late + 1)) for _ in rows]
-        x0 = torch.stack([latents[int(r), :, s : s + f] for r, s in zip(rows, starts, strict=True)]).float()
+        starts = [0 if rng.random() < 0.5 else int(rng.integers(1, late + 1)) for _ in picked]
+        x0, moves = (
+            torch.stack([a[int(r), :, s : s + WINDOW] for r, s in zip(picked, starts, strict=True)]).float()
+            for a in (latents, motion)
+        )
         prompts = []
-        for r in rows:
+        for r in picked:
             words = world.caption(scenes[r]) if rng.random() < 0.7 else text.wording(scenes[r], rng)
             prompts.append("" if rng.random() < 0.1 else words)
         ids, mask = text.tokenize(tokenizer, prompts, length)
-        unknown = (torch.rand(ids.shape) < 0.01) & (ids > 2)
-        u = torch.sigmoid(torch.randn(batch))
-        sigma = 3 * u / (1 + 2 * u)
-        return x0, torch.randn_like(x0), sigma, ids.masked_fill(unknown, 2), mask
+        ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < 0.01) & (ids > 2), 2)  # unknown words
+        u = torch.sigmoid(torch.randn(BATCH, generator=g))
+        noise = torch.randn(x0.shape, generator=g).to(x0.device)
+        yield x0, moves, noise, *(v.to(x0.device) for v in (3 * u / (1 + 2 * u), ids, mask))
+        step += 1
 
-    loss_fn: Callable[..., Tensor] = dit_loss
-    if compile_step:
-        inputs = draw()
-        grads = []
-        forms: list[Callable[..., Tensor]] = [dit_loss, torch.compile(dit_loss)]
-        for fn in forms:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = fn(dit, encoder, *inputs, rope)
-            grads.append(torch.autograd.grad(loss, list(params.values()), allow_unused=True))
-            loss_fn = fn
-        flat = [torch.cat([g.flatten() for g in gs if g is not None]) for gs in grads]
-        same = float(F.cosine_similarity(flat[0], flat[1], dim=0))
-        log(f"gradient of the compiled step against the plain one: cosine {same:.5f}")
-        if not same > 0.995:
-            loss_fn = dit_loss
+
+def train_dit(work: Path, options: DitOptions, device: str = "cpu") -> None:
+    """Trains DiT and text encoder together on windows of 13 latent frames of the cached clips.
+
+    `work/dit.pt` holds all that a run goes on from: parameters, both averages, optimisers, step and time used.
+    """
+    path = work / "dit.pt"
+    latents, motion, labels = load_cache(work, device)
+    saved = torch.load(path, weights_only=True, map_location=device) if path.exists() else None
+    if saved is not None:
+        params = saved["params"]
+    elif options.fresh:
+        vocab = text.build_tokenizer().get_vocab_size()
+        params = {f"dit.{k}": v for k, v in clipdit.init_dit(options.seed).items()}
+        params |= {f"text.{k}": v for k, v in clipdit.init_text_encoder(vocab, options.seed).items()}
+    else:
+        params = shipped_dit()
+    if saved is None:
+        dim = params["dit.head.head.weight"].shape[1]
+        params |= {f"head.{k}": v for k, v in clipdit.init_motion_head(dim).items()}
+    params = {k: v.detach().to(device).requires_grad_() for k, v in params.items()}
+    averages = saved["averages"] if saved else {n: {k: v.detach().clone() for k, v in params.items()} for n in DECAYS}
+    elapsed, step = (saved["elapsed"], saved["step"]) if saved else (0.0, 0)
+    parts = [{k.split(".", 1)[1]: v for k, v in params.items() if k.startswith(p)} for p in ("dit.", "text.", "head.")]
+    optimizers = _optimizers(params, options)
+    if saved is not None:
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    rope = clipdit.rope_table(WINDOW, HEIGHT // 16, WIDTH // 16).to(device)
+    weights = (options.subject_weight, options.change_weight, options.motion_weight)
+    loss_fn: Callable[..., tuple[Tensor, Tensor]] = torch.compile(dit_loss) if options.compile else dit_loss
     last = last_save = time.time()
-    running = None
-    while elapsed < minutes * 60:
-        share = elapsed / (minutes * 60)
-        lr = peak_lr * min(1.0, (step + 1) / 150) * max(0.01, 0.5 * (1 + float(np.cos(np.pi * share))))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch_inputs = draw()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_fn(dit, encoder, *batch_inputs, rope)
-        optimizer.zero_grad(set_to_none=True)
+    running = np.zeros(2)
+    first_step = step
+    for batch in _batches(latents, motion, labels, options, step):
+        share = elapsed / (options.minutes * 60)
+        factor = stable_then_falling(share) * min(1.0, (step + 1) / 150)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * factor
+        with torch.autocast(device, torch.bfloat16):
+            loss, plain = loss_fn(*parts, *batch, rope, weights)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([v for v in params.values() if v.grad is not None], 1.0)
-        optimizer.step()
-        decay = min(0.998, (1 + step) / (10 + step))
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.values()), [v.detach() for v in params.values()], 1 - decay)
+            for name, decay in DECAYS.items():
+                decay = min(decay, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(averages[name].values()), [v.detach() for v in params.values()], 1 - decay)
         step += 1
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        keep = min(0.99, (step - first_step) / (step - first_step + 1))
+        running = keep * running + (1 - keep) * np.array([loss.item(), plain.item()])
         now = time.time()
         elapsed += now - last
         last = now
+        done = elapsed >= options.minutes * 60
         if step % 100 == 0:
-            log(f"step {step} {elapsed / 60:.1f} min lr {lr:.2e} loss {running:.4f}")
-        if now - last_save > 120 or elapsed >= minutes * 60:
-            state = {"params": params, "ema": ema, "elapsed": elapsed, "step": step, "mean": mean, "std": std}
-            save_state(path, {**state, "loss": running, "clips": len(latents), "optimizer": optimizer.state_dict()})
+            log(f"step {step} {elapsed / 60:.1f} min lr x{factor:.2f} loss {running[0]:.4f} plain {running[1]:.4f}")
+        if now - last_save > 180 or done:
+            state = {"params": params, "averages": averages, "elapsed": elapsed, "step": step, "clips": len(latents)}
+            save_state(path, {**state, "loss": float(running[1]), "optimizers": [o.state_dict() for o in optimizers]})
             last_save = time.time()
+        if done:
+            break

@@ -8,14 +8,18 @@ pixels high; other heights scale the picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+Put = Callable[[npt.NDArray[Any]], Any]
 Array = npt.NDArray[np.floating[Any]]
 
 SUBJECTS = ("balloon", "kite", "bird", "plane")
@@ -113,76 +117,179 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-@lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=8192)
 def _layout(seed: int) -> Array:
     """The numbers a seed draws, uniform in [0, 1)."""
     return np.random.default_rng(seed).random(32).astype(np.float32)
 
 
-def _cover(distance: Array) -> Array:
+def _cover(xp: Any, distance: Any) -> Any:
     """Coverage of a pixel from its signed distance to an edge (negative inside), smooth over 1.6 pixels."""
-    x = np.clip(0.5 - distance * (1 / 1.6), 0.0, 1.0)
+    x = xp.clip(0.5 - distance * (1 / 1.6), 0.0, 1.0)
     return x * x * (3.0 - 2.0 * x)
 
 
-def _ellipse(u: Array, v: Array, a: float, b: float) -> Array:
+def _ellipse(xp: Any, u: Any, v: Any, a: float, b: float) -> Any:
     """Approximate signed distance to an ellipse with half axes a and b around the origin."""
-    k = np.sqrt((u / a) ** 2 + (v / b) ** 2)
+    k = xp.sqrt((u / a) ** 2 + (v / b) ** 2)
     return (k - 1.0) * min(a, b)
 
 
-def _polygon(u: Array, v: Array, corners: Sequence[tuple[float, float]]) -> Array:
+def _polygon(xp: Any, u: Any, v: Any, corners: Sequence[tuple[float, float]]) -> Any:
     """Signed distance (a bound outside) to a convex polygon, corners clockwise on the screen."""
-    d = np.full_like(u, -1e3)
+    d = xp.full_like(u, -1e3)
     for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
-        length = float(np.hypot(x1 - x0, y1 - y0))
-        d = np.maximum(d, ((y1 - y0) * (u - x0) - (x1 - x0) * (v - y0)) / length)
+        length = math.hypot(x1 - x0, y1 - y0)
+        d = xp.maximum(d, ((y1 - y0) * (u - x0) - (x1 - x0) * (v - y0)) / length)
     return d
 
 
-def _paint(rgb: Array, alpha: Array, cover: Array, colour: Array) -> None:
-    """Lays `colour` with the given coverage over a layer of colour and alpha, in place."""
-    rgb += cover[..., None] * (colour - rgb)
-    np.maximum(alpha, cover, out=alpha)
-
-
-def _draw_subject(kind: str, u: Array, v: Array, colour: Array, phase: Array) -> tuple[Array, Array]:
+def _draw_subject(xp: Any, kind: str, u: Any, v: Any, colour: Any, phase: Any, put: Put) -> tuple[Any, Any]:
     """Colour `[N,H,W,3]` and coverage `[N,H,W]` of subjects of one kind, in coordinates around their centres."""
-    shade = 1.0 + 0.012 * np.clip(-u - 1.2 * v, -14, 14)
-    body = np.clip(colour[:, None, None, :] * shade[..., None], 0, 1)
-    rgb = body.copy()
-    alpha = np.zeros_like(u)
+    shade = 1.0 + 0.012 * xp.clip(-u - 1.2 * v, -14, 14)
+    body = xp.clip(colour[:, None, None, :] * shade[..., None], 0, 1)
+    rgb = 1.0 * body
+    alpha = xp.zeros_like(u)
+
+    def paint(distance: Any, of: Any) -> None:
+        cover = _cover(xp, distance)
+        rgb[...] += cover[..., None] * (of - rgb)
+        alpha[...] = xp.maximum(alpha, cover)
+
     if kind == "balloon":
-        envelope = np.minimum(
-            _ellipse(u, v + 4.0, 9.0, 9.5), _polygon(u, v, ((-7.6, 1), (7.6, 1), (2.4, 8), (-2.4, 8)))
+        envelope = xp.minimum(
+            _ellipse(xp, u, v + 4.0, 9.0, 9.5), _polygon(xp, u, v, ((-7.6, 1), (7.6, 1), (2.4, 8), (-2.4, 8)))
         )
-        _paint(rgb, alpha, _cover(np.maximum(np.abs(u) - 2.6, np.abs(v - 11.0) - 2.2)), _BASKET_RGB)
-        _paint(rgb, alpha, _cover(np.maximum(np.abs(u) - 1.6, np.abs(v - 8.5) - 1.5)), _BASKET_RGB)
-        _paint(rgb, alpha, _cover(envelope), body)
+        basket = put(_BASKET_RGB)
+        paint(xp.maximum(xp.abs(u) - 2.6, xp.abs(v - 11.0) - 2.2), basket)
+        paint(xp.maximum(xp.abs(u) - 1.6, xp.abs(v - 8.5) - 1.5), basket)
+        paint(envelope, body)
     elif kind == "kite":
-        sway = 2.2 * np.sin(0.55 * v - phase)
-        tail = np.maximum(np.abs(u - sway * np.clip((v - 8) / 6, 0, 1)) - 0.9, np.abs(v - 14.0) - 6.0)
-        _paint(rgb, alpha, _cover(tail), body)
-        diamond = np.maximum(
-            np.abs(u) * 0.74 + np.maximum(-(v + 3.0), 0) * 0.74 - 7.2, np.abs(u) * 0.82 + (v + 3.0) * 0.56 - 7.6
+        sway = 2.2 * xp.sin(0.55 * v - phase)
+        paint(xp.maximum(xp.abs(u - sway * xp.clip((v - 8) / 6, 0, 1)) - 0.9, xp.abs(v - 14.0) - 6.0), body)
+        diamond = xp.maximum(
+            xp.abs(u) * 0.74 + xp.clip(-(v + 3.0), 0, None) * 0.74 - 7.2, xp.abs(u) * 0.82 + (v + 3.0) * 0.56 - 7.6
         )
-        _paint(rgb, alpha, _cover(diamond), body)
-        dark = body * np.where(u > 0, 0.68, 1.0)[..., None]
-        _paint(rgb, alpha, _cover(np.maximum(diamond, -u)), dark)
+        paint(diamond, body)
+        dark = body * (1.0 - 0.32 * (u > 0))[..., None]
+        paint(xp.maximum(diamond, -u), dark)
     elif kind == "bird":
-        lift = 0.15 + 0.45 * np.sin(phase)
-        span = np.abs(u)
+        lift = 0.15 + 0.45 * xp.sin(phase)
+        span = xp.abs(u)
         centre = -lift * span + 0.022 * lift * span**2
-        wing = np.maximum((np.abs(v - centre) - 3.6 * (1 - span / 16.0)) * 0.9, span - 15.0)
-        _paint(rgb, alpha, _cover(wing), body * 0.85)
-        _paint(rgb, alpha, _cover(_ellipse(u, v - 0.5, 4.6, 5.2)), body)
-        _paint(rgb, alpha, _cover(_ellipse(u, v - 1.2, 1.5, 1.5)), _BEAK_RGB)
+        paint(xp.maximum((xp.abs(v - centre) - 3.6 * (1 - span / 16.0)) * 0.9, span - 15.0), body * 0.85)
+        paint(_ellipse(xp, u, v - 0.5, 4.6, 5.2), body)
+        paint(_ellipse(xp, u, v - 1.2, 1.5, 1.5), put(_BEAK_RGB))
     else:
-        _paint(rgb, alpha, _cover(_polygon(u, v, ((-13.5, -9), (-10, -9), (-5, -1), (-12, -1)))), body * 0.8)
-        _paint(rgb, alpha, _cover(_ellipse(u, v, 14.0, 4.2)), body)
-        _paint(rgb, alpha, _cover(_polygon(u, v, ((-3.5, 0.5), (5.0, 0.5), (-3.0, 9), (-8.0, 9)))), body * 0.72)
-        _paint(rgb, alpha, _cover(_ellipse(u - 8.0, v + 1.6, 2.6, 1.5)), _WINDOW_RGB)
+        paint(_polygon(xp, u, v, ((-13.5, -9), (-10, -9), (-5, -1), (-12, -1))), body * 0.8)
+        paint(_ellipse(xp, u, v, 14.0, 4.2), body)
+        paint(_polygon(xp, u, v, ((-3.5, 0.5), (5.0, 0.5), (-3.0, 9), (-8.0, 9))), body * 0.72)
+        paint(_ellipse(xp, u - 8.0, v + 1.6, 2.6, 1.5), put(_WINDOW_RGB))
     return rgb, alpha
+
+
+def _draw(
+    xp: Any, put: Put, scenes: Sequence[Scene], frames: npt.ArrayLike, height: int, width: int, *, motion: bool = False
+) -> tuple[Any, Any]:
+    """The renderer, for NumPy and for torch: `xp` is the library, `put` makes its arrays of NumPy's.
+
+    What moves is found here in float64, one number a frame or column, and pixels are then drawn in float32 by `xp`.
+    Returns pictures `[N,H,W,3]` in [0,1], with `motion` `[N,H,W,5]`, and the subject's coverage `[N,H,W]` in [0,1].
+    """
+    if len(scenes) != np.size(frames):
+        raise ValueError(f"{len(scenes)} scenes are given for {np.size(frames)} frames: give one scene a frame")
+    scale = 64.0 / height
+    t = np.asarray(frames, np.float64)
+    q = np.stack([_layout(s.seed) for s in scenes]).astype(np.float64)  # [N,32]
+    wide = width * scale
+    x = put(((np.arange(width) + 0.5) * scale).astype(np.float32)[None, None, :])
+    y = put(((np.arange(height) + 0.5) * scale).astype(np.float32)[None, :, None])
+    tau = 2 * np.pi
+
+    def column(values: npt.NDArray[np.float64]) -> Any:
+        return put(values.astype(np.float32)[:, None, None])
+
+    def velocity(place: Callable[[npt.NDArray[np.float64]], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """How far a point goes in the frame around t, right and down."""
+        (x1, y1), (x0, y0) = place(t + 0.5), place(t - 0.5)
+        return x1 - x0, y1 - y0
+
+    def moving(rgb: Array, right: Any = 0.0, down: Any = 0.0) -> Any:
+        """Colours `[N,3]`, with `motion` followed by their velocity in pixels a frame of this picture."""
+        parts = [rgb] + [np.broadcast_to(v / scale, len(scenes))[:, None] for v in (right, down) if motion]
+        return put(np.concatenate(parts, 1, dtype=np.float32))
+
+    palette = [np.array([_TIME_RGB[s.time][k] for s in scenes], np.float32) for k in range(5)]
+    zenith, horizon, lamp, light = palette[:4]
+    ramp = xp.clip(y / 46.0, 0, 1) ** 1.2  # [1,H,1]
+    top_of_sky, change = moving(zenith), moving(horizon - zenith)
+    sky = top_of_sky[:, None, None] + ramp[..., None] * change[:, None, None]  # [N,H,1,C]
+    image = 1.0 * xp.broadcast_to(sky, (len(scenes), height, width, sky.shape[-1]))
+
+    def sun(t: npt.NDArray[np.float64]) -> tuple[Any, Any]:
+        return (0.12 + 0.76 * q[:, 0]) * wide + 6.0 * np.sin(tau * (t / 700 + q[:, 1])), 8.0 + 7.0 * q[:, 2]
+
+    sun_x, sun_y = (column(v) for v in sun(t))
+    disc = moving(lamp, *velocity(sun))[:, None, None]
+    r = xp.sqrt((x - sun_x) ** 2 + (y - sun_y) ** 2)
+    image += (0.30 * xp.exp(-((r / 9.0) ** 2)))[..., None] * (disc - image)
+    image += _cover(xp, (r - 4.6) * 0.8)[..., None] * (disc - image)
+
+    ground = np.array([_TERRAIN_RGB[s.terrain] for s in scenes], np.float32) * light
+    for i, (base, amplitude, wavelength, speed, haze) in enumerate(_LAYERS):
+        a, b, c, d, e = (q[:, 3 + 5 * i + k] for k in range(5))
+        scroll = speed * (0.8 + 0.4 * e)
+        pos = (np.arange(width) + 0.5)[None] * scale + (scroll * t)[:, None]  # [N,W], float64: endless and exact
+        k0 = (tau / (wavelength * (0.85 + 0.4 * a)))[:, None]
+        crest = base + (3.0 * (b - 0.5))[:, None]
+        crest = crest - amplitude * np.sin(k0 * pos + (tau * c)[:, None])
+        crest = crest - 0.55 * amplitude * np.sin(1.618 * k0 * pos + (tau * d)[:, None])
+        top = put(crest.astype(np.float32)[:, None, :])
+        hill = moving((1 - haze) * ground + haze * (0.55 * horizon + 0.45 * zenith), -scroll)
+        shade = 1.06 - 0.010 * xp.clip(y - top, 0, 14)
+        lit = hill[:, None, None, :3] * shade[..., None]
+        cover = _cover(xp, top - y)[..., None]
+        image[..., :3] += cover * (lit - image[..., :3])
+        if motion:
+            image[..., 3:] += cover * (hill[:, None, None, 3:] - image[..., 3:])
+
+    def centre(t: npt.NDArray[np.float64]) -> tuple[Any, Any]:
+        across = wide * 0.5 + wide * 0.16 * np.sin(tau * (t / (110 + 60 * q[:, 20]) + q[:, 21])) + 14 * (q[:, 22] - 0.5)
+        return across, 21.5 + 4.0 * (q[:, 23] - 0.5) + 3.2 * np.sin(tau * (t / (44 + 26 * q[:, 24]) + q[:, 25]))
+
+    cx, cy = (v.astype(np.float32)[:, None, None] for v in centre(t))
+    tilt = column(0.10 * np.sin(tau * (t / (60 + 30 * q[:, 26]) + q[:, 27])))
+    phase = column(tau * (t / (22 + 8 * q[:, 28]) + q[:, 29]))
+    size = column(1.06 + 0.16 * q[:, 30])
+    colour = put(np.array([_COLOUR_RGB[s.colour] for s in scenes], np.float32) * palette[4][:, None])
+    mask = xp.zeros_like(image[..., 0])
+    # the subject is drawn in a window around it only: rows and columns of that window, of every frame
+    side = (min(height, round(46 / scale)), min(width, round(46 / scale)))
+    start = [
+        np.clip((c[:, 0, 0] / scale - n / 2).astype(np.int64), 0, limit - n)
+        for c, n, limit in ((cy + 1.5, side[0], height), (cx, side[1], width))
+    ]
+    rows_of = (start[0][:, None] + np.arange(side[0]))[:, :, None]  # [N,h,1]
+    columns_of = (start[1][:, None] + np.arange(side[1]))[:, None, :]  # [N,1,w]
+    u0 = (put(((columns_of + 0.5) * scale).astype(np.float32)) - put(cx)) / size
+    v0 = (put(((rows_of + 0.5) * scale).astype(np.float32)) - put(cy)) / size
+    u, v = u0 * xp.cos(tilt) + v0 * xp.sin(tilt), v0 * xp.cos(tilt) - u0 * xp.sin(tilt)
+    flying = moving(np.zeros((len(scenes), 0), np.float32), *velocity(centre))
+    kinds = np.array([s.subject for s in scenes])
+    for kind in SUBJECTS:
+        found = np.flatnonzero(kinds == kind)
+        if found.size:
+            n = put(found)
+            drawn, alpha = _draw_subject(xp, kind, u[n], v[n], colour[n], phase[n], put)
+            where = (put(found[:, None, None]), put(rows_of[found]), put(columns_of[found]))
+            under = image[where]
+            under[..., :3] += alpha[..., None] * (drawn - under[..., :3])
+            if motion:
+                under[..., 3:] += alpha[..., None] * (flying[n][:, None, None] - under[..., 3:])
+            image[where] = under
+            mask[where] = alpha
+    image[..., :3] = xp.clip(image[..., :3], 0, 1)
+    return image, mask
 
 
 def render_frames(
@@ -192,72 +299,26 @@ def render_frames(
 
     Returns the pictures `[N,H,W,3]` in [0,1] and the subject's coverage `[N,H,W]` in [0,1].
     """
-    if len(scenes) != len(frames):
-        raise ValueError(f"{len(scenes)} scenes are given for {len(frames)} frames: give one scene a frame")
-    scale = 64.0 / height
-    t = np.asarray(frames, np.float64)
-    q = np.stack([_layout(s.seed) for s in scenes]).astype(np.float64)  # [N,32]
-    wide = width * scale
-    x = ((np.arange(width) + 0.5) * scale).astype(np.float32)[None, None, :]
-    y = ((np.arange(height) + 0.5) * scale).astype(np.float32)[None, :, None]
-    tau = 2 * np.pi
+    image, mask = _draw(np, np.asarray, scenes, frames, height, width)
+    return image, mask
 
-    def column(values: npt.NDArray[np.float64]) -> Array:
-        return values.astype(np.float32)[:, None, None]
 
-    palette = [np.array([_TIME_RGB[s.time][k] for s in scenes], np.float32) for k in range(5)]
-    zenith, horizon, lamp, light = palette[:4]
-    ramp = np.clip(y / 46.0, 0, 1) ** 1.2  # [1,H,1]
-    image = zenith[:, None, None] + ramp[..., None] * (horizon - zenith)[:, None, None]
-    image = np.ascontiguousarray(np.broadcast_to(image, (len(scenes), height, width, 3)))
+def render_tensors(
+    scenes: Sequence[Scene],
+    frames: Sequence[int] | npt.NDArray[np.int64],
+    height: int = 64,
+    width: int = 96,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`render_frames` by torch, on any device, equal to rounding; and how everything moves.
 
-    sun_x = column((0.12 + 0.76 * q[:, 0]) * wide + 6.0 * np.sin(tau * (t / 700 + q[:, 1])))
-    sun_y = column(8.0 + 7.0 * q[:, 2])
-    r = np.sqrt((x - sun_x) ** 2 + (y - sun_y) ** 2)
-    image += (0.30 * np.exp(-((r / 9.0) ** 2)))[..., None] * (lamp[:, None, None] - image)
-    image += _cover((r - 4.6) * 0.8)[..., None] * (lamp[:, None, None] - image)
-
-    ground = np.array([_TERRAIN_RGB[s.terrain] for s in scenes], np.float32) * light
-    for i, (base, amplitude, wavelength, speed, haze) in enumerate(_LAYERS):
-        a, b, c, d, e = (q[:, 3 + 5 * i + k] for k in range(5))
-        pos = x[:, 0, :] + (speed * (0.8 + 0.4 * e) * t)[:, None]  # [N,W], float64: endless scrolling stays exact
-        k0 = (tau / (wavelength * (0.85 + 0.4 * a)))[:, None]
-        crest = base + (3.0 * (b - 0.5))[:, None]
-        crest = crest - amplitude * np.sin(k0 * pos + (tau * c)[:, None])
-        crest = crest - 0.55 * amplitude * np.sin(1.618 * k0 * pos + (tau * d)[:, None])
-        top = crest.astype(np.float32)[:, None, :]
-        rgb = ((1 - haze) * ground + haze * (0.55 * horizon + 0.45 * zenith))[:, None, None]
-        rgb = rgb * (1.06 - 0.010 * np.clip(y - top, 0, 14))[..., None]
-        image += _cover(top - y)[..., None] * (rgb - image)
-
-    cx = column(wide * 0.5 + wide * 0.16 * np.sin(tau * (t / (110 + 60 * q[:, 20]) + q[:, 21])) + 14 * (q[:, 22] - 0.5))
-    cy = column(21.5 + 4.0 * (q[:, 23] - 0.5) + 3.2 * np.sin(tau * (t / (44 + 26 * q[:, 24]) + q[:, 25])))
-    tilt = column(0.10 * np.sin(tau * (t / (60 + 30 * q[:, 26]) + q[:, 27])))
-    phase = column(tau * (t / (22 + 8 * q[:, 28]) + q[:, 29]))
-    size = column(1.06 + 0.16 * q[:, 30])
-    colour = np.array([_COLOUR_RGB[s.colour] for s in scenes], np.float32) * palette[4][:, None]
-    mask = np.zeros((len(scenes), height, width), np.float32)
-    # the subject is drawn in a window around it only: rows and columns of that window, of every frame
-    side = (min(height, round(46 / scale)), min(width, round(46 / scale)))
-    start = [
-        np.clip((c[:, 0, 0] / scale - n / 2).astype(np.int64), 0, limit - n)
-        for c, n, limit in ((cy + 1.5, side[0], height), (cx, side[1], width))
-    ]
-    rows = (start[0][:, None] + np.arange(side[0]))[:, :, None]  # [N,h,1]
-    columns = (start[1][:, None] + np.arange(side[1]))[:, None, :]  # [N,1,w]
-    u0 = (((columns + 0.5) * scale).astype(np.float32) - cx) / size
-    v0 = (((rows + 0.5) * scale).astype(np.float32) - cy) / size
-    u, v = u0 * np.cos(tilt) + v0 * np.sin(tilt), v0 * np.cos(tilt) - u0 * np.sin(tilt)
-    kinds = np.array([s.subject for s in scenes])
-    for kind in SUBJECTS:
-        n = np.flatnonzero(kinds == kind)
-        if n.size:
-            drawn, alpha = _draw_subject(kind, u[n], v[n], colour[n], phase[n])
-            where = (n[:, None, None], rows[n], columns[n])
-            under = image[where]
-            image[where] = under + alpha[..., None] * (drawn - under)
-            mask[where] = alpha
-    return np.clip(image, 0, 1), mask
+    Returns the pictures `[N,H,W,3]` in [0,1], the subject's coverage `[N,H,W]` in [0,1], and the velocity of what each
+    pixel shows `[N,H,W,2]`, to the right and downwards in pixels a frame; the subject's own turning is left out.
+    """
+    image, mask = _draw(
+        torch, lambda array: torch.as_tensor(array, device=device), scenes, frames, height, width, motion=True
+    )
+    return image[..., :3], mask, image[..., 3:]
 
 
 def render(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from bench.tiny import text
 from miga_engine.tiny import world
@@ -84,3 +85,37 @@ def test_tokenizer_knows_the_captions_and_marks_other_words():
     rng = np.random.default_rng(0)
     for _ in range(200):
         assert "<unk>" not in tokenizer.encode(text.wording(world.sample_scene(rng), rng)).tokens
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 160)])
+def test_torch_draws_the_same_pictures(size):
+    rng = np.random.default_rng(8)
+    scenes = [world.sample_scene(rng) for _ in range(40)]
+    frames = rng.integers(0, 1_000_000, 40)
+    picture, mask = world.render_frames(scenes, frames, *size)
+    tensors = world.render_tensors(scenes, frames, *size)
+    assert tensors[0].dtype == tensors[1].dtype == tensors[2].dtype == torch.float32
+    assert tensors[2].shape == (40, *size, 2)
+    np.testing.assert_allclose(tensors[0].numpy(), picture, atol=1e-5)
+    np.testing.assert_allclose(tensors[1].numpy(), mask, atol=1e-5)
+
+
+@pytest.mark.parametrize("height", [64, 128])
+def test_motion_is_how_the_parts_move(height):
+    """What the subject's centre and the near hills' crest do over two frames is their velocity, twice."""
+    for seed in range(4):
+        scene = world.Scene("balloon", "red", "green", "noon", seed)
+        picture, mask, flow = world.render_tensors([scene] * 3, [700, 701, 702], height, height * 3 // 2)
+        y, x = torch.arange(mask.shape[1]), torch.arange(mask.shape[2])
+        total = mask.sum((1, 2))
+        centre = torch.stack([(mask.sum(1) * x).sum(1), (mask.sum(2) * y).sum(1)], 1) / total[:, None]
+        inside = flow[1][mask[1] > 0.99]
+        assert (centre[2] - centre[0] - 2 * inside.mean(0)).abs().max() < 0.12 * height / 64
+        hills = flow[:, -2:]
+        assert hills[..., 1].abs().max() == 0
+        assert hills[..., 0].std() < 1e-6, "the near layer moves as one"
+        speed = -float(hills[1, 0, 0, 0])
+        crest = (picture[:, height * 13 // 16 :, :, 0].sum(1)).double()  # how much of each column is hill, by its shade
+        slope = (crest[1].roll(-1) - crest[1].roll(1))[2:-2] / 2
+        change = ((crest[2] - crest[0]) / 2)[2:-2]
+        assert abs(float((change * slope).sum() / slope.square().sum()) - speed) < 0.1 * speed
