@@ -27,8 +27,8 @@ def _off_axis(rgb: Tensor, colour: Tensor) -> Tensor:
 def subject_areas(frames: npt.NDArray[np.uint8], scene: world.Scene) -> Tensor:
     """Where the subject is in the sky `[T,35,W]`, true or false, of frames uint8 `[T,64,W,3]`."""
     rgb = torch.from_numpy(np.ascontiguousarray(frames[:, :_SKY])).float() / 255
-    zenith, horizon, lamp, _, light = world._TIME_RGB[scene.time]
-    colour = torch.tensor(world._COLOUR_RGB[scene.colour]) * light
+    zenith, horizon, lamp, _, light = world.TIME_RGB[scene.time]
+    colour = torch.tensor(world.COLOUR_RGB[scene.colour]) * light
     y = (torch.arange(_SKY) + 0.5)[:, None]
     sky = torch.tensor(zenith) + (y / 46).clamp(0, 1) ** 1.2 * (torch.tensor(horizon) - torch.tensor(zenith))  # [H,3]
     lamp_ = torch.tensor(lamp)

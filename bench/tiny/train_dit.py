@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.tiny import clipdit, clipvae, text
 from bench.tiny.steps import DIT_FILE, HEIGHT, TEXT_FILE, WIDTH, log, save_state, stable_then_falling
 from bench.tiny.train_vae import load_vae
+from miga_engine.errors import ConfigError
 from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
 from miga_engine.tiny import WEIGHTS_DIR, world
 
@@ -77,7 +78,7 @@ def load_cache(work: Path, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]
     """Latents, motion and labels of all cached clips, see `cache_latents`."""
     parts = [torch.load(path, weights_only=True) for path in sorted(work.glob("cache*.pt"))]
     if not parts:
-        raise FileNotFoundError(f"{work} holds no cache*.pt: run the step cache first")
+        raise ConfigError(f"{work} holds no cache*.pt: run the step cache first")
     latents, motion, labels = (torch.cat([p[name] for p in parts]) for name in ("latents", "motion", "labels"))
     return latents.to(device), motion.to(device), labels
 

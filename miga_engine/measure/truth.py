@@ -154,7 +154,7 @@ def _true_profile(terrain: str, time: str) -> npt.NDArray[np.float64]:
 
 
 def _subject_rgb(scene: world.Scene) -> npt.NDArray[np.float64]:
-    return np.asarray(world._COLOUR_RGB[scene.colour], np.float64) * world._TIME_RGB[scene.time][4]
+    return np.asarray(world.COLOUR_RGB[scene.colour], np.float64) * world.TIME_RGB[scene.time][4]
 
 
 def _positions(rgb: Tensor, medians: Tensor, scenes: list[world.Scene]) -> npt.NDArray[np.float64]:

@@ -31,7 +31,7 @@ def test_true_subjects_are_one_piece_and_doubled_or_torn_ones_are_not():
         scene = world.sample_scene(rng)
         video, mask = world.render(scene, int(rng.integers(5000)), 5)
         assert pieces(subject_areas(video, scene)).tolist() == [1] * 5, scene
-        zenith, horizon = (np.array(world._TIME_RGB[scene.time][k]) for k in (0, 1))
+        zenith, horizon = (np.array(world.TIME_RGB[scene.time][k]) for k in (0, 1))
         sky = zenith + ((np.arange(35) + 0.5)[:, None] / 46) ** 1.2 * (horizon - zenith)
         where = np.flatnonzero(mask[0, :35].max(0) > 0.1)
         doubled, torn = video.copy(), video.copy()
