@@ -15,28 +15,14 @@ from torch import Tensor
 
 Params = Mapping[str, Tensor]
 
-DIT_CONFIG = {
-    "_class_name": "WanModel",
-    "_diffusers_version": "0.30.0",
-    "dim": 192,
-    "eps": 1e-06,
-    "ffn_dim": 768,
-    "freq_dim": 64,
-    "in_dim": 16,
-    "model_type": "t2v",
-    "num_heads": 3,
-    "num_layers": 6,
-    "out_dim": 16,
-    "text_len": 24,
-}
 TEXT_DIM, TEXT_HEADS, TEXT_FFN, TEXT_LAYERS = 96, 4, 192, 2
 HEAD_DIM = 64
 
 
-def init_dit(seed: int = 0) -> dict[str, Tensor]:
+def init_dit(seed: int = 0, dim: int = 192, ffn: int = 768, layers: int = 6) -> dict[str, Tensor]:
     """Fresh DiT parameters, drawn as Wan draws them: Xavier, zero head."""
     g = torch.Generator().manual_seed(seed)
-    dim, ffn, freq = 192, 768, 64
+    freq = 64
     p: dict[str, Tensor] = {}
 
     def linear(name: str, cin: int, cout: int, std: float | None = None) -> None:
@@ -51,7 +37,7 @@ def init_dit(seed: int = 0) -> dict[str, Tensor]:
     linear("time_embedding.0", freq, dim, 0.05)
     linear("time_embedding.2", dim, dim, 0.05)
     linear("time_projection.1", dim, 6 * dim)
-    for i in range(6):
+    for i in range(layers):
         for attn in ("self_attn", "cross_attn"):
             for part in "qkvo":
                 linear(f"blocks.{i}.{attn}.{part}", dim, dim)

@@ -139,7 +139,7 @@ def folded(params: Params, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
     The change of scale goes into the 1x1 convolutions `conv1`, after the encoder, and `conv2`, before the decoder.
     """
     p = {k: v.clone() for k, v in params.items()}
-    wan_mean, wan_std = torch.tensor(WAN_LATENTS_MEAN), torch.tensor(WAN_LATENTS_STD)
+    wan_mean, wan_std = mean.new_tensor(WAN_LATENTS_MEAN), mean.new_tensor(WAN_LATENTS_STD)
     scale, z = wan_std / std, len(mean)
     p["conv1.weight"][:z] *= scale[:, None, None, None]
     p["conv1.bias"][:z] = (p["conv1.bias"][:z] - mean) * scale + wan_mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.tiny import clipdit, clipvae, text
-from bench.tiny.steps import DIT_FILE, HEIGHT, TEXT_FILE, VAE_FILE, WIDTH, log
+from bench.tiny import clipvae, text
+from bench.tiny.steps import DIT_FILE, TEXT_FILE, VAE_FILE, Setting, log
 from bench.tiny.train_dit import shipped_dit
 from bench.tiny.train_vae import load_vae
 from miga_engine.files import path_written_whole, write_whole
@@ -26,11 +27,11 @@ Licence: Apache-2.0. It was trained from nothing but the procedural scenes of `m
 |---|---|---|
 | Wan VAE | base width 16, 1 residual block, z 16, 4×8×8 compression | {vae_size:.2f} M |
 | UMT5 encoder | 2 layers, width 96, 4 heads, vocabulary {vocab} words | {text_size:.2f} M |
-| Wan DiT | 6 layers, width 192, 3 heads of 64, feed-forward 768, 24 text rows | {dit_size:.2f} M |
+| Wan DiT | {layers} layers, width {dim}, {heads} heads of 64, feed-forward {ffn_dim}, {text_len} text rows | {dit_size:.2f} M |
 
 ## World
 {num_captions} captions (4 subjects × 5 colours × 4 terrains × 4 times of day), such as "a red balloon over snowy hills at
-dawn"; layout and motion from a seed; 64×96 pixels, 12 frames a second. Words the tokenizer does not know are <unk>.
+dawn"; layout and motion from a seed; {height}×{width} pixels, 12 frames a second. Words the tokenizer does not know are <unk>.
 
 ## Recipe (`python -m bench.tiny.train`), on 2 CPU cores, bf16 autocast
 1. VAE: {vae_minutes} minutes, {vae_steps} steps; 24 single frames or 3 clips of 9 frames at first, then 17-frame clips
@@ -71,7 +72,7 @@ def _trained(work: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def export(work: Path, folder: Path, average: str, figures: dict[str, object]) -> None:
+def export(work: Path, setting: Setting, folder: Path, average: str, figures: dict[str, object]) -> None:
     """Writes the folder in the official Wan layout, in float16: of each part what `work` trained, else what ships.
 
     `average` names the running average of the DiT that is taken, see `train_dit.DECAYS`.
@@ -86,7 +87,7 @@ def export(work: Path, folder: Path, average: str, figures: dict[str, object]) -
     files = {
         DIT_FILE: half({k[4:]: v for k, v in trained.items() if k.startswith("dit.")}),
         TEXT_FILE: half({k[5:]: v for k, v in trained.items() if k.startswith("text.")}),
-        VAE_FILE: half(clipvae.to_official(load_vae(work))),
+        VAE_FILE: half(clipvae.to_official(load_vae(work, setting))),
     }
     classifier = "classifier.safetensors"
     files[classifier] = half(_trained(work, "classifier.pt") or load_file(WEIGHTS_DIR / classifier))
@@ -94,9 +95,10 @@ def export(work: Path, folder: Path, average: str, figures: dict[str, object]) -
         with path_written_whole(folder / name) as partial:
             save_file(state, partial, metadata={"format": "pt"})
             partial.chmod(0o644)
-    write_whole(folder / "config.json", json.dumps(clipdit.DIT_CONFIG, indent=2) + "\n")
-    text.save_tokenizer(folder)
-    training = json.loads((WEIGHTS_DIR / "miga.json").read_text())["training"]
+    write_whole(folder / "config.json", json.dumps(setting.dit_config, indent=2) + "\n")
+    text.save_tokenizer(folder, setting.rich)
+    shipped = json.loads((WEIGHTS_DIR / "miga.json").read_text())["training"]
+    training = {"dit_average": "one", "vae_decoder_minutes": 0.0, "vae_decoder_steps": 0} | shipped
     for part, state in (("vae", vae), ("vae_decoder", decoder), ("dit", dit)):
         if state:
             training |= {f"{part}_minutes": round(state["elapsed"] / 60, 1), f"{part}_steps": state["step"]}
@@ -107,8 +109,8 @@ def export(work: Path, folder: Path, average: str, figures: dict[str, object]) -
         "license": "Apache-2.0",
         "window_frames": 13,
         "fps": 12,
-        "height": HEIGHT,
-        "width": WIDTH,
+        "height": setting.height,
+        "width": setting.width,
         "default_negative_prompt": "",
         "training": training,
         "figures": figures,
@@ -117,6 +119,9 @@ def export(work: Path, folder: Path, average: str, figures: dict[str, object]) -
     million = {name: sum(v.numel() for v in state.values()) / 1e6 for name, state in files.items()}
     card = _CARD.format(
         **training,
+        **dataclasses.asdict(setting),
+        heads=setting.dim // 64,
+        text_len=setting.text_len,
         vae_size=million[VAE_FILE],
         text_size=million[TEXT_FILE],
         dit_size=million[DIT_FILE],

@@ -12,14 +12,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.command import Parser, run_command
 from bench.tiny.export import export
+from bench.tiny.steps import Setting, kept_setting
 from bench.tiny.train_classifier import train_classifier
 from bench.tiny.train_dit import DECAYS, DitOptions, cache_latents, train_dit
-from bench.tiny.train_vae import train_vae
+from bench.tiny.train_vae import VaeOptions, train_vae
 from miga_engine.tiny import WEIGHTS_DIR
 
 
@@ -30,13 +32,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder of what the steps leave")
     parser.add_argument("--minutes", type=float, default=35.0, help="wall-clock length of a training")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--device", default="cpu", help="cache, dit: where it runs, such as cuda")
-    parser.add_argument("--fresh", action="store_true", help="dit: begin with new weights, not with the shipped ones")
+    parser.add_argument("--height", type=int, help="of the pictures; these six are kept in --work (default: 64)")
+    parser.add_argument("--width", type=int, help="(default: 96)")
+    parser.add_argument("--rich", action="store_true", default=None, help="train on the rich world")
+    parser.add_argument("--dim", type=int, help="width of the DiT (default: 192)")
+    parser.add_argument("--ffn-dim", type=int, help="of the DiT (default: 768)")
+    parser.add_argument("--layers", type=int, help="of the DiT (default: 6)")
+    parser.add_argument("--device", default="cpu", help="vae, cache, dit: where it runs, such as cuda")
+    parser.add_argument("--fresh", action="store_true", help="vae, dit: begin with new weights, not the shipped ones")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="dit: for the hidden matrices")
     parser.add_argument("--subject-weight", type=float, default=4.0, help="dit: how much more the subject counts")
     parser.add_argument("--change-weight", type=float, default=1.0, help="dit: how much more change in time counts")
     parser.add_argument("--motion-weight", type=float, default=0.1, help="dit: weight of the motion head")
-    parser.add_argument("--seed", type=int, default=0, help="dit: of the order of batches")
+    parser.add_argument("--seed", type=int, default=0, help="vae, dit: of weights and batches")
     parser.add_argument("--compile", action="store_true", help="compile what is known to train the same compiled")
     parser.add_argument("--decoder-only", action="store_true", help="vae: train on with the encoder as it is")
     parser.add_argument("--threads", type=int, default=2)
@@ -53,18 +61,24 @@ def run(args: argparse.Namespace) -> None:
     """Run one step of the recipe."""
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Setting) if getattr(args, f.name) is not None}
+    setting = kept_setting(args.work, Setting(**asked), list(asked))
+
+    def options(kind: type[Any]) -> Any:
+        return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
     if args.step == "vae":
-        train_vae(args.work, args.minutes, args.lr, compile_step=args.compile, decoder_only=args.decoder_only)
+        train_vae(args.work, setting, options(VaeOptions), args.device)
     elif args.step == "cache":
-        cache_latents(args.work, args.clips, args.frames, args.part, args.parts, args.device)
+        cache_latents(args.work, setting, args.clips, args.frames, args.part, args.parts, args.device)
     elif args.step == "dit":
-        names = (field.name for field in dataclasses.fields(DitOptions))
-        train_dit(args.work, DitOptions(**{name: getattr(args, name) for name in names}), args.device)
+        train_dit(args.work, setting, options(DitOptions), args.device)
     elif args.step == "classifier":
-        train_classifier(args.work, args.minutes)
+        train_classifier(args.work, setting, args.minutes)
     else:
         path = args.work / "figures.json"
-        export(args.work, args.folder, args.average, json.loads(path.read_text()) if path.exists() else {})
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        export(args.work, setting, args.folder, args.average, figures)
 
 
 if __name__ == "__main__":

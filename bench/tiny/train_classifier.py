@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.tiny import clipvae
-from bench.tiny.steps import HEIGHT, WIDTH, log, save_state
+from bench.tiny.steps import Setting, log, save_state
 from bench.tiny.train_vae import load_vae
 from miga_engine.tiny import world
 from miga_engine.tiny.classifier import AttributeClassifier, frame_accuracy, to_tensor
 
 
-def train_classifier(work: Path, minutes: float) -> None:
+def train_classifier(work: Path, setting: Setting, minutes: float) -> None:
     """Trains the attribute classifier on rendered frames and on their reconstructions."""
     model = AttributeClassifier()
-    params = load_vae(work)
+    params = load_vae(work, setting)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     rng = np.random.default_rng(31)
     frames: list[Tensor] = []
@@ -30,7 +30,7 @@ def train_classifier(work: Path, minutes: float) -> None:
     for i in range(1500):
         scene = world.sample_scene(rng)
         short = 5 if i % 3 == 0 else 1
-        video, _ = world.render(scene, int(rng.integers(0, 2000)), short, HEIGHT, WIDTH)
+        video, _ = world.render(scene, int(rng.integers(0, 2000)), short, setting.height, setting.width)
         if rng.random() < 0.5:
             video = video[:, :, ::-1].copy()
         x = to_tensor(video)
@@ -68,6 +68,6 @@ def train_classifier(work: Path, minutes: float) -> None:
     right = []
     for _ in range(100):
         scene = world.sample_scene(unseen)
-        video, _ = world.render(scene, 5000, 1, HEIGHT, WIDTH)
+        video, _ = world.render(scene, 5000, 1, setting.height, setting.width)
         right.append(list(frame_accuracy(model, to_tensor(video), scene).values()))
     log(f"rendered frames read right (subject, colour, terrain, time): {np.mean(right, 0).tolist()}")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.tiny import clipdit, clipvae, text
-from bench.tiny.steps import DIT_FILE, HEIGHT, TEXT_FILE, WIDTH, log, save_state, stable_then_falling
+from bench.tiny.steps import DIT_FILE, TEXT_FILE, Setting, log, save_state, stable_then_falling, to_video
 from bench.tiny.train_vae import load_vae
 from miga_engine.errors import ConfigError
 from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
@@ -41,13 +41,15 @@ class DitOptions:
 
 
 @torch.no_grad()
-def cache_latents(work: Path, num_clips: int, num_frames: int, part: int, parts: int, device: str = "cpu") -> None:
+def cache_latents(
+    work: Path, setting: Setting, num_clips: int, num_frames: int, part: int, parts: int, device: str = "cpu"
+) -> None:
     """Renders and encodes clips for the DiT, a file for every 250; what is there stays and is gone on from.
 
     A file holds the normalised latents `[N,C,F,h,w]` in float16, what moves in them `[N,3,F,h,w]` (flow right and down
-    in pixels a frame, the subject's share of the cell) in float16, and the scenes' four attributes `[N,4]`.
+    in pixels a frame, the subject's share of the cell) in float16, and what the scenes are, to be read by `scenes_of`.
     """
-    params = {k: v.to(device) for k, v in load_vae(work).items()}
+    params = load_vae(work, setting, device)
     mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (WAN_LATENTS_MEAN, WAN_LATENTS_STD))
     if device == "cpu":
         clipvae.norm_silu = torch.compile(clipvae.norm_silu, dynamic=True)
@@ -59,16 +61,15 @@ def cache_latents(work: Path, num_clips: int, num_frames: int, part: int, parts:
         rng = np.random.default_rng([5000, number])
         rows: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(_PER_PART):
-            scene = world.sample_scene(rng)
-            frames = np.arange(num_frames) + int(rng.integers(0, 2000))
-            picture, cover, flow = world.render_tensors([scene] * num_frames, frames, HEIGHT, WIDTH, device)
-            x = (picture * 255 + 0.5).floor().permute(3, 0, 1, 2)[None].div(127.5).sub(1)
+            scene = setting.sample_scene(rng)
+            picture, cover, flow = setting.render(scene, int(rng.integers(0, 2000)), num_frames, device)
+            x = to_video(picture[None])
             with torch.autocast(device, torch.bfloat16):
                 latents, _ = clipvae.encode_clip(params, x)
             motion = torch.cat([flow.permute(3, 0, 1, 2), cover[None]])  # [3,T,H,W]
             cells = F.avg_pool2d(motion, 8)
             groups = [cells[:, :1], cells[:, 1:].unflatten(1, (-1, 4)).mean(2)]  # frames of each latent frame
-            rows.append((((latents - mean) / std)[0].half(), torch.cat(groups, 1).half(), torch.tensor(scene.labels)))
+            rows.append((((latents - mean) / std)[0].half(), torch.cat(groups, 1).half(), _labels(scene)))
         names = ("latents", "motion", "labels")
         save_state(path, {n: torch.stack(v).cpu() for n, v in zip(names, zip(*rows, strict=True), strict=True)})
         log(f"{path.name} after {time.time() - start:.0f} s")
@@ -83,10 +84,22 @@ def load_cache(work: Path, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]
     return latents.to(device), motion.to(device), labels
 
 
-def scene_of(labels: Tensor) -> world.Scene:
-    """The scene with these four attribute indices."""
-    s, c, te, ti = labels.tolist()
-    return world.Scene(world.SUBJECTS[s], world.COLOURS[c], world.TERRAINS[te], world.TIMES[ti])
+_FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("subject", world.SUBJECTS), ("colour", world.COLOURS), ("terrain", world.TERRAINS), ("time", world.TIMES),
+    ("pattern", world.PATTERNS), ("land", world.LANDS), ("sky", world.SKIES), ("side", ("", *world.SIDES)),
+    ("pace", ("", *world.PACES)), ("behind", ("", *world.COVERS)),
+)  # fmt: skip
+
+
+def _labels(scene: world.Scene) -> Tensor:
+    return torch.tensor([values.index(getattr(scene, name)) for name, values in _FIELDS])
+
+
+def scenes_of(labels: Tensor) -> list[world.Scene]:
+    """The scenes `[N]`, without their layouts, of labels `[N,fields]`, or of the first four fields alone."""
+    rows = labels.tolist()
+    named = [{name: values[i] for (name, values), i in zip(_FIELDS, row, strict=False)} for row in rows]
+    return [world.Scene(**fields) for fields in named]
 
 
 def dit_loss(
@@ -144,12 +157,11 @@ def _optimizers(params: dict[str, Tensor], options: DitOptions) -> list[torch.op
 
 
 def _batches(
-    latents: Tensor, motion: Tensor, labels: Tensor, options: DitOptions, first_step: int
+    setting: Setting, latents: Tensor, motion: Tensor, labels: Tensor, options: DitOptions, first_step: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """Batches from step `first_step` on; every step draws from its own seed, so that a run goes on as it would have."""
-    tokenizer = text.build_tokenizer()
-    length = int(clipdit.DIT_CONFIG["text_len"])  # type: ignore[call-overload]
-    scenes = [scene_of(row) for row in labels]
+    tokenizer = text.build_tokenizer(setting.rich)
+    scenes = scenes_of(labels)
     step = first_step
     while True:
         rng = np.random.default_rng([options.seed, step])
@@ -164,9 +176,12 @@ def _batches(
         )
         prompts = []
         for r in picked:
-            words = world.caption(scenes[r]) if rng.random() < 0.7 else text.wording(scenes[r], rng)
+            if setting.rich:
+                words = text.rich_wording(scenes[r], rng)
+            else:
+                words = world.caption(scenes[r]) if rng.random() < 0.7 else text.wording(scenes[r], rng)
             prompts.append("" if rng.random() < 0.1 else words)
-        ids, mask = text.tokenize(tokenizer, prompts, length)
+        ids, mask = text.tokenize(tokenizer, prompts, setting.text_len)
         ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < 0.01) & (ids > 2), 2)  # unknown words
         u = torch.sigmoid(torch.randn(BATCH, generator=g))
         noise = torch.randn(x0.shape, generator=g).to(x0.device)
@@ -174,7 +189,7 @@ def _batches(
         step += 1
 
 
-def train_dit(work: Path, options: DitOptions, device: str = "cpu") -> None:
+def train_dit(work: Path, setting: Setting, options: DitOptions, device: str = "cpu") -> None:
     """Trains DiT and text encoder together on windows of 13 latent frames of the cached clips.
 
     `work/dit.pt` holds all that a run goes on from: parameters, both averages, optimisers, step and time used.
@@ -185,8 +200,9 @@ def train_dit(work: Path, options: DitOptions, device: str = "cpu") -> None:
     if saved is not None:
         params = saved["params"]
     elif options.fresh:
-        vocab = text.build_tokenizer().get_vocab_size()
-        params = {f"dit.{k}": v for k, v in clipdit.init_dit(options.seed).items()}
+        vocab = text.build_tokenizer(setting.rich).get_vocab_size()
+        fresh = clipdit.init_dit(options.seed, setting.dim, setting.ffn_dim, setting.layers)
+        params = {f"dit.{k}": v for k, v in fresh.items()}
         params |= {f"text.{k}": v for k, v in clipdit.init_text_encoder(vocab, options.seed).items()}
     else:
         params = shipped_dit()
@@ -201,13 +217,13 @@ def train_dit(work: Path, options: DitOptions, device: str = "cpu") -> None:
     if saved is not None:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    rope = clipdit.rope_table(WINDOW, HEIGHT // 16, WIDTH // 16).to(device)
+    rope = clipdit.rope_table(WINDOW, setting.height // 16, setting.width // 16).to(device)
     weights = (options.subject_weight, options.change_weight, options.motion_weight)
     loss_fn: Callable[..., tuple[Tensor, Tensor]] = torch.compile(dit_loss) if options.compile else dit_loss
     last = last_save = time.time()
     running = np.zeros(2)
     first_step = step
-    for batch in _batches(latents, motion, labels, options, step):
+    for batch in _batches(setting, latents, motion, labels, options, step):
         share = elapsed / (options.minutes * 60)
         factor = stable_then_falling(share) * min(1.0, (step + 1) / 150)
         for optimizer in optimizers:

@@ -5,10 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from bench.tiny import clipdit, clipvae, measures, steps, train_dit, train_vae
+from bench.tiny import clipdit, clipvae, export, measures, steps, text, train_dit, train_vae
 from bench.tiny.pieces import pieces, subject_areas
-from miga_engine.tiny import world
+from miga_engine.errors import ConfigError
+from miga_engine.tiny import WEIGHTS_DIR, world
+
+SETTING = steps.Setting()
 
 
 def test_rates_hold_and_then_fall():
@@ -63,9 +67,9 @@ def work(tmp_path_factory):
         patch.setattr(train_dit, "_PER_PART", 2)
         patch.setattr(clipvae, "norm_silu", clipvae.norm_silu)
         patch.setattr(torch, "compile", lambda fn, **_: fn)
-        train_dit.cache_latents(folder, 2, 57, 0, 1)
+        train_dit.cache_latents(folder, SETTING, 2, 57, 0, 1)
         before = (folder / "cache000.pt").stat().st_mtime_ns
-        train_dit.cache_latents(folder, 2, 57, 0, 1)
+        train_dit.cache_latents(folder, SETTING, 2, 57, 0, 1)
     assert (folder / "cache000.pt").stat().st_mtime_ns == before, "a finished part is left alone"
     return folder
 
@@ -77,22 +81,22 @@ def test_cache_holds_normalised_latents_and_what_moves_in_them(work):
     assert latents.float().std() == pytest.approx(1, abs=0.3)
     assert 0.02 < motion[:, 2].float().mean() < 0.15, "share of the picture that is the subject's"
     assert (motion[:, 0, :, -1] < -0.3).all(), "the near hills go left"
-    assert [len(labels), labels.shape[1]] == [2, 4]
+    assert [scene.time in world.TIMES for scene in train_dit.scenes_of(labels)] == [True, True]
 
 
 def test_batches_depend_on_their_step_alone(work):
     data = train_dit.load_cache(work)
     options = train_dit.DitOptions(minutes=1)
-    whole = list(itertools.islice(train_dit._batches(*data, options, 0), 3))
-    later = next(train_dit._batches(*data, options, 2))
+    whole = list(itertools.islice(train_dit._batches(SETTING, *data, options, 0), 3))
+    later = next(train_dit._batches(SETTING, *data, options, 2))
     assert all(torch.equal(a, b) for a, b in zip(whole[2], later, strict=True))
     assert not torch.equal(whole[0][0], whole[1][0])
 
 
 def test_the_motion_head_leaves_the_velocity_alone():
     params = clipdit.init_dit(1)
-    x, text = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 24, clipdit.TEXT_DIM)
-    args = (x, torch.tensor([300.0]), text, clipdit.rope_table(3, 2, 2))
+    x, rows = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 24, clipdit.TEXT_DIM)
+    args = (x, torch.tensor([300.0]), rows, clipdit.rope_table(3, 2, 2))
     plain = clipdit.velocity(params, *args)
     v, motion = clipdit.velocity_and_motion(params, clipdit.init_motion_head(192), *args)
     assert torch.equal(v, plain)
@@ -112,7 +116,8 @@ def test_training_goes_on_where_it_stopped(work, tmp_path, optimizer, monkeypatc
     for name, lengths in {"one": [0.3], "two": [0.15, 0.3]}.items():
         (tmp_path / "dit.pt").unlink(missing_ok=True)
         for minutes in lengths:
-            train_dit.train_dit(tmp_path, train_dit.DitOptions(minutes, optimizer=optimizer, compile=False))
+            options = train_dit.DitOptions(minutes, optimizer=optimizer, compile=False)
+            train_dit.train_dit(tmp_path, SETTING, options)
         ends[name] = torch.load(tmp_path / "dit.pt", weights_only=True)
     assert ends["one"]["step"] == ends["two"]["step"] > 5
     for part in ("params", "averages", "optimizers"):
@@ -125,9 +130,9 @@ def test_training_goes_on_where_it_stopped(work, tmp_path, optimizer, monkeypatc
 @pytest.mark.slow
 def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "unseen_figures", lambda *_: {})
-    shipped = train_vae.load_vae(tmp_path)
-    train_vae.train_vae(tmp_path, 0.05, 1e-3, compile_step=False, decoder_only=True)
-    trained = train_vae.load_vae(tmp_path)
+    shipped = train_vae.load_vae(tmp_path, SETTING)
+    train_vae.train_vae(tmp_path, SETTING, train_vae.VaeOptions(0.05, decoder_only=True, compile=False))
+    trained = train_vae.load_vae(tmp_path, SETTING)
     changed = {k for k in shipped if not torch.equal(shipped[k], trained[k])}
     assert changed
     assert not any(k.startswith(("encoder.", "conv1.")) for k in changed)
@@ -144,3 +149,51 @@ def test_folding_keeps_the_picture_and_gives_the_published_statistics():
     assert (after.std((0, 2, 3, 4)) / torch.tensor(clipvae.WAN_LATENTS_STD) - 1).abs().max() < 1e-3
     plain = clipvae.decode_clip(params, z)
     assert (clipvae.decode_clip(folded, after) - plain).abs().max() <= 1e-4 * plain.abs().max()
+
+
+def test_a_work_folder_keeps_its_setting(tmp_path):
+    rich = steps.Setting(height=96, width=160, rich=True)
+    assert steps.kept_setting(tmp_path, rich, ["height", "width", "rich"]) == rich
+    assert steps.kept_setting(tmp_path, steps.Setting(), []) == rich
+    with pytest.raises(ConfigError, match=r"height is 64, and .*setting.json says 96: leave it out, or take another"):
+        steps.kept_setting(tmp_path, steps.Setting(height=64), ["height"])
+
+
+def test_rich_wordings_are_known_words():
+    """No word is <unk>, no text is cut, and every factor is named in about half of them."""
+    tokenizer, rng = text.build_tokenizer(rich=True), np.random.default_rng(0)
+    scenes = [world.sample_rich_scene(rng) for _ in range(600)]
+    words = [text.rich_wording(scene, rng) for scene in scenes]
+    assert not [w for w in words if 2 in tokenizer.encode(w).ids]
+    assert max(len(tokenizer.encode(w).ids) for w in words) <= steps.Setting(rich=True).text_len
+    assert 0.4 < np.mean([" hills with " in w for w in words]) < 0.6
+    assert 0.4 < np.mean(["thing" in w for w in words]) < 0.6
+
+
+@pytest.mark.slow
+def test_a_rich_and_larger_model_is_trained_by_the_same_steps(tmp_path, monkeypatch):
+    """VAE, cache and DiT of the rich world, a step or two each, fresh."""
+    setting = steps.Setting(height=96, width=160, rich=True, dim=128, ffn_dim=128, layers=2)
+    monkeypatch.setattr(train_vae, "unseen_figures", lambda *_: {})
+    monkeypatch.setattr(train_dit, "_PER_PART", 1)
+    monkeypatch.setattr(train_dit, "BATCH", 2)
+    monkeypatch.setattr(clipvae, "norm_silu", clipvae.norm_silu)
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    train_vae.train_vae(tmp_path, setting, train_vae.VaeOptions(0.001, fresh=True, compile=False))
+    train_dit.cache_latents(tmp_path, setting, 2, 57, 0, 1)
+    latents, _, labels = train_dit.load_cache(tmp_path)
+    assert latents.shape == (2, 16, 15, 12, 20)
+    assert all(scene.pace in world.PACES for scene in train_dit.scenes_of(labels))
+    train_dit.train_dit(tmp_path, setting, train_dit.DitOptions(0.001, fresh=True, compile=False))
+    assert torch.load(tmp_path / "dit.pt", weights_only=True)["step"] >= 1
+
+
+def test_what_no_step_has_trained_is_exported_as_it_ships(tmp_path):
+    export.export(tmp_path / "work", SETTING, tmp_path / "out", "long", {})
+    for name in ("DIT_FILE", "TEXT_FILE", "VAE_FILE"):
+        file = getattr(steps, name)
+        ours, shipped = load_file(tmp_path / "out" / file), load_file(WEIGHTS_DIR / file)
+        assert ours.keys() == shipped.keys()
+        assert all(torch.equal(ours[k], shipped[k]) for k in shipped), file
+    for name in ("config.json", "google/umt5-xxl/tokenizer.json"):
+        assert (tmp_path / "out" / name).read_text() == (WEIGHTS_DIR / name).read_text()
