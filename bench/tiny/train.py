@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: `python -m bench.tiny.train {vae,cache,dit,classifier,export}`.
+"""The recipe of the embedded model: `python -m bench.tiny.train {vae,cache,dit,classifier,reader,export}`.
 
 Each step keeps its state in `--work` and goes on from it when started again, the DiT's as if it had never stopped.
 Lengths of training are wall-clock minutes, because the recipe is made for a small CPU; the learning rate follows the
@@ -21,6 +21,7 @@ from bench.tiny.export import export
 from bench.tiny.steps import Setting, kept_setting
 from bench.tiny.train_classifier import train_classifier
 from bench.tiny.train_dit import DECAYS, DitOptions, cache_latents, train_dit
+from bench.tiny.train_reader import train_reader
 from bench.tiny.train_vae import VaeOptions, train_vae
 from miga_engine.tiny import WEIGHTS_DIR
 
@@ -28,7 +29,7 @@ from miga_engine.tiny import WEIGHTS_DIR
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(prog="python -m bench.tiny.train", description=__doc__)
-    parser.add_argument("step", choices=["vae", "cache", "dit", "classifier", "export"])
+    parser.add_argument("step", choices=["vae", "cache", "dit", "classifier", "reader", "export"])
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder of what the steps leave")
     parser.add_argument("--minutes", type=float, default=35.0, help="wall-clock length of a training")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, help="width of the DiT (default: 192)")
     parser.add_argument("--ffn-dim", type=int, help="of the DiT (default: 768)")
     parser.add_argument("--layers", type=int, help="of the DiT (default: 6)")
-    parser.add_argument("--device", default="cpu", help="vae, cache, dit: where it runs, such as cuda")
+    parser.add_argument("--device", default="cpu", help="where it runs, such as cuda (not classifier)")
     parser.add_argument("--fresh", action="store_true", help="vae, dit: begin with new weights, not the shipped ones")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="dit: for the hidden matrices")
     parser.add_argument("--subject-weight", type=float, default=4.0, help="dit: how much more the subject counts")
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
         train_dit(args.work, setting, options(DitOptions), args.device)
     elif args.step == "classifier":
         train_classifier(args.work, setting, args.minutes)
+    elif args.step == "reader":
+        train_reader(args.work, setting, args.minutes, device=args.device)
     else:
         path = args.work / "figures.json"
         figures = json.loads(path.read_text()) if path.exists() else {}

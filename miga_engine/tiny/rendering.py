@@ -147,7 +147,7 @@ def _draw_birds(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: l
     speed = 0.25 + 0.2 * q[:, 0]
     rgb = picture.put(0.25 * palette[0][n])[:, None, None]
     for k in range(5):
-        lead = (q[:, 1] * (wide + 40) + speed * t[n] - 7.0 * k) % (wide + 40) - 20
+        lead = (q[:, 1] * (wide + 12) + speed * t[n] - 7.0 * k) % (wide + 12) - 6
         height = 6.0 + 14.0 * q[:, 2] + 3.5 * abs(k - 2) + 0.6 * np.sin(_TAU * (t[n] / 40 + q[:, 3 + k]))
         beat = picture.column(0.35 + 0.4 * np.sin(_TAU * (t[n] / 14 + q[:, 8 + k])))
         u, v = picture.x - picture.column(lead), picture.y - picture.column(height)
