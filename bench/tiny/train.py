@@ -41,7 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="of the DiT (default: 6)")
     parser.add_argument("--device", default="cpu", help="where it runs, such as cuda (not classifier)")
     parser.add_argument("--fresh", action="store_true", help="vae, dit: begin with new weights, not the shipped ones")
+    parser.add_argument(
+        "--batch", type=int, help="vae: how many times the usual (default: 1); dit: windows a step (16)"
+    )
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="dit: for the hidden matrices")
+    parser.add_argument("--muon-times", type=float, default=1.0, help="dit: Muon's learning rate over --lr")
     parser.add_argument("--subject-weight", type=float, default=4.0, help="dit: how much more the subject counts")
     parser.add_argument("--change-weight", type=float, default=1.0, help="dit: how much more change in time counts")
     parser.add_argument("--motion-weight", type=float, default=0.1, help="dit: weight of the motion head")
@@ -51,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, default=3000, help="cache: number of clips over all parts")
     parser.add_argument("--frames", type=int, default=97, help="cache: video frames a clip")
+    parser.add_argument("--per-part", type=int, default=250, help="cache: clips a file")
     parser.add_argument("--part", type=int, default=0, help="cache: which part this process makes")
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=WEIGHTS_DIR, help="export: where the weights go")
@@ -66,12 +71,13 @@ def run(args: argparse.Namespace) -> None:
     setting = kept_setting(args.work, Setting(**asked), list(asked))
 
     def options(kind: type[Any]) -> Any:
-        return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+        return kind(**{name: value for name, value in given.items() if value is not None})
 
     if args.step == "vae":
         train_vae(args.work, setting, options(VaeOptions), args.device)
     elif args.step == "cache":
-        cache_latents(args.work, setting, args.clips, args.frames, args.part, args.parts, args.device)
+        cache_latents(args.work, setting, args.clips, args.frames, args.per_part, args.part, args.parts, args.device)
     elif args.step == "dit":
         train_dit(args.work, setting, options(DitOptions), args.device)
     elif args.step == "classifier":

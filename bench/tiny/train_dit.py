@@ -20,9 +20,8 @@ from miga_engine.errors import ConfigError
 from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
 from miga_engine.tiny import WEIGHTS_DIR, world
 
-WINDOW, BATCH = 13, 16
+WINDOW = 13
 DECAYS = {"short": 0.998, "long": 0.9995}
-_PER_PART = 250
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,9 @@ class DitOptions:
 
     minutes: float
     lr: float = 1e-3
+    batch: int = 16
     optimizer: str = "muon"
+    muon_times: float = 1.0
     subject_weight: float = 4.0
     change_weight: float = 1.0
     motion_weight: float = 0.1
@@ -42,9 +43,16 @@ class DitOptions:
 
 @torch.no_grad()
 def cache_latents(
-    work: Path, setting: Setting, num_clips: int, num_frames: int, part: int, parts: int, device: str = "cpu"
+    work: Path,
+    setting: Setting,
+    num_clips: int,
+    num_frames: int,
+    per_part: int,
+    part: int,
+    parts: int,
+    device: str = "cpu",
 ) -> None:
-    """Renders and encodes clips for the DiT, a file for every 250; what is there stays and is gone on from.
+    """Renders and encodes clips for the DiT, a file for every `per_part`; what is there stays and is gone on from.
 
     A file holds the normalised latents `[N,C,F,h,w]` in float16, what moves in them `[N,3,F,h,w]` (flow right and down
     in pixels a frame, the subject's share of the cell) in float16, and what the scenes are, to be read by `scenes_of`.
@@ -54,13 +62,13 @@ def cache_latents(
     if device == "cpu":
         clipvae.norm_silu = torch.compile(clipvae.norm_silu, dynamic=True)
     start = time.time()
-    for number in range(part, num_clips // _PER_PART, parts):
+    for number in range(part, num_clips // per_part, parts):
         path = work / f"cache{number:03d}.pt"
         if path.exists():
             continue
         rng = np.random.default_rng([5000, number])
         rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        for _ in range(_PER_PART):
+        for _ in range(per_part):
             scene = setting.sample_scene(rng)
             picture, cover, flow = setting.render(scene, int(rng.integers(0, 2000)), num_frames, device)
             x = to_video(picture[None])
@@ -166,7 +174,7 @@ def _batches(
     while True:
         rng = np.random.default_rng([options.seed, step])
         g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        picked = rng.integers(0, len(latents), BATCH)
+        picked = rng.integers(0, len(latents), options.batch)
         late = latents.shape[2] - WINDOW
         # half of the windows open a video, whose first latent is a single frame; the others lie inside one
         starts = [0 if rng.random() < 0.5 else int(rng.integers(1, late + 1)) for _ in picked]
@@ -183,7 +191,7 @@ def _batches(
             prompts.append("" if rng.random() < 0.1 else words)
         ids, mask = text.tokenize(tokenizer, prompts, setting.text_len)
         ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < 0.01) & (ids > 2), 2)  # unknown words
-        u = torch.sigmoid(torch.randn(BATCH, generator=g))
+        u = torch.sigmoid(torch.randn(options.batch, generator=g))
         noise = torch.randn(x0.shape, generator=g).to(x0.device)
         yield x0, moves, noise, *(v.to(x0.device) for v in (3 * u / (1 + 2 * u), ids, mask))
         step += 1
@@ -228,7 +236,8 @@ def train_dit(work: Path, setting: Setting, options: DitOptions, device: str = "
         factor = stable_then_falling(share) * min(1.0, (step + 1) / 150)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * factor
+                times = options.muon_times if isinstance(optimizer, torch.optim.Muon) else 1.0
+                group["lr"] = options.lr * times * factor
         with torch.autocast(device, torch.bfloat16):
             loss, plain = loss_fn(*parts, *batch, rope, weights)
         for optimizer in optimizers:
@@ -239,7 +248,7 @@ def train_dit(work: Path, setting: Setting, options: DitOptions, device: str = "
             optimizer.step()
         with torch.no_grad():
             for name, decay in DECAYS.items():
-                decay = min(decay, (1 + step) / (10 + step))
+                decay = min(decay, (1 + step) / (3 + step))
                 torch._foreach_lerp_(list(averages[name].values()), [v.detach() for v in params.values()], 1 - decay)
         step += 1
         keep = min(0.99, (step - first_step) / (step - first_step + 1))

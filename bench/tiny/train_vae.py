@@ -139,6 +139,7 @@ class VaeOptions:
 
     minutes: float
     lr: float = 1e-3
+    batch: int = 1
     decoder_only: bool = False
     fresh: bool = False
     compile: bool = True
@@ -196,15 +197,15 @@ def train_vae(work: Path, setting: Setting, options: VaeOptions, device: str = "
         pool.renew()
         draw = rng.random()
         if options.fresh and share < 0.2 and draw < max(0.25, 0.8 - 4 * share):
-            shape = (24, 1)
+            clips, frames, crop = 24, 1, None
         elif options.fresh and share < 0.12:
-            shape = (3, 9)
+            clips, frames, crop = 3, 9, None
+        elif rng.random() < 0.75:
+            clips, frames, crop = 4, 17, half_size  # same cost, twice the subjects
         else:
-            shape = (2, 17)
-        crop = half_size if shape == (2, 17) and rng.random() < 0.75 else None  # same cost, twice the subjects
-        x, subject = pool.batch(4, 17, crop) if crop else pool.batch(*shape)
-        size = (x.shape[0], 16, (shape[1] - 1) // 4 + 1, x.shape[3] // 8, x.shape[4] // 8)
-        noise = torch.randn(size, device=device)
+            clips, frames, crop = 2, 17, None
+        x, subject = pool.batch(clips * options.batch, frames, crop)
+        noise = torch.randn(len(x), 16, (frames + 3) // 4, x.shape[3] // 8, x.shape[4] // 8, device=device)
         with torch.autocast(device, torch.bfloat16):
             if decoder_only:
                 loss = decoder_loss(params, x, 1 + 7 * subject, noise)

@@ -64,12 +64,11 @@ def work(tmp_path_factory):
     """A folder with one small part of a cache, from the shipped VAE."""
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dit, "_PER_PART", 2)
         patch.setattr(clipvae, "norm_silu", clipvae.norm_silu)
         patch.setattr(torch, "compile", lambda fn, **_: fn)
-        train_dit.cache_latents(folder, SETTING, 2, 57, 0, 1)
+        train_dit.cache_latents(folder, SETTING, 2, 57, 2, 0, 1)
         before = (folder / "cache000.pt").stat().st_mtime_ns
-        train_dit.cache_latents(folder, SETTING, 2, 57, 0, 1)
+        train_dit.cache_latents(folder, SETTING, 2, 57, 2, 0, 1)
     assert (folder / "cache000.pt").stat().st_mtime_ns == before, "a finished part is left alone"
     return folder
 
@@ -107,7 +106,6 @@ def test_the_motion_head_leaves_the_velocity_alone():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_training_goes_on_where_it_stopped(work, tmp_path, optimizer, monkeypatch):
     """Parameters, averages and optimisers: a run in two parts ends with what one run ends with."""
-    monkeypatch.setattr(train_dit, "BATCH", 2)
     (tmp_path / "cache000.pt").symlink_to(work / "cache000.pt")
     clock = itertools.count()
     monkeypatch.setattr(train_dit.time, "time", lambda: float(next(clock)))  # a second a look at the clock
@@ -116,7 +114,7 @@ def test_training_goes_on_where_it_stopped(work, tmp_path, optimizer, monkeypatc
     for name, lengths in {"one": [0.3], "two": [0.15, 0.3]}.items():
         (tmp_path / "dit.pt").unlink(missing_ok=True)
         for minutes in lengths:
-            options = train_dit.DitOptions(minutes, optimizer=optimizer, compile=False)
+            options = train_dit.DitOptions(minutes, batch=2, optimizer=optimizer, compile=False)
             train_dit.train_dit(tmp_path, SETTING, options)
         ends[name] = torch.load(tmp_path / "dit.pt", weights_only=True)
     assert ends["one"]["step"] == ends["two"]["step"] > 5
@@ -175,16 +173,14 @@ def test_a_rich_and_larger_model_is_trained_by_the_same_steps(tmp_path, monkeypa
     """VAE, cache and DiT of the rich world, a step or two each, fresh."""
     setting = steps.Setting(height=96, width=160, rich=True, dim=128, ffn_dim=128, layers=2)
     monkeypatch.setattr(train_vae, "unseen_figures", lambda *_: {})
-    monkeypatch.setattr(train_dit, "_PER_PART", 1)
-    monkeypatch.setattr(train_dit, "BATCH", 2)
     monkeypatch.setattr(clipvae, "norm_silu", clipvae.norm_silu)
     monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
     train_vae.train_vae(tmp_path, setting, train_vae.VaeOptions(0.001, fresh=True, compile=False))
-    train_dit.cache_latents(tmp_path, setting, 2, 57, 0, 1)
+    train_dit.cache_latents(tmp_path, setting, 2, 57, 1, 0, 1)
     latents, _, labels = train_dit.load_cache(tmp_path)
     assert latents.shape == (2, 16, 15, 12, 20)
     assert all(scene.pace in world.PACES for scene in train_dit.scenes_of(labels))
-    train_dit.train_dit(tmp_path, setting, train_dit.DitOptions(0.001, fresh=True, compile=False))
+    train_dit.train_dit(tmp_path, setting, train_dit.DitOptions(0.001, batch=2, fresh=True, compile=False))
     assert torch.load(tmp_path / "dit.pt", weights_only=True)["step"] >= 1
 
 
