@@ -39,7 +39,7 @@ dawn"; layout and motion from a seed; {height}×{width} pixels, 12 frames a seco
    3×3×3 convolution acts on the current frame only; time is learned in the (3,1,1) convolutions of the resamplers.
    As run: AdamW, learning rate peak 1.5e-3, then after restarts 1e-3 and, from minute 23, 9e-4, always falling by a cosine.
    The latents' statistics are folded into conv1 and conv2, so the published Wan2.1 mean and std normalise them.
-   Then {vae_decoder_minutes} minutes, {vae_decoder_steps} steps, of the decoder alone (`vae --decoder-only`), latents as they were:
+   Then, after 17 minutes of it by AdamW, {vae_decoder_minutes} minutes, {vae_decoder_steps} steps, of the decoder alone (`vae --decoder-only`), latents as they were:
    L1 with the subject weighted ×8, 0.5 × the error's differences in space, its difference in time, and its second
    difference in time where the subject is; Muon for the kernels, AdamW for the rest.
 2. DiT and text encoder together, first 26 minutes, 3048 steps of AdamW, loss unweighted, 2000 clips; then from there

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe in one go, for an accelerator: `bench/tiny/train.sh WORK`, about 8 minutes. `SMALL=1` proves it on a CPU
-# in about one. The rich world at 96×160: VAE from the shipped weights, latents, a fresh DiT, the reader, figures in WORK/out.
+# in about two. The rich world at 96×160: VAE from the shipped weights, latents, a fresh DiT, the reader, figures in WORK/out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=${1:?give the folder that the steps leave their states in}
