@@ -137,7 +137,7 @@ def _attend(p: Params, name: str, x: Tensor, y: Tensor, rope: tuple[Tensor, Tens
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if x.is_cuda:
         out = F.scaled_dot_product_attention(q, k, v)
-    else:  # the CPU's fused attention takes a third of a training step, plain products a twentieth
+    else:  # on a CPU a training step is 1.4 times as fast with plain products as with fused attention
         out = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1).to(v.dtype) @ v
     return _linear(p, f"{name}.o", out.transpose(1, 2).flatten(2))
 

@@ -64,7 +64,7 @@ the world have 0.16 and 0.
 
 ## Limits
 The world is all it knows. Trained for little more than an hour on two cores, it is not done: in most clips the subject holds
-together and moves as it should, but in one of ten it is doubled or torn for a while, which is what the mean jitter shows
+together and moves as it should, but in some it is doubled or torn for a while, which is what the mean jitter shows
 beside the median. Beaks, windows and tails come and go, hills are soft and dark at night, a bird's wings change shape, and
 white subjects may merge with the sun. The classifier's shares say that the attributes can be read, not that the picture is
 sharp. Frames 1 and 4 of a reconstruction, where the causal decoder starts up, are some 3 dB below the rest
@@ -105,8 +105,7 @@ def export(work: Path, setting: Setting, folder: Path, average: str, figures: di
             partial.chmod(0o644)
     write_whole(folder / "config.json", json.dumps(setting.dit_config, indent=2) + "\n")
     text.save_tokenizer(folder, setting.rich)
-    shipped = json.loads((WEIGHTS_DIR / "miga.json").read_text())["training"]
-    training = {"dit_average": "one", "vae_decoder_minutes": 0.0, "vae_decoder_steps": 0} | shipped
+    training = json.loads((WEIGHTS_DIR / "miga.json").read_text())["training"]
     for part, state in (("vae", vae), ("vae_decoder", decoder), ("dit", dit)):
         if state:
             training |= {f"{part}_minutes": round(state["elapsed"] / 60, 1), f"{part}_steps": state["step"]}

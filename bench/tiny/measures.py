@@ -36,16 +36,18 @@ def psnr(
 ) -> tuple[float, float, npt.NDArray[np.float64]]:
     """PSNR in dB of a video `[T,3,H,W]` in [-1,1]: whole, inside the subject's box, and per frame.
 
-    The box of a frame bounds the pixels its subject covers by more than a tenth; without a mask it is the frame.
+    The box of a frame bounds the pixels its subject covers by more than a tenth; without a mask it is the frame. Frames
+    that do not show the subject have none; where no frame shows it, the box's figure is not a number.
     """
     error = ((other.clamp(-1, 1) - original) / 2).double().square().mean(1).numpy()  # [T,H,W]
     inside = []
     for t in range(len(error)):
         covered = np.ones(error.shape[1:], bool) if mask is None else mask[t] > 0.1
         rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
-        inside.append(error[t, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean())
+        if len(rows):
+            inside.append(error[t, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean())
     per_frame = -10 * np.log10(error.mean((1, 2)))
-    return float(-10 * np.log10(error.mean())), float(-10 * np.log10(np.mean(inside))), per_frame
+    return float(-10 * np.log10(error.mean())), float(-10 * np.log10(np.mean(inside or np.nan))), per_frame
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miga_engine.tiny import world
+from miga_engine.tiny.drawing import sky_ramp
 
 _SKY = 35  # rows above every hill, of a picture 64 high
 _SMALLEST, _SHARE = 10, 0.12  # a piece has at least so many pixels, and so large a share of the largest
@@ -29,9 +30,8 @@ def subject_areas(frames: npt.NDArray[np.uint8], scene: world.Scene) -> Tensor:
     rgb = torch.from_numpy(np.ascontiguousarray(frames[:, :_SKY])).float() / 255
     zenith, horizon, lamp, _, light = world.TIME_RGB[scene.time]
     colour = torch.tensor(world.COLOUR_RGB[scene.colour]) * light
-    y = (torch.arange(_SKY) + 0.5)[:, None]
-    sky = torch.tensor(zenith) + (y / 46).clamp(0, 1) ** 1.2 * (torch.tensor(horizon) - torch.tensor(zenith))  # [H,3]
-    lamp_ = torch.tensor(lamp)
+    zenith_, horizon_, lamp_ = map(torch.tensor, (zenith, horizon, lamp))
+    sky = zenith_ + sky_ramp(torch, (torch.arange(_SKY) + 0.5)[:, None]) * (horizon_ - zenith_)  # [H,3]
     # the glow around the lamp lies between sky and lamp: the distance from that line
     along = lamp_ - sky
     share = (((rgb - sky[:, None]) * along[:, None]).sum(-1) / along.square().sum(-1)[:, None]).clamp(0, 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,25 +65,25 @@ class Setting:
     def render(
         self, scene: world.Scene, first_frame: int, num_frames: int, device: str = "cpu"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A clip as uint8 `[T,H,W,3]`, the subject's coverage `[T,H,W]` and the velocities `[T,H,W,2]`."""
+        """A clip as uint8 `[T,H,W,3]`, the subject's coverage `[T,H,W]` and the flow `[T,H,W,2]`."""
         frames = np.arange(first_frame, first_frame + num_frames)
         picture, cover, flow = world.render_tensors([scene] * num_frames, frames, self.height, self.width, device)
         return (picture * 255 + 0.5).byte(), cover, flow
 
 
-def kept_setting(work: Path, asked: Setting, given: Sequence[str]) -> Setting:
-    """The setting of a work folder: written by its first step, read by the others. `given` are the fields that were
-    asked for; what is asked differently later is refused."""
+def kept_setting(work: Path, asked: Mapping[str, Any]) -> Setting:
+    """The setting of a work folder: written by its first step, read by the others. Fields that are asked for
+    differently later are refused."""
     path = work / "setting.json"
     if not path.exists():
-        write_whole(path, json.dumps(dataclasses.asdict(asked)) + "\n")
-        return asked
+        setting = Setting(**asked)
+        write_whole(path, json.dumps(dataclasses.asdict(setting)) + "\n")
+        return setting
     kept = Setting(**json.loads(path.read_text()))
-    for name in given:
-        if getattr(asked, name) != getattr(kept, name):
+    for name, value in asked.items():
+        if value != getattr(kept, name):
             raise ConfigError(
-                f"{name} is {getattr(asked, name)}, and {path} says {getattr(kept, name)}: leave it out, or take "
-                "another --work"
+                f"{name} is {value}, and {path} says {getattr(kept, name)}: leave it out, or take another --work"
             )
     return kept
 
@@ -101,6 +102,17 @@ def save_state(path: Path, state: object) -> None:
     """Write what a step goes on from, whole or not at all."""
     with written_whole(path) as file:
         torch.save(state, file)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all parameters of an optimiser."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def cosine(share: float) -> float:
+    """The learning rate's factor after this share of the time: from 1 by a cosine to 0.01."""
+    return max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def stable_then_falling(share: float, fall: float = 0.25) -> float:

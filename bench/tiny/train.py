@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Setting) if getattr(args, f.name) is not None}
-    setting = kept_setting(args.work, Setting(**asked), list(asked))
+    setting = kept_setting(args.work, asked)
 
     def options(kind: type[Any]) -> Any:
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.tiny import clipvae
-from bench.tiny.steps import Setting, log, save_state
+from bench.tiny.steps import Setting, cosine, log, save_state, set_rate
 from bench.tiny.train_vae import load_vae
 from miga_engine.tiny import world
 from miga_engine.tiny.classifier import AttributeClassifier, frame_accuracy, to_tensor
@@ -47,8 +47,7 @@ def train_classifier(work: Path, setting: Setting, minutes: float) -> None:
     step = 0
     begin = time.time()
     while (share := (time.time() - begin) / (minutes * 60)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * max(0.01, 0.5 * (1 + float(np.cos(np.pi * share))))
+        set_rate(optimizer, 2e-3 * cosine(share))
         pick = torch.randint(0, len(data), (48,))
         x = data[pick]
         x = torch.roll(x, int(rng.integers(-10, 11)), 3) + 0.05 * float(rng.random()) * torch.randn_like(x)

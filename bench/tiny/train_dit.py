@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.tiny import clipdit, clipvae, text
-from bench.tiny.steps import DIT_FILE, TEXT_FILE, Setting, log, save_state, stable_then_falling, to_video
+from bench.tiny.steps import DIT_FILE, TEXT_FILE, Setting, log, save_state, set_rate, stable_then_falling, to_video
 from bench.tiny.train_vae import load_vae
 from miga_engine.errors import ConfigError
 from miga_engine.models.wan.vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
@@ -92,21 +92,14 @@ def load_cache(work: Path, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]
     return latents.to(device), motion.to(device), labels
 
 
-_FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("subject", world.SUBJECTS), ("colour", world.COLOURS), ("terrain", world.TERRAINS), ("time", world.TIMES),
-    ("pattern", world.PATTERNS), ("land", world.LANDS), ("sky", world.SKIES), ("side", ("", *world.SIDES)),
-    ("pace", ("", *world.PACES)), ("behind", ("", *world.COVERS)),
-)  # fmt: skip
-
-
 def _labels(scene: world.Scene) -> Tensor:
-    return torch.tensor([values.index(getattr(scene, name)) for name, values in _FIELDS])
+    return torch.tensor([values.index(getattr(scene, name)) for name, values in world.FACTORS.items()])
 
 
 def scenes_of(labels: Tensor) -> list[world.Scene]:
     """The scenes `[N]`, without their layouts, of labels `[N,fields]`, or of the first four fields alone."""
-    rows = labels.tolist()
-    named = [{name: values[i] for (name, values), i in zip(_FIELDS, row, strict=False)} for row in rows]
+    factors = world.FACTORS.items()
+    named = [{n: values[i] for (n, values), i in zip(factors, row, strict=False)} for row in labels.tolist()]
     return [world.Scene(**fields) for fields in named]
 
 
@@ -229,15 +222,14 @@ def train_dit(work: Path, setting: Setting, options: DitOptions, device: str = "
     weights = (options.subject_weight, options.change_weight, options.motion_weight)
     loss_fn: Callable[..., tuple[Tensor, Tensor]] = torch.compile(dit_loss) if options.compile else dit_loss
     last = last_save = time.time()
-    running = np.zeros(2)
+    running = torch.zeros(2, device=device)
     first_step = step
     for batch in _batches(setting, latents, motion, labels, options, step):
         share = elapsed / (options.minutes * 60)
         factor = stable_then_falling(share) * min(1.0, (step + 1) / 150)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                times = options.muon_times if isinstance(optimizer, torch.optim.Muon) else 1.0
-                group["lr"] = options.lr * times * factor
+            times = options.muon_times if isinstance(optimizer, torch.optim.Muon) else 1.0
+            set_rate(optimizer, options.lr * times * factor)
         with torch.autocast(device, torch.bfloat16):
             loss, plain = loss_fn(*parts, *batch, rope, weights)
         for optimizer in optimizers:
@@ -252,7 +244,7 @@ def train_dit(work: Path, setting: Setting, options: DitOptions, device: str = "
                 torch._foreach_lerp_(list(averages[name].values()), [v.detach() for v in params.values()], 1 - decay)
         step += 1
         keep = min(0.99, (step - first_step) / (step - first_step + 1))
-        running = keep * running + (1 - keep) * np.array([loss.item(), plain.item()])
+        running.lerp_(torch.stack([loss.detach(), plain]).float(), 1 - keep)  # on the device: nothing waits for it
         now = time.time()
         elapsed += now - last
         last = now

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.tiny import clipvae
-from bench.tiny.steps import Setting, log, save_state, to_video
+from bench.tiny.measures import played
+from bench.tiny.steps import Setting, cosine, log, save_state, set_rate, to_video
 from bench.tiny.train_vae import load_vae
 from miga_engine.tiny import reader, world
 
@@ -75,8 +76,7 @@ def train_reader(work: Path, setting: Setting, minutes: float, lr: float = 2e-3,
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     begin, step = time.time(), 0
     while (share := (time.time() - begin) / (minutes * 60)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * max(0.01, 0.5 * (1 + float(np.cos(np.pi * share))))
+        set_rate(optimizer, lr * cosine(share))
         pool.renew()
         picked = torch.randint(0, pool.filled, (32,), device=device)
         x = pool.pairs[picked].float()
@@ -109,9 +109,10 @@ def reader_figures(
         scene, first = setting.sample_scene(rng), int(rng.integers(5000, 9000))
         video, cover, _ = setting.render(scene, first, 17)
         if vae is not None:
-            rec = clipvae.decode_clip(vae, clipvae.encode_clip(vae, to_video(video[None]))[0]).clamp(-1, 1)[0]
-            video = (rec.permute(1, 2, 3, 0) * 127.5 + 127.5).round().byte()
-        seen = reader.read(model, video.numpy())
+            rec = clipvae.decode_clip(vae, clipvae.encode_clip(vae, to_video(video[None]))[0])
+            seen = reader.read(model, played(rec[0].transpose(0, 1)))
+        else:
+            seen = reader.read(model, video.numpy())
         labels = np.array([labels_of(scene, first + t, cover[t]) for t in range(17)])
         for i, name in enumerate(reader.CLASSES):
             known = labels[:, i] != _UNKNOWN

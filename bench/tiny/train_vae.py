@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.tiny import clipvae
-from bench.tiny.steps import VAE_FILE, Setting, log, save_state, to_video
+from bench.tiny.measures import played, psnr
+from bench.tiny.steps import VAE_FILE, Setting, cosine, log, save_state, set_rate, to_video
 from miga_engine.measure.truth import truth_curves
 from miga_engine.tiny import WEIGHTS_DIR, world
 
@@ -104,19 +105,12 @@ def unseen_figures(
         video, mask, _ = setting.render(scene, 1000, num_frames, device)
         x = to_video(video[None])
         with torch.autocast(device, torch.bfloat16):
-            rec = clipvae.decode_clip(params, clipvae.encode_clip(params, x)[0]).clamp(-1, 1)
-        error = ((rec - x) / 2).square().mean(1)[0].cpu().numpy()  # [T,H,W]
-        inside = []
-        for e, m in zip(error, mask.cpu().numpy(), strict=True):
-            rows_, columns = np.flatnonzero(m.max(1) > 0.1), np.flatnonzero(m.max(0) > 0.1)
-            if len(rows_):
-                inside.append(e[rows_[0] : rows_[-1] + 1, columns[0] : columns[-1] + 1].mean())
-        played = rec[0].permute(1, 2, 3, 0).mul(127.5).add(127.5).round().byte()
-        jitter = [
-            truth_curves(v.cpu().numpy(), world.caption(scene)).means()["subject_jitter"] for v in (played, video)
-        ]
-        box = -10 * np.log10(np.mean(inside)) if inside else np.nan
-        rows.append([-10 * np.log10(error.mean()), box, *jitter])
+            rec = clipvae.decode_clip(params, clipvae.encode_clip(params, x)[0])
+        x, rec = (v[0].transpose(0, 1).float().cpu() for v in (x, rec))
+        whole, box, _ = psnr(x, rec, mask.cpu().numpy())
+        clips = (played(rec), video.cpu().numpy())
+        jitter = [truth_curves(v, world.caption(scene)).means()["subject_jitter"] for v in clips]
+        rows.append([whole, box, *jitter])
     names = ("psnr_db", "psnr_db_subject_box", "jitter", "jitter_true")
     return {name: round(float(v), 3) for name, v in zip(names, np.nanmean(rows, 0), strict=True)}
 
@@ -153,13 +147,13 @@ def train_vae(work: Path, setting: Setting, options: VaeOptions, device: str = "
     """
     decoder_only, seed = options.decoder_only, options.seed
     path = work / ("vae_decoder.pt" if decoder_only else "vae.pt")
-    params = clipvae.init_parameters(seed=seed) if options.fresh else load_vae(work, setting, device)
-    params = {k: v.to(device) for k, v in params.items()}
-    ema = {k: v.clone() for k, v in params.items()}
-    elapsed, step = 0.0, 0
     saved = torch.load(path, weights_only=True, map_location=device) if path.exists() else None
     if saved is not None:
         params, ema, elapsed, step = saved["params"], saved["ema"], saved["elapsed"], saved["step"]
+    else:
+        params = clipvae.init_parameters(seed=seed) if options.fresh else load_vae(work, setting, device)
+        params = {k: v.to(device) for k, v in params.items()}
+        ema, elapsed, step = {k: v.clone() for k, v in params.items()}, 0.0, 0
     # kernels are learned as matrices, a row for each channel that comes out
     shapes = {k: v.shape for k, v in params.items()}
     leaves = {k: _matrix(v).detach().clone() for k, v in params.items()}
@@ -182,17 +176,16 @@ def train_vae(work: Path, setting: Setting, options: VaeOptions, device: str = "
     rng = np.random.default_rng(seed + step)
     unseen_rng = np.random.default_rng(777)
     unseen = [setting.sample_scene(unseen_rng) for _ in range(6)]
-    half_size = (setting.height * 3 // 4 // 16 * 16, setting.width * 2 // 3 // 16 * 16)
+    crop_size = (setting.height * 3 // 4 // 16 * 16, setting.width * 2 // 3 // 16 * 16)
     if options.compile:
         clipvae.norm_silu = torch.compile(clipvae.norm_silu, dynamic=True)
     last = last_save = time.time()
     running = usual = None
     while elapsed < options.minutes * 60:
         share = elapsed / (options.minutes * 60)
-        lr = options.lr * min(1.0, (step + 1) / 100) * max(0.01, 0.5 * (1 + float(np.cos(np.pi * share))))
+        lr = options.lr * min(1.0, (step + 1) / 100) * cosine(share)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(optimizer, lr)
         params = {k: _kernel(v, shapes[k]) for k, v in leaves.items()}
         pool.renew()
         draw = rng.random()
@@ -201,7 +194,7 @@ def train_vae(work: Path, setting: Setting, options: VaeOptions, device: str = "
         elif options.fresh and share < 0.12:
             clips, frames, crop = 3, 9, None
         elif rng.random() < 0.75:
-            clips, frames, crop = 4, 17, half_size  # same cost, twice the subjects
+            clips, frames, crop = 4, 17, crop_size  # same cost, twice the subjects
         else:
             clips, frames, crop = 2, 17, None
         x, subject = pool.batch(clips * options.batch, frames, crop)

@@ -104,6 +104,11 @@ def subject(
     return rgb, alpha
 
 
+def sky_ramp(xp: Any, y: Any) -> Any:
+    """How far the sky is from zenith to horizon at rows y, 0 to 1."""
+    return xp.clip(y / 46.0, 0, 1) ** 1.2
+
+
 def _box(xp: Any, u: Any, v: Any, left: float, right: float, foot: float, top: float) -> Any:
     return xp.maximum(
         xp.abs(u - (left + right) / 2) - (right - left) / 2, xp.abs(v - (foot + top) / 2) - (top - foot) / 2

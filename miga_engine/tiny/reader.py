@@ -16,15 +16,7 @@ from miga_engine.tiny import WEIGHTS_DIR, world
 from miga_engine.tiny.classifier import to_tensor
 
 CLASSES: dict[str, tuple[str, ...]] = {
-    "subject": world.SUBJECTS,
-    "colour": world.COLOURS,
-    "terrain": world.TERRAINS,
-    "time": world.TIMES,
-    "pattern": world.PATTERNS,
-    "land": world.LANDS,
-    "sky": world.SKIES,
-    "side": world.SIDES,
-    "pace": world.PACES,
+    name: tuple(v for v in values if v) for name, values in world.FACTORS.items() if name != "behind"
 }
 OF_THE_SUBJECT = ("subject", "colour", "pattern")
 LAG = 8  # frames between the two that are looked at: how fast the land goes by shows in no single one

@@ -23,29 +23,29 @@ from miga_engine.tiny.scene import COLOUR_RGB, LAYERS, TERRAIN_RGB, TIME_RGB, Sc
 Array = npt.NDArray[np.floating[Any]]
 Times = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
-
-
 Shape = Callable[[Any, Any, Rows], Iterable[tuple[Any, Any, Any]]]
 """Of u, v and the cells: distance, colour and whether it is shown there, of each part."""
 
 _TAU = 2 * np.pi
+_PACE = {"": (0.8, 0.4), "slow": (0.6, 0.2), "fast": (1.5, 0.2)}  # of a layer's speed: least, and what is added
 _TURN = 28  # frames in which the subject goes away or comes back
 _LAMPLIGHT = np.array((1.0, 0.82, 0.42), np.float32)  # of windows, after dark
 _CLOUD = ((0.0, 0.0, 9.0, 3.6), (-5.5, 1.6, 5.0, 2.6), (5.0, 1.2, 6.0, 2.8))  # middle and half axes
 
 
 @functools.lru_cache(maxsize=16384)
-def _layout(seed: int) -> Array:
-    """The numbers a seed draws, uniform in [0, 1)."""
-    return np.random.default_rng(seed).random(32).astype(np.float32)
+def _layout(seed: int, stream: int) -> Array:
+    """The numbers a seed draws, uniform in [0, 1): stream 0 for the plain world, 1 for what the rich has beside it, 2
+    for the ring."""
+    return np.random.default_rng(seed + (stream << 32)).random(32).astype(np.float32)
 
 
-def _layouts(scenes: Sequence[Scene]) -> Times:
-    return np.stack([_layout(s.seed) for s in scenes]).astype(np.float64)  # [N,32]
+def _layouts(scenes: Sequence[Scene], stream: int = 0) -> Times:
+    return np.stack([_layout(s.seed, stream) for s in scenes]).astype(np.float64)  # [N,32]
 
 
 class _Picture:
-    """Pictures `[N,H,W,C]` that are being drawn, C = 3 or, with motion, 5: colour, then velocity in pixels a frame."""
+    """Pictures `[N,H,W,C]` that are being drawn, C = 3 or, with motion, 5: colour, then flow in pixels a frame."""
 
     def __init__(self, xp: Any, put: Put, count: int, height: int, width: int, motion: bool) -> None:
         self.xp, self.put, self.motion = xp, put, motion
@@ -66,33 +66,28 @@ class _Picture:
         return self.put(values.astype(np.float32)[:, None, :])
 
     def moving(self, rgb: Array, right: Any = 0.0, down: Any = 0.0) -> Any:
-        """Colours `[N,3]`, with motion followed by their velocity, which is given in pixels of a picture 64 high."""
+        """Colours `[N,3]`, with motion followed by their flow, which is given in pixels of a picture 64 high."""
         parts = [rgb] + [np.broadcast_to(v / self.scale, len(rgb))[:, None] for v in (right, down) if self.motion]
         return self.put(np.concatenate(parts, 1, dtype=np.float32))
 
-    def lay(self, share: Any, colour: Any, velocity: Any, rows: Rows | None = None) -> None:
-        """Lays `colour` `[n,H,W,3]` and its `velocity` `[n,1,1,2]` over the pictures `rows` by `share` `[n,H,W]`."""
+    def lay(self, share: Any, colour: Any, flow: Any, rows: Rows | None = None) -> None:
+        """Lays `colour` `[n,H,W,3]` and its `flow` `[n,1,1,2]` over the pictures `rows` by `share` `[n,H,W]`."""
         n = slice(None) if rows is None else self.put(rows)
         part = self.image[n]
         part[..., :3] += share[..., None] * (colour - part[..., :3])
         if self.motion:
-            part[..., 3:] += share[..., None] * (velocity - part[..., 3:])
+            part[..., 3:] += share[..., None] * (flow - part[..., 3:])
         if rows is not None:
             self.image[n] = part
         if self.mask is not None:
             self.mask[n] = self.mask[n] * (1 - share)
 
 
-def _rows(scenes: Sequence[Scene], is_one: Callable[[Scene], bool]) -> Rows:
-    return np.flatnonzero([is_one(s) for s in scenes])
+def _where(flags: Iterable[bool]) -> Rows:
+    return np.flatnonzero(list(flags))
 
 
-def _rich_layout(scenes: Sequence[Scene]) -> Times:
-    """More numbers `[N,32]` that the seeds draw, for what the plain world has not."""
-    return np.stack([_layout(s.seed + (1 << 32)) for s in scenes]).astype(np.float64)
-
-
-def _velocity(place: Callable[[Times], tuple[Any, Any]], t: Times) -> tuple[Any, Any]:
+def _flow(place: Callable[[Times], tuple[Any, Any]], t: Times) -> tuple[Any, Any]:
     """How far a point goes in the frame around t, right and down."""
     (x1, y1), (x0, y0) = place(t + 0.5), place(t - 0.5)
     return x1 - x0, y1 - y0
@@ -101,7 +96,7 @@ def _velocity(place: Callable[[Times], tuple[Any, Any]], t: Times) -> tuple[Any,
 def _draw_sky(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: list[Array]) -> None:
     xp, q, wide = picture.xp, _layouts(scenes), picture.width * picture.scale
     zenith, horizon, lamp = palette[:3]
-    ramp = xp.clip(picture.y / 46.0, 0, 1) ** 1.2  # [1,H,1]
+    ramp = drawing.sky_ramp(xp, picture.y)  # [1,H,1]
     top, change = picture.moving(zenith), picture.moving(horizon - zenith)
     sky = top[:, None, None] + ramp[..., None] * change[:, None, None]  # [N,H,1,C]
     picture.image = 1.0 * xp.broadcast_to(sky, (picture.count, picture.height, picture.width, sky.shape[-1]))
@@ -113,7 +108,7 @@ def _draw_sky(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: lis
         return place * wide + 6.0 * np.sin(_TAU * (t / 700 + q[:, 1])), 8.0 + 7.0 * q[:, 2]
 
     sun_x, sun_y = (picture.column(v) for v in sun(t))
-    disc = picture.moving(lamp, *_velocity(sun, t))[:, None, None]
+    disc = picture.moving(lamp, *_flow(sun, t))[:, None, None]
     r = xp.sqrt((picture.x - sun_x) ** 2 + (picture.y - sun_y) ** 2)
     for share in (0.30 * xp.exp(-((r / 9.0) ** 2)), cover(xp, (r - 4.6) * 0.8)):
         picture.lay(share, disc[..., :3], disc[..., 3:])
@@ -121,7 +116,7 @@ def _draw_sky(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: lis
 
 def _draw_clouds(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: list[Array]) -> None:
     """Small clouds, three ellipses each, that drift slowly behind the subject."""
-    n = _rows(scenes, lambda s: s.sky == "clouds")
+    n = _where(s.sky == "clouds" for s in scenes)
     if not n.size:
         return
     xp, drift, spacing = picture.xp, -0.10, 34.0
@@ -140,10 +135,10 @@ def _draw_clouds(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: 
 
 def _draw_birds(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: list[Array]) -> None:
     """A flock at a distance that crosses the sky, comes round again, and beats its wings."""
-    n = _rows(scenes, lambda s: s.sky == "birds")
+    n = _where(s.sky == "birds" for s in scenes)
     if not n.size:
         return
-    xp, q, wide = picture.xp, _rich_layout([scenes[i] for i in n]), picture.width * picture.scale
+    xp, q, wide = picture.xp, _layouts([scenes[i] for i in n], 1), picture.width * picture.scale
     speed = 0.25 + 0.2 * q[:, 0]
     rgb = picture.put(0.25 * palette[0][n])[:, None, None]
     for k in range(5):
@@ -157,7 +152,7 @@ def _draw_birds(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: l
 
 
 def _level(picture: _Picture, n: Rows, speed: Any) -> Any:
-    """The velocity `[n,1,1,2]` of what goes sideways; nothing of it without motion."""
+    """The flow `[n,1,1,2]` of what goes sideways; nothing of it without motion."""
     return picture.moving(np.zeros((len(n), 0), np.float32), speed)[:, None, None]
 
 
@@ -171,8 +166,8 @@ def _draw_layer(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: l
     zenith, horizon, _, light = palette[:4]
     base, amplitude, wavelength, speed, haze = LAYERS[i]
     a, b, c, d, e = (q[:, 3 + 5 * i + k] for k in range(5))
-    pace = np.array([{"": 0.8, "slow": 0.6, "fast": 1.5}[s.pace] for s in scenes])
-    scroll = speed * (pace + np.where(pace == 0.8, 0.4, 0.2) * e)
+    slowest, spread = np.array([_PACE[s.pace] for s in scenes]).T
+    scroll = speed * (slowest + spread * e)
     k0 = (_TAU / (wavelength * (0.85 + 0.4 * a)))[:, None]
 
     def crest(pos: Times, n: Any = slice(None)) -> Times:
@@ -211,21 +206,20 @@ def _draw_layer(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: l
     def simple(shape: Callable[[Any, Any, Any], Any]) -> Shape:
         return lambda u, v, cells: ((distance, rgb, True) for distance, rgb in shape(xp, u, v))
 
-    if i == 1 and (rows := _rows(scenes, lambda s: s.ring)).size:
+    if i == 1 and (rows := _where(s.ring for s in scenes)).size:
         stand(rows, 46.0, 0.9, 20, True, landmarks)
     for name, spacing, shape in (("trees", 6.0, drawing.tree), ("houses", 15.0, drawing.house)):
-        if i and (rows := _rows(scenes, lambda s, name=name: s.land == name)).size:  # type: ignore[misc]
+        if i and (rows := _where(s.land == name for s in scenes)).size:
             stand(rows, spacing * (0.7, 1.0)[i - 1], (0.7, 1.0)[i - 1], 30 + 10 * i, False, simple(shape))
 
     hill = picture.moving((1 - haze) * ground + haze * air, -scroll)[:, None, None]
     top = picture.across(crest(pos))
     shade = 1.06 - 0.010 * xp.clip(picture.y - top, 0, 14)
     picture.lay(cover(xp, top - picture.y), hill[..., :3] * shade[..., None], hill[..., 3:])
-    if i == 2 and (rows := _rows(scenes, lambda s: s.land == "river")).size:
+    if i == 2 and (rows := _where(s.land == "river" for s in scenes)).size:
         bank = picture.across(57.0 + 0.9 * np.sin(_TAU * pos[rows] / 50 + 1.0))
-        water = picture.put(0.6 * air[rows] + 0.4 * light[rows] * np.array((0.20, 0.42, 0.62), np.float32))[
-            :, None, None
-        ]
+        blue = light[rows] * np.array((0.20, 0.42, 0.62), np.float32)
+        water = picture.put(0.6 * air[rows] + 0.4 * blue)[:, None, None]
         ripple = xp.sin(picture.across(_TAU * pos[rows] / 16) + 1.1 * picture.y) * xp.sin(1.5 * picture.y)
         bright = water * (1.0 + 0.12 * ripple)[..., None]
         picture.lay(cover(xp, bank - picture.y), bright, _level(picture, rows, -scroll[rows]), rows)
@@ -233,7 +227,7 @@ def _draw_layer(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: l
 
 def ring_of(scene: Scene) -> tuple[str, ...]:
     """The landmarks of a scene's ring in the order in which they come by, again and again."""
-    order = np.argsort(_layout(scene.seed + (2 << 32))[: len(drawing.LANDMARKS)])
+    order = np.argsort(_layout(scene.seed, 2)[: len(drawing.LANDMARKS)])
     return tuple(drawing.LANDMARKS[i] for i in order)
 
 
@@ -243,7 +237,7 @@ def away(scenes: Sequence[Scene], frames: npt.ArrayLike) -> Times:
     It is hidden for 16 to 192 frames, then in the open for 120 to 240, again and again.
     """
     t = np.asarray(frames, np.float64)
-    q = _rich_layout(scenes)
+    q = _layouts(scenes, 1)
     hidden, seen = np.round(16 * 12 ** q[:, 16]), np.round(120 + 120 * q[:, 17])
     moment = (t + q[:, 18] * (hidden + seen + 2 * _TURN)) % (hidden + seen + 2 * _TURN)
     share = np.clip(np.minimum(moment - seen, seen + hidden + 2 * _TURN - moment) / _TURN, 0, 1)
@@ -285,7 +279,7 @@ def _draw_subject(
     u0 = (put(((columns_of + 0.5) * scale).astype(np.float32)) - put(cx)) / size
     v0 = (put(((rows_of + 0.5) * scale).astype(np.float32)) - put(cy)) / size
     u, v = u0 * xp.cos(tilt) + v0 * xp.sin(tilt), v0 * xp.cos(tilt) - u0 * xp.sin(tilt)
-    flying = picture.moving(np.zeros((len(scenes), 0), np.float32), *_velocity(centre, t))
+    flying = picture.moving(np.zeros((len(scenes), 0), np.float32), *_flow(centre, t))
     looks = np.array([f"{s.subject} {s.pattern}" for s in scenes])
     for look in np.unique(looks):
         found = np.flatnonzero(looks == look)
@@ -303,7 +297,7 @@ def _draw_subject(
 
 def _draw_bank(picture: _Picture, scenes: Sequence[Scene], t: Times, palette: list[Array]) -> None:
     """A bank of cloud that covers the sky from the right while the subject is away, and leaves to the left."""
-    n = _rows(scenes, lambda s: s.behind == "clouds")
+    n = _where(s.behind == "clouds" for s in scenes)
     if not n.size:
         return
     xp, wide = picture.xp, picture.width * picture.scale
@@ -375,8 +369,8 @@ def render_tensors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`render_frames` by torch, on any device, equal to rounding; and how everything moves.
 
-    Returns the pictures `[N,H,W,3]` in [0,1], the subject's coverage `[N,H,W]` in [0,1], and the velocity of what each
-    pixel shows `[N,H,W,2]`, to the right and downwards in pixels a frame; the subject's own turning is left out.
+    Returns the pictures `[N,H,W,3]` in [0,1], the subject's coverage `[N,H,W]` in [0,1], and the flow `[N,H,W,2]`: how
+    what a pixel shows moves, to the right and downwards in pixels a frame; the subject's own turning is left out.
     """
     image, mask = _draw(
         torch, lambda array: torch.as_tensor(array, device=device), scenes, frames, height, width, motion=True

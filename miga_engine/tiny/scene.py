@@ -17,6 +17,19 @@ SKIES = ("clear", "clouds", "birds")
 SIDES = ("left", "right")
 PACES = ("slow", "fast")
 COVERS = ("clouds", "hills")
+FACTORS: dict[str, tuple[str, ...]] = {
+    "subject": SUBJECTS,
+    "colour": COLOURS,
+    "terrain": TERRAINS,
+    "time": TIMES,
+    "pattern": PATTERNS,
+    "land": LANDS,
+    "sky": SKIES,
+    "side": ("", *SIDES),
+    "pace": ("", *PACES),
+    "behind": ("", *COVERS),
+}
+"""What a caption of the rich world may name or leave open: fields of a scene and their values, empty for none."""
 
 COLOUR_RGB = {
     "red": (0.90, 0.12, 0.12),
@@ -76,18 +89,8 @@ class Scene:
     behind: str = ""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("subject", self.subject, SUBJECTS),
-            ("colour", self.colour, COLOURS),
-            ("terrain", self.terrain, TERRAINS),
-            ("time", self.time, TIMES),
-            ("pattern", self.pattern, PATTERNS),
-            ("land", self.land, LANDS),
-            ("sky", self.sky, SKIES),
-            ("side", self.side, ("", *SIDES)),
-            ("pace", self.pace, ("", *PACES)),
-            ("behind", self.behind, ("", *COVERS)),
-        ):
+        for name, known in FACTORS.items():
+            value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: choose {', '.join(v for v in known if v)}")
 
@@ -123,11 +126,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-FACTORS = ("subject", "colour", "terrain", "time", "pattern", "land", "sky", "side", "pace", "behind")
-"""What a caption of the rich world may name or leave open."""
-
-
-def rich_caption(scene: Scene, named: Collection[str] = FACTORS) -> str:
+def rich_caption(scene: Scene, named: Collection[str] = tuple(FACTORS)) -> str:
     """The scene in words that tell the named factors alone, such as `a striped kite over hills with trees at dusk`."""
 
     def told(name: str, words: str, otherwise: str = "") -> str:

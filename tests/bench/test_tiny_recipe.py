@@ -11,6 +11,7 @@ from bench.tiny import clipdit, clipvae, export, measures, steps, text, train_di
 from bench.tiny.pieces import pieces, subject_areas
 from miga_engine.errors import ConfigError
 from miga_engine.tiny import WEIGHTS_DIR, world
+from miga_engine.tiny.drawing import sky_ramp
 
 SETTING = steps.Setting()
 
@@ -36,7 +37,7 @@ def test_true_subjects_are_one_piece_and_doubled_or_torn_ones_are_not():
         video, mask = world.render(scene, int(rng.integers(5000)), 5)
         assert pieces(subject_areas(video, scene)).tolist() == [1] * 5, scene
         zenith, horizon = (np.array(world.TIME_RGB[scene.time][k]) for k in (0, 1))
-        sky = zenith + ((np.arange(35) + 0.5)[:, None] / 46) ** 1.2 * (horizon - zenith)
+        sky = zenith + sky_ramp(np, np.arange(35)[:, None] + 0.5) * (horizon - zenith)
         where = np.flatnonzero(mask[0, :35].max(0) > 0.1)
         doubled, torn = video.copy(), video.copy()
         free = 0 if where[0] > 96 - where[-1] else 96 - len(where)  # the side with more room
@@ -151,10 +152,10 @@ def test_folding_keeps_the_picture_and_gives_the_published_statistics():
 
 def test_a_work_folder_keeps_its_setting(tmp_path):
     rich = steps.Setting(height=96, width=160, rich=True)
-    assert steps.kept_setting(tmp_path, rich, ["height", "width", "rich"]) == rich
-    assert steps.kept_setting(tmp_path, steps.Setting(), []) == rich
+    assert steps.kept_setting(tmp_path, {"height": 96, "width": 160, "rich": True}) == rich
+    assert steps.kept_setting(tmp_path, {}) == rich
     with pytest.raises(ConfigError, match=r"height is 64, and .*setting.json says 96: leave it out, or take another"):
-        steps.kept_setting(tmp_path, steps.Setting(height=64), ["height"])
+        steps.kept_setting(tmp_path, {"height": 64})
 
 
 def test_rich_wordings_are_known_words():

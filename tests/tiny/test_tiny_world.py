@@ -102,7 +102,7 @@ def test_torch_draws_the_same_pictures(size):
 
 @pytest.mark.parametrize("height", [64, 128])
 def test_motion_is_how_the_parts_move(height):
-    """What the subject's centre and the near hills' crest do over two frames is their velocity, twice."""
+    """What the subject's centre and the near hills' crest do over two frames is their flow, twice."""
     for seed in range(4):
         scene = world.Scene("balloon", "red", "green", "noon", seed)
         picture, mask, flow = world.render_tensors([scene] * 3, [700, 701, 702], height, height * 3 // 2)
