@@ -4,8 +4,8 @@ Each case (op_cases.py, block_case.py) first holds its op against the float64 or
 (timing.py) and appends rows to bench/results/kernels_<device>.csv. A case that fails is reported and the next one goes
 on, if need be in a fresh process.
 
-On a GPU `frame_attention` also gets a row for every tuned configuration of its kernel that is not warp-specialised, and
-one more for the best. `specialized` is those that are, on their own, since a fault in one of them may hang the GPU.
+On a GPU `frame_attention` also gets a row for every tuned configuration of its kernel, and one more for the best.
+`specialized` is those with specialised warps, on trial and on their own: a fault in one of them may hang the GPU.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def measure_case(make: Callable[[torch.dtype, Sizes], Case], dtype: torch.dtype)
     return case
 
 
+@torch.inference_mode()
 def sweep_configurations(*, specialized: bool) -> None:
-    """A row for each tuned configuration of frame_attention on this GPU, and one more for the best."""
+    """A row for each configuration of frame_attention on this GPU, tuned or on trial, and one more for the best."""
     from miga_engine.kernels import frame_attention as kernel
 
     if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -84,9 +85,7 @@ def sweep_configurations(*, specialized: bool) -> None:
     eager = ops.frame_attention_reference(q[:, part], k, v, None, None, None)
     budget = 2 * ((eager - exact).abs().max() + torch.finfo(HALF).eps * exact.abs().max())
     contenders: dict[str, Callable[[], object]] = {}
-    for config in kernel.CONFIGS[kernel._arch(), 128]:
-        if config.is_warp_specialized != specialized:
-            continue
+    for config in kernel.SPECIALIZED if specialized else kernel.CONFIGS[kernel._arch(), 128]:
 
         def run(config=config) -> Tensor:
             return kernel.launch(q, k, v, None, None, None, config=config)

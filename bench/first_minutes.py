@@ -10,7 +10,7 @@ whole        a random 1.3B through the whole line, 81 frames of 480×832 in 6 st
              captured, although the engine by itself captures smaller ones only
 vae          the published VAE at random weights: a latent frame of 480×832 in each dtype, and off float32 by how much;
              its widest convolution as it is, over stacked frames, against cuDNN's in three dimensions
-tests        the tests of the kernels, in as many processes as there are cores, at most 8
+tests        the tests of the kernels, in as many processes as there are cores, at most 16
 
 Each row is printed and appended to first_minutes_<device>.jsonl beside the other results as it is made; rows of
 attention go where bench_kernels.py has its own. A part that fails is a row too, and the next one goes on.
@@ -320,7 +320,7 @@ def tests() -> None:
     if IS_SMALL and DEVICE == "cpu":
         files = [folder / "test_frame_attention.py"]  # interpreted, the others take minutes
     rows = _TestRows()
-    processes = 1 if IS_SMALL else min(os.cpu_count() or 1, 8)
+    processes = 1 if IS_SMALL else min(os.cpu_count() or 1, 16)
     arguments = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-n", str(processes), "--dist", "worksteal"]
     arguments += ["-k", "not cpp"]
     status = pytest.main([*arguments, *map(str, files)], plugins=[rows])

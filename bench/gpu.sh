@@ -22,13 +22,13 @@ kill_after=5  # seconds from the interrupt to the kill
 
 # name, seconds, arguments of the interpreter
 first_stages=(
-  "environment 15 bench/first_minutes.py env"
-  "ops 35 bench/first_minutes.py ceilings ops"
-  "attention 35 bench/first_minutes.py attention"
-  "tiny 30 bench/first_minutes.py tiny"
+  "environment 12 bench/first_minutes.py env"
+  "ops 28 bench/first_minutes.py ceilings ops"
+  "attention 28 bench/first_minutes.py attention"
+  "tiny 42 bench/first_minutes.py tiny"
   "whole 85 bench/first_minutes.py whole"
-  "tests 35 bench/first_minutes.py tests"
-  "specialised 15 bench/first_minutes.py specialised"
+  "tests 45 bench/first_minutes.py tests"
+  "specialised 8 bench/first_minutes.py specialised"
 )
 second_stages=(
   "kernels 130 bench/bench_kernels.py --dtypes bfloat16"

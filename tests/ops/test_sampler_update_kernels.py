@@ -282,7 +282,7 @@ def test_triton_touches_nothing_beside_its_state_and_rows() -> None:
     kernel.launch(
         *state, frames[0], None, **(keywords | {"slots": slots, "step_index": steps, "history_length": lengths})
     )
-    nearest = {"slots": torch.tensor([4, -1, 0, 6, -1, -1]), "step_index": steps.clamp(0, 5)}
+    nearest = {"slots": torch.tensor([4, -1, 0, 6, -1, -1], device=DEVICE), "step_index": steps.clamp(0, 5)}
     nearest["history_length"] = lengths.clamp(min=0)
     ops.sampler_update_reference(*expected, frames[0], None, **keywords | nearest)
     for ours, theirs in zip(state, expected, strict=True):
