@@ -14,8 +14,8 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import result_files
@@ -69,8 +69,8 @@ def measure_case(make: Callable[[torch.dtype, Sizes], Case], dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def sweep_configurations(*, specialized: bool) -> None:
-    """A row for each configuration of frame_attention on this GPU, tuned or on trial, and one more for the best."""
+def sweep_configurations(configs: Sequence[Any] | None = None) -> None:
+    """A row for each configuration of frame_attention, those tuned for this GPU if None, and one more for the best."""
     from miga_engine.kernels import frame_attention as kernel
 
     if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -85,15 +85,17 @@ def sweep_configurations(*, specialized: bool) -> None:
     eager = ops.frame_attention_reference(q[:, part], k, v, None, None, None)
     budget = 2 * ((eager - exact).abs().max() + torch.finfo(HALF).eps * exact.abs().max())
     contenders: dict[str, Callable[[], object]] = {}
-    for config in kernel.SPECIALIZED if specialized else kernel.CONFIGS[kernel._arch(), 128]:
+    for config in kernel.CONFIGS[kernel._arch(), 128] if configs is None else configs:
 
         def run(config=config) -> Tensor:
             return kernel.launch(q, k, v, None, None, None, config=config)
 
         name = configuration_name(config)
         try:
-            error = (run()[:, part] - exact).abs().max()
+            out = run()
+            error = (out[:, part] - exact).abs().max()
             assert error <= budget, f"its error is {error:.2g}, the budget {budget:.2g}: not measured"
+            assert torch.equal(run(), out), "a second launch gives something else: not measured"
             contenders[name] = run
         except Exception as error:
             result_files.fault(error, DEVICE, op="frame_attention", implementation=name)
@@ -145,11 +147,13 @@ def main() -> None:
             continue  # it is for half precision
         try:
             if name == "specialized":
-                sweep_configurations(specialized=True)
+                from miga_engine.kernels.frame_attention import SPECIALIZED
+
+                sweep_configurations(SPECIALIZED)
                 continue
             measure_case(names[name], getattr(torch, dtype))
             if name == "frame_attention" and dtype == "bfloat16":
-                sweep_configurations(specialized=False)
+                sweep_configurations()
         except Exception as error:
             with contextlib.suppress(type(error)):
                 result_files.fault(error, DEVICE, op=name, dtype=dtype)

@@ -117,11 +117,13 @@ def attention() -> None:
         bench_kernels.measure_case(bench_kernels.frame_attention, torch.bfloat16)
     except Exception as error:
         result_files.fault(error, DEVICE, op="frame_attention")
-    bench_kernels.sweep_configurations(specialized=False)
+    bench_kernels.sweep_configurations()
 
 
 def specialised() -> None:
-    bench_kernels.sweep_configurations(specialized=True)
+    from miga_engine.kernels.frame_attention import SPECIALIZED
+
+    bench_kernels.sweep_configurations(SPECIALIZED)
 
 
 def tiny() -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What needs a GPU, in two commands that a quarter of an hour holds, from a source checkout and without a network:
+# What needs a GPU, in commands of which a quarter of an hour holds two, from a source checkout and without a network:
 #   bench/gpu.sh first      do kernels, graphs and streams run, and are they right? (bench/first_minutes.py)
 #   bench/gpu.sh second     kernels, the 1.3B network and a whole video against their rivals; memory; the VAE
+#   bench/gpu.sh third       what kernels are tuned by (bench/tuning.py), and all of their tests
 #   bench/gpu.sh COMMAND --plan     the stages and the seconds each may take at most, and runs nothing
 # Every stage is a process of its own with a limit, and saves its rows as it makes them: one that fails, hangs or is
 # killed costs the others nothing. The riskiest comes last. `python bench/result_files.py FOLDER` then appends the rows of
@@ -38,6 +39,13 @@ second_stages=(
   "vae 20 bench/first_minutes.py vae"
   "specialised 20 bench/bench_kernels.py specialized"
 )
+third_stages=(
+  "configurations 75 bench/tuning.py attention"
+  "bandwidth 55 bench/tuning.py memory"
+  "profile 40 bench/tuning.py forward"
+  "tests 75 bench/first_minutes.py tests"
+  "specialised 15 bench/bench_kernels.py specialized"
+)
 if [ "${SMALL:-}" = 1 ]; then
   second_stages[2]+=" --frames 21"
   second_stages[3]="memory 30 bench/bench_memory.py --latents 60"
@@ -46,7 +54,8 @@ fi
 case $command in
   first) stages=("${first_stages[@]}") ;;
   second) stages=("${second_stages[@]}") ;;
-  *) echo "usage: bench/gpu.sh first|second [--plan]" >&2; exit 2 ;;
+  third) stages=("${third_stages[@]}") ;;
+  *) echo "usage: bench/gpu.sh first|second|third [--plan]" >&2; exit 2 ;;
 esac
 
 if [ "${2:-}" = --plan ]; then

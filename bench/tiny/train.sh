@@ -7,14 +7,15 @@ cd "$(dirname "$0")/../.."
 work=${1:?give the folder that the steps leave their states in}
 python=${PYTHON:-python}
 if [ "${SMALL:-}" ]; then
-    device=cpu vae=0.15 clips=4 per_part=2 dit=0.15 reader=0.05 batch=2 vae_batch=1 shape="--height 48 --width 80 --dim 128 --ffn-dim 256 --layers 2"
+    compile= device=cpu vae=0.15 clips=4 per_part=2 dit=0.15 reader=0.05 batch=2 vae_batch=1 shape="--height 48 --width 80 --dim 128 --ffn-dim 256 --layers 2"
 else
-    device=${DEVICE:-cuda} vae=3 clips=3000 per_part=250 dit=5 reader=1 batch=64 vae_batch=4 shape="--height 96 --width 160 --dim 256 --ffn-dim 1024 --layers 8"
+    compile=--compile device=${DEVICE:-cuda} vae=3 clips=3000 per_part=250 dit=5 reader=1 batch=64 vae_batch=4 shape="--height 96 --width 160 --dim 256 --ffn-dim 1024 --layers 8"
 fi
 step() { echo "== $*"; "$python" -m bench.tiny.train "$@" --work "$work" --device "$device"; }
 # shellcheck disable=SC2086
-step vae --rich $shape --minutes "$vae" --batch "$vae_batch"
+step vae --rich $shape $compile --minutes "$vae" --batch "$vae_batch"
 step cache --clips "$clips" --per-part "$per_part"
-step dit --fresh --minutes "$dit" --batch "$batch"
+# shellcheck disable=SC2086
+step dit --fresh $compile --minutes "$dit" --batch "$batch"
 step reader --minutes "$reader"
 step export --folder "$work/out"

@@ -166,7 +166,8 @@ def _batches(
     step = first_step
     while True:
         rng = np.random.default_rng([options.seed, step])
-        g = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        seed = int(rng.integers(2**62))
+        g = torch.Generator().manual_seed(seed)
         picked = rng.integers(0, len(latents), options.batch)
         late = latents.shape[2] - WINDOW
         # half of the windows open a video, whose first latent is a single frame; the others lie inside one
@@ -185,7 +186,8 @@ def _batches(
         ids, mask = text.tokenize(tokenizer, prompts, setting.text_len)
         ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < 0.01) & (ids > 2), 2)  # unknown words
         u = torch.sigmoid(torch.randn(options.batch, generator=g))
-        noise = torch.randn(x0.shape, generator=g).to(x0.device)
+        drawn_there = g if x0.device.type == "cpu" else torch.Generator(x0.device).manual_seed(seed)
+        noise = torch.randn(x0.shape, generator=drawn_there, device=x0.device)
         yield x0, moves, noise, *(v.to(x0.device) for v in (3 * u / (1 + 2 * u), ids, mask))
         step += 1
 

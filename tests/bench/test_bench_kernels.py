@@ -1,5 +1,7 @@
 """Every case is right at a small size, and is timed by itself: one that fails costs no other its row."""
 
+import importlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,18 @@ def test_configurations_have_names_of_their_own() -> None:
 
     for configs in CONFIGS.values():
         assert len({bench_kernels.configuration_name(config) for config in configs}) == len(configs)
+
+
+def test_trials_are_of_configurations_that_kernels_take() -> None:
+    import tuning
+
+    cases = {make.__name__ for make in tuning.bench_kernels.CASES}
+    for op, (file, launch, configs) in tuning.TRIALS.items():
+        kernel = importlib.import_module(f"miga_engine.kernels.{file}")
+        assert op in cases
+        default = inspect.signature(getattr(kernel, launch)).parameters["config"].default
+        assert configs[0] == kernel.CONFIGS[0] == default
+        assert len(set(configs)) == len(configs)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from places import ROOT
 from result_rows import rows_of
 
 
-@pytest.mark.parametrize(("command", "most"), [("first", 300), ("second", 400)])
+@pytest.mark.parametrize(("command", "most"), [("first", 300), ("second", 400), ("third", 300)])
 def test_limits_of_a_command_add_up(command: str, most: int) -> None:
     """Each stage may take its limit and the seconds between interrupt and kill."""
     plan = subprocess.run(
