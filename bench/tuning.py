@@ -28,11 +28,12 @@ from torch.profiler import ProfilerActivity
 
 DEVICE = result_files.DEVICE
 _TILES = [(8192, 16, 8), (8192, 16, 16), (16384, 16, 16), (4096, 16, 4), (4096, 16, 8), (2048, 1, 2), (2048, 1, 4)]
+_BLOCKS = [(1024, 4, 1), (1024, 4, 4), (1024, 4, 13), (1024, 4, 25), (2048, 8, 1), (2048, 8, 7), (512, 4, 13)]
 TRIALS = {
     "norm_modulate": ("norm_modulate", "launch", _TILES),
     "residual_norm_modulate": ("norm_modulate", "launch_residual", _TILES),
     "qk_norm_rope": ("qk_norm_rope", "launch", _TILES),
-    "sampler_update": ("sampler_update", "launch", [(1024, 4), (2048, 8), (1024, 8), (512, 4), (512, 2), (4096, 8)]),
+    "sampler_update": ("sampler_update", "launch", _BLOCKS),
 }
 """Of each op: its kernel's file and function, and configurations as its CONFIGS has them."""
 FORWARD_COLUMNS = ("shape", "kernel", "calls", "ms", "share", *result_files.ENVIRONMENT)
