@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from miga_engine.errors import ConfigError
 from miga_engine.tiny import WEIGHTS_DIR, world
 from miga_engine.tiny.classifier import to_tensor
 
@@ -77,9 +78,12 @@ class Reading:
 
 
 def load_reader(path: Path | None = None) -> SceneReader:
-    """The reader that ships beside the weights."""
+    """The reader of a file, or the one beside the weights; ConfigError where there is none."""
+    path = path or WEIGHTS_DIR / "reader.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"there is no reader at {path}: give the file that `python -m bench.tiny.train export` wrote")
     model = SceneReader()
-    state = load_file(path or WEIGHTS_DIR / "reader.safetensors")
+    state = load_file(path)
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model.eval()
 
