@@ -158,9 +158,8 @@ def attention_cases(target: str) -> dict[str, Callable[[], None]]:
     """Every configuration of the target over a whole window's keys; biased text and its short forms by default."""
     cases: dict[str, Callable[[], None]] = {}
     for head_dim, heads in ((128, 12), (64, 3)):
-        kernel = _kernels("frame_attention")
-        for config in (*kernel.CONFIGS[target, head_dim], *(kernel.SPECIALIZED if target == "sm_90" else ())):
-            kind = "ws" if config.is_warp_specialized else "tma" if config.use_tma else "ptr"
+        for config in _kernels("frame_attention").CONFIGS[target, head_dim]:
+            kind = "tma" if config.use_tma else "ptr"
             kind += " overlapped" if config.is_overlapped else ""
             tiles = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages} {kind}"
             cases[f"self d{head_dim} {tiles}"] = functools.partial(attention, heads, head_dim, F * S, False, config)

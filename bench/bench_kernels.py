@@ -5,7 +5,6 @@ Each case (op_cases.py, block_case.py) first holds its op against the float64 or
 on, if need be in a fresh process.
 
 On a GPU `frame_attention` also gets a row for every tuned configuration of its kernel, and one more for the best.
-`specialized` is those with specialised warps, on trial and on their own: a fault in one of them may hang the GPU.
 """
 
 from __future__ import annotations
@@ -133,24 +132,19 @@ def bench_op(benchmark, make: Callable[[torch.dtype, Sizes], Case], dtype: torch
 def main() -> None:
     names = {make.__name__: make for make in CASES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(names)} (default: all), or specialized")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(names)} (default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU both")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave the first N cases out")
     options = parser.parse_args()
     chosen = options.ops or list(names)
-    if unknown := set(chosen) - {*names, "specialized"}:
-        parser.error(f"there is no op {', '.join(sorted(unknown))}: choose from {', '.join(names)}, specialized")
+    if unknown := set(chosen) - set(names):
+        parser.error(f"there is no op {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
     dtypes = options.dtypes or (["bfloat16"] if DEVICE == "cuda" else ["bfloat16", "float32"])
     jobs = [(dtype, name) for dtype in dtypes for name in chosen]
     for i, (dtype, name) in enumerate(jobs[options.skip :], options.skip):
         if DEVICE == "cuda" and dtype == "float32" and "attention" in name:
             continue  # it is for half precision
         try:
-            if name == "specialized":
-                from miga_engine.kernels.frame_attention import SPECIALIZED
-
-                sweep_configurations(SPECIALIZED)
-                continue
             measure_case(names[name], getattr(torch, dtype))
             if name == "frame_attention" and dtype == "bfloat16":
                 sweep_configurations()

@@ -3,8 +3,7 @@
 env          what the machine has
 ceilings     copies and matrix products
 ops          each op but attention at the size of Wan2.1 1.3B: off the float64 oracle by how much, and how fast
-attention    the backends and the kernel's configurations at the size of Wan2.1 1.3B, but
-specialised  those with specialised warps, on their own: a fault in one of them may hang the GPU
+attention    the backends and the kernel's configurations at the size of Wan2.1 1.3B
 tiny         the embedded model eager, captured, overlapped, both, and both again: the same frames?
 whole        a random 1.3B through the whole line, 81 frames of 480×832 in 6 steps: eager, then in batches of 4 and
              captured, although the engine by itself captures smaller ones only
@@ -118,12 +117,6 @@ def attention() -> None:
     except Exception as error:
         result_files.fault(error, DEVICE, op="frame_attention")
     bench_kernels.sweep_configurations()
-
-
-def specialised() -> None:
-    from miga_engine.kernels.frame_attention import SPECIALIZED
-
-    bench_kernels.sweep_configurations(SPECIALIZED)
 
 
 def tiny() -> None:
@@ -330,7 +323,7 @@ def tests() -> None:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (env, ceilings, ops, attention, specialised, tiny, whole, vae, tests)
+    stage.__name__: stage for stage in (env, ceilings, ops, attention, tiny, whole, vae, tests)
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 #   bench/gpu.sh third       what kernels are tuned by (bench/tuning.py), and all of their tests
 #   bench/gpu.sh COMMAND --plan     the stages and the seconds each may take at most, and runs nothing
 # Every stage is a process of its own with a limit, and saves its rows as it makes them: one that fails, hangs or is
-# killed costs the others nothing. The riskiest comes last. `python bench/result_files.py FOLDER` then appends the rows of
+# killed costs the others nothing. `python bench/result_files.py FOLDER` then appends the rows of
 # that folder to bench/results. Of the environment:
 #   PYTHON        the interpreter, with its torch and Triton (python3)
 #   OUT           the folder of the results, at most 8 files (out/gpu-<command>-<time>)
@@ -29,7 +29,6 @@ first_stages=(
   "tiny 42 bench/first_minutes.py tiny"
   "whole 85 bench/first_minutes.py whole"
   "tests 45 bench/first_minutes.py tests"
-  "specialised 8 bench/first_minutes.py specialised"
 )
 second_stages=(
   "kernels 130 bench/bench_kernels.py --dtypes bfloat16"
@@ -37,14 +36,12 @@ second_stages=(
   "generate 55 bench/bench_engine.py generate --dtypes bfloat16 --runs 2 --no-peaks"
   "memory 30 bench/bench_memory.py --latents 1200"
   "vae 20 bench/first_minutes.py vae"
-  "specialised 20 bench/bench_kernels.py specialized"
 )
 third_stages=(
   "configurations 75 bench/tuning.py attention"
   "bandwidth 55 bench/tuning.py memory"
   "profile 40 bench/tuning.py forward"
   "tests 75 bench/first_minutes.py tests"
-  "specialised 15 bench/bench_kernels.py specialized"
 )
 if [ "${SMALL:-}" = 1 ]; then
   second_stages[2]+=" --frames 21"

@@ -67,7 +67,7 @@ def _is_rival(row: dict[str, str], ours: dict[str, str]) -> bool:
 
 
 def _forward(path: Path) -> Iterator[tuple[str, ...]]:
-    names = {"op": "SDPA in both", "op auto": "our attention"}
+    names = {"op": "SDPA in both", "op auto": "attention by `auto`"}
     for row in result_files.newest(path, "op", "dtype", "implementation"):
         if row["implementation"] not in names:
             continue

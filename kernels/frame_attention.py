@@ -9,13 +9,13 @@ A program keeps BLOCK_M queries and walks over blocks of BLOCK_N keys with the r
 in powers of two, log2(e) folded into scale. Long keys are bound by the 4·N·M·D operations a head, then by exp2; short
 ones (text) by the 4 bytes a channel of q and the result. Source: FlashAttention-2 (arXiv 2307.08691).
 
-On sm_90 products run beside other instructions until they are waited for. Triton waits for everything in flight right
-after a product whose result the same iteration uses, so that one kind alone can run under the exponentials: the scores
-of the next block, as in FlashAttention-3 (arXiv 2407.08608). On an H100 that form runs at 57 to 61 % of the rate of
-matrix products over 32,760 keys of 128, specialised warps at 68 %, SDPA and cuDNN at 77 %: `auto` takes SDPA there.
+On an H100, Triton 3.6, over 32,760 keys of 128: two programs a multiprocessor, whose tiles of 64×64 leave room for each
+other, fill the gaps of their softmax with each other's products and reach 69 to 77 % of the rate of matrix products,
+where SDPA and cuDNN reach 75 to 78 %. One program of 128×128 computes the next scores under its own exponentials, as
+in FlashAttention-3 (arXiv 2407.08608), and reaches 57 to 65 %; without that 53 to 55 %. Triton's own specialised warps
+gave NaN or, from launch to launch, something else.
 """
 
-import contextvars
 from typing import NamedTuple
 
 import torch
@@ -34,8 +34,6 @@ class Config(NamedTuple):
     num_stages: int
     use_tma: bool = False
     """Load keys and values through tensor descriptors: sm_90 or later, strides as in `_takes_tma`, no bias."""
-    is_warp_specialized: bool = False
-    """Warps of their own for the loads: sm_90, with four warps and use_tma."""
     is_overlapped: bool = False
     """The next block's scores are computed under the exponentials of this one: of use on sm_90, no bias."""
 
@@ -43,37 +41,27 @@ class Config(NamedTuple):
 # By target and head size; the first that takes the call is the default, the last serves a bias. bench/aot.py compiles
 # them all: none spills, as larger tiles or fewer warps do. sm_80 stands for every other NVIDIA GPU: its shared memory
 # fits 99 KiB. On sm_100 Triton overlaps by itself.
-_SM_90 = (
-    Config(128, 128, 8, 2, True, is_overlapped=True),
-    Config(128, 128, 8, 2, True),
-    Config(128, 64, 8, 3, is_overlapped=True),
-    Config(128, 64, 8, 3),
-)
+_SM_90 = (Config(128, 64, 8, 3, is_overlapped=True), Config(128, 64, 8, 3))
 CONFIGS = {
     ("sm_80", 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 4, 3)),
     ("sm_80", 128): (Config(128, 32, 8, 3), Config(128, 64, 8, 1)),
-    ("sm_90", 64): _SM_90,
-    ("sm_90", 128): _SM_90,
+    ("sm_90", 64): (Config(128, 128, 8, 2, True, is_overlapped=True), Config(128, 128, 8, 2, True), *_SM_90),
+    ("sm_90", 128): (Config(64, 64, 4, 3, True), Config(128, 128, 8, 2, True, is_overlapped=True), *_SM_90),
     ("sm_100", 64): (Config(128, 128, 8, 3, True), Config(128, 64, 8, 3)),
     ("sm_100", 128): (Config(128, 128, 8, 2, True), Config(128, 64, 8, 2)),
     ("gfx942", 64): (Config(128, 64, 4, 2), Config(128, 32, 4, 2)),
     ("gfx942", 128): (Config(128, 64, 4, 2), Config(128, 32, 4, 2)),
 }
-SPECIALIZED = (Config(128, 128, 4, 2, True, True), Config(128, 64, 4, 3, True, True))
-"""For trials on sm_90 and chosen by nothing: on an H100 with Triton 3.6 the second gave NaN over 32,760 keys, and tests
-of the two of them failed. The first was right on a sample there, and the fastest of this kernel."""
 SHORT_KEYS = 128
 
 
 # fmt: off
 @triton.jit
-def _load_rows(rows, start, ROWS: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr):
+def _load_rows(rows, start, ROWS: tl.constexpr, D: tl.constexpr, USE_TMA: tl.constexpr):
     """Rows start … start + ROWS − 1 of a head, [ROWS,D]; zeros past num_rows."""
     source, i_row, i_head, stride, num_rows = rows
-    if RANK == 4:  # a descriptor of the whole tensor, made by the host
+    if USE_TMA:  # a descriptor of the whole tensor, made by the host
         b_rows = source.load([i_row, start, i_head, 0]).reshape(ROWS, D)
-    elif RANK == 2:  # of the head's rows, made by the program: warp specialisation takes no reshape
-        b_rows = source.load([start, 0])
     else:
         o_n = tl.arange(0, ROWS)
         p_rows = source + tl.cast(start, tl.int64) * stride + (o_n[:, None] * stride + tl.arange(0, D)[None, :])
@@ -82,8 +70,8 @@ def _load_rows(rows, start, ROWS: tl.constexpr, D: tl.constexpr, RANK: tl.conste
 
 
 @triton.jit
-def _scores(b_q, keys, start, BLOCK_N: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr):
-    return tl.dot(b_q, _load_rows(keys, start, BLOCK_N, D, RANK).to(b_q.dtype).T)  # [BLOCK_M,BLOCK_N]
+def _scores(b_q, keys, start, BLOCK_N: tl.constexpr, D: tl.constexpr, USE_TMA: tl.constexpr):
+    return tl.dot(b_q, _load_rows(keys, start, BLOCK_N, D, USE_TMA).to(b_q.dtype).T)  # [BLOCK_M,BLOCK_N]
 
 
 @triton.jit
@@ -118,13 +106,13 @@ def _weights(b_x, b_new, b_max, b_sum):
 @triton.jit
 def _attend(
     b_out, b_sum, b_max, b_q, keys, values, p_bias, stride_bias, start, num_keys, scale,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, IS_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, USE_TMA: tl.constexpr, IS_TAIL: tl.constexpr,
 ):
     """The running result, sum and maximum after one more block of keys."""
-    b_s = _scores(b_q, keys, start, BLOCK_N, D, RANK)
+    b_s = _scores(b_q, keys, start, BLOCK_N, D, USE_TMA)
     b_x, b_new = _exponents(b_s, b_max, p_bias, stride_bias, start, num_keys, scale, BLOCK_N, IS_TAIL)
     b_p, b_decay, b_sum = _weights(b_x, b_new, b_max, b_sum)
-    b_v = _load_rows(values, start, BLOCK_N, D, RANK).to(b_q.dtype)
+    b_v = _load_rows(values, start, BLOCK_N, D, USE_TMA).to(b_q.dtype)
     b_out = tl.dot(b_p.to(b_q.dtype), b_v, b_out * b_decay[:, None])
     return b_out, b_sum, b_new
 
@@ -132,7 +120,7 @@ def _attend(
 @triton.jit
 def _attend_overlapped(
     b_out, b_sum, b_max, b_q, keys, values, num_keys, scale,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, USE_TMA: tl.constexpr,
 ):
     """Result and sum over all keys. An iteration adds the values of the block before, then starts the scores of the
     block after, which only the next iteration uses: they are in flight under the exponentials of this one."""
@@ -141,22 +129,22 @@ def _attend_overlapped(
     BITS: tl.constexpr = tl.int16 if DOT.primitive_bitwidth == 16 else tl.int32
     b_bits = tl.zeros([b_q.shape[0], BLOCK_N], BITS)
     last = (num_keys - 1) // BLOCK_N * BLOCK_N
-    b_s = _scores(b_q, keys, 0, BLOCK_N, D, RANK)
+    b_s = _scores(b_q, keys, 0, BLOCK_N, D, USE_TMA)
     for start in tl.range(0, last, BLOCK_N):
-        b_v = _load_rows(values, tl.maximum(start - BLOCK_N, 0), BLOCK_N, D, RANK).to(DOT)
+        b_v = _load_rows(values, tl.maximum(start - BLOCK_N, 0), BLOCK_N, D, USE_TMA).to(DOT)
         b_out = tl.dot(b_bits.to(DOT, bitcast=True), b_v, b_out)
         # b_s may not be read once the next scores are under way: ptxas would let nothing overlap
         b_x, b_new = _exponents(b_s, b_max, None, 0, start, num_keys, scale, BLOCK_N, IS_TAIL=False)
-        b_s = _scores(b_q, keys, start + BLOCK_N, BLOCK_N, D, RANK)
+        b_s = _scores(b_q, keys, start + BLOCK_N, BLOCK_N, D, USE_TMA)
         b_p, b_decay, b_sum = _weights(b_x, b_new, b_max, b_sum)
         b_bits = b_p.to(DOT).to(BITS, bitcast=True)
         b_out *= b_decay[:, None]
         b_max = b_new
-    b_v = _load_rows(values, tl.maximum(last - BLOCK_N, 0), BLOCK_N, D, RANK).to(DOT)
+    b_v = _load_rows(values, tl.maximum(last - BLOCK_N, 0), BLOCK_N, D, USE_TMA).to(DOT)
     b_out = tl.dot(b_bits.to(DOT, bitcast=True), b_v, b_out)
     b_x, b_new = _exponents(b_s, b_max, None, 0, last, num_keys, scale, BLOCK_N, IS_TAIL=True)
     b_p, b_decay, b_sum = _weights(b_x, b_new, b_max, b_sum)
-    b_v = _load_rows(values, last, BLOCK_N, D, RANK).to(DOT)
+    b_v = _load_rows(values, last, BLOCK_N, D, USE_TMA).to(DOT)
     return tl.dot(b_p.to(DOT), b_v, b_out * b_decay[:, None]), b_sum
 
 
@@ -165,8 +153,8 @@ def _frame_attention_kernel(
     p_out, p_q, k, v, p_bias, p_key_rows,
     stride_q_b, stride_q_n, stride_q_h, stride_k_p, stride_k_m, stride_k_h, stride_v_p, stride_v_m, stride_v_h,
     stride_bias_p, stride_bias_m, num_rows, num_runs, run_length, num_keys, num_heads, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
-    IS_WARP_SPECIALIZED: tl.constexpr, IS_OVERLAPPED: tl.constexpr, IS_INTERPRETED: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr, IS_INTERPRETED: tl.constexpr,
 ):
     # one grid axis, tiles first: programs that run together share a head's keys in the cache
     num_tiles = tl.cdiv(run_length, BLOCK_M)
@@ -183,42 +171,38 @@ def _frame_attention_kernel(
 
     i_first = i_run.to(tl.int64) * run_length
     q = p_q + i_window * stride_q_b + i_first * stride_q_n + i_head * stride_q_h
-    if RANK != 4:
+    if not USE_TMA:
         k += i_row * stride_k_p + i_head * stride_k_h
         v += i_row * stride_v_p + i_head * stride_v_h
-    if RANK == 2:
-        q = tl.make_tensor_descriptor(q, [run_length, D], [stride_q_n, 1], [BLOCK_M, D])
-        k = tl.make_tensor_descriptor(k, [num_keys, D], [stride_k_m, 1], [BLOCK_N, D])
-        v = tl.make_tensor_descriptor(v, [num_keys, D], [stride_v_m, 1], [BLOCK_N, D])
     i_row = tl.where(stride_k_p == 0, 0, i_row).to(tl.int32)  # one row of keys serves every window
     keys = (k, i_row, i_head.to(tl.int32), stride_k_m, num_keys)
     values = (v, i_row, i_head.to(tl.int32), stride_v_m, num_keys)
     DOT: tl.constexpr = tl.float32 if IS_INTERPRETED else p_q.dtype.element_ty  # interpreted bfloat16 dots are wrong
     queries = (q, 0, 0, stride_q_n, run_length)
-    b_q = _load_rows(queries, i_tile * BLOCK_M, BLOCK_M, D, 2 if RANK == 2 else 0).to(DOT)
+    b_q = _load_rows(queries, i_tile * BLOCK_M, BLOCK_M, D, False).to(DOT)
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, D], tl.float32)
     if IS_OVERLAPPED:
         b_out, b_sum = _attend_overlapped(
-            b_out, b_sum, b_max, b_q, keys, values, num_keys, scale, BLOCK_N, D, RANK
+            b_out, b_sum, b_max, b_q, keys, values, num_keys, scale, BLOCK_N, D, USE_TMA
         )
     else:
-        # Masking every block costs a select per score. A tail of its own saves it where registers allow; a specialised
-        # loop must stay alone, and a bias masks by itself.
-        HAS_TAIL: tl.constexpr = RANK == 4
+        # Masking every block costs a select per score. A tail of its own saves it where registers allow, and a bias
+        # masks by itself.
+        HAS_TAIL: tl.constexpr = USE_TMA
         end = num_keys // BLOCK_N * BLOCK_N if HAS_TAIL else num_keys
-        for start in tl.range(0, end, BLOCK_N, warp_specialize=IS_WARP_SPECIALIZED):
+        for start in tl.range(0, end, BLOCK_N):
             b_out, b_sum, b_max = _attend(
                 b_out, b_sum, b_max, b_q, keys, values, p_bias, stride_bias_m, start, num_keys, scale,
-                BLOCK_N, D, RANK, IS_TAIL=not HAS_TAIL,
+                BLOCK_N, D, USE_TMA, IS_TAIL=not HAS_TAIL,
             )
         if HAS_TAIL:  # noqa: SIM102
             if end < num_keys:  # only known at run time
                 b_out, b_sum, b_max = _attend(
                     b_out, b_sum, b_max, b_q, keys, values, p_bias, stride_bias_m, end, num_keys, scale,
-                    BLOCK_N, D, RANK, IS_TAIL=True,
+                    BLOCK_N, D, USE_TMA, IS_TAIL=True,
                 )
     o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_out = ((i_window * num_runs * run_length + i_first + o_m) * num_heads + i_head) * D
@@ -258,11 +242,6 @@ def _takes_tma(*tensors: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors a launch makes, from PyTorch's pool: under graph capture it belongs to the graph."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
 def launch(
     q: Tensor,
     k: Tensor,
@@ -295,22 +274,17 @@ def launch(
     strides = (*q.stride()[:3], *_row_strides(k)[:3], *_row_strides(v)[:3], *bias_strides)
     grid = (triton.cdiv(run_length, config.block_m) * num_runs * num_heads * batch,)
 
-    num_rows, num_keys, rank = *k.shape[:2], 2 if config.is_warp_specialized else 4 if config.use_tma else 0
-    if rank == 4:  # copied into the launch, so without scratch memory, and a captured graph keeps them
+    num_rows, num_keys = k.shape[:2]
+    if config.use_tma:  # copied into the launch, so without scratch memory, and a captured graph keeps them
         block = [1, config.block_n, 1, head_dim]
         k, v = (TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t in (k, v))
 
-    def run() -> None:
-        if rank == 2:
-            triton.set_allocator(_scratch)
-        _frame_attention_kernel[grid](
-            out, q, k, v, bias, key_rows, *strides, num_rows, num_runs, run_length, num_keys, num_heads,
-            scale * LOG2_E.value, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, RANK=rank,
-            IS_WARP_SPECIALIZED=config.is_warp_specialized, IS_OVERLAPPED=config.is_overlapped,
-            IS_INTERPRETED=triton.knobs.runtime.interpret, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-
-    contextvars.copy_context().run(run)  # the allocator is set for this launch only, whatever the program has set
+    _frame_attention_kernel[grid](
+        out, q, k, v, bias, key_rows, *strides, num_rows, num_runs, run_length, num_keys, num_heads,
+        scale * LOG2_E.value, D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=config.use_tma,
+        IS_OVERLAPPED=config.is_overlapped, IS_INTERPRETED=triton.knobs.runtime.interpret,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out
 
 

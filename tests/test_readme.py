@@ -172,7 +172,7 @@ def test_every_file_a_page_names_exists(page: Path) -> None:
      "miga eval ablation --folder open", "python -m bench.study.ablation --folder open --weather rain",
      "make everything", "python bench/absent.py",
      "python bench/soak.py --frames 3", "python bench/bench_savings.py --fast", "python bench/sheets.py short",
-     "python -m miga_engine.absent", "bench/gpu.sh third", "pip install miga", "torchrun -m miga_engine render 'x'"],
+     "python -m miga_engine.absent", "bench/gpu.sh fourth", "pip install miga", "torchrun -m miga_engine render 'x'"],
 )  # fmt: skip
 def test_a_command_that_cannot_be_given_is_noticed(line: str) -> None:
     with pytest.raises((AssertionError, ConfigError, OSError, ModuleNotFoundError)):

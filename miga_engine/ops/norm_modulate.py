@@ -65,6 +65,7 @@ def norm_modulate(
     """
     _check_tokens(x)
     _check_tables(x, rows, weight=weight, bias=bias)
+    _check_dtype(dtype)
     return torch.ops.miga.norm_modulate(x, weight, bias, rows, eps, dtype)
 
 
@@ -87,6 +88,7 @@ def residual_norm_modulate(
     require_tensors("x y", x, y)
     require_like("y", y, tuple(x.shape), "as x")
     _check_tables(x, rows, gate=gate, weight=weight, bias=bias)
+    _check_dtype(dtype)
     return torch.ops.miga.residual_norm_modulate(x, y, gate, weight, bias, rows, eps, dtype)
 
 
@@ -95,6 +97,11 @@ def _check_tokens(x: Tensor) -> None:
     require(x.ndim == 4, "x", "shape", tuple(x.shape), "[B,F,S,D]")
     require(x.dtype in (torch.float32, torch.float64), "x", "dtype", x.dtype, "float32 or float64")
     require(x.is_contiguous(), "x", "strides", x.stride(), "a contiguous tensor")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    known = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    require(dtype in known, "dtype", "value", dtype, "float32, float64, float16 or bfloat16")
 
 
 def _check_tables(x: Tensor, rows: Tensor | None, **tables: Tensor | None) -> None:

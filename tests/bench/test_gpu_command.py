@@ -21,7 +21,6 @@ def test_limits_of_a_command_add_up(command: str, most: int) -> None:
     )
     stages = dict(line.split() for line in plan.stdout.splitlines())
     assert sum(sum(map(int, limit.split("+"))) for limit in stages.values()) <= most
-    assert list(stages)[-1] == "specialised"
     script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8")
     named = re.findall(r'^  "(\w+) \d+ (bench/\w+\.py) ?(.*)"$', script, re.MULTILINE)
     assert {name for name, _, _ in named} >= set(stages) - {"wheels"}
@@ -62,7 +61,7 @@ def test_a_stage_that_is_killed_costs_no_other_its_rows(tmp_path: Path) -> None:
     assert (status.pop("tiny"), status.pop("whole")) == (137, 1)
     assert set(status.values()) == {0}
     rows = (tmp_path / "results" / "rows.txt").read_text()
-    for stage in ("env", "ops", "attention", "tiny", "whole", "tests", "specialised"):
+    for stage in ("env", "ops", "attention", "tiny", "whole", "tests"):
         assert f"bench/first_minutes.py {stage} 1\n" in rows
 
 

@@ -191,22 +191,6 @@ def test_triton_equals_the_oracle_bit_for_bit(velocity: torch.dtype, is_guided: 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.slow
-def test_triton_gives_the_same_by_every_configuration() -> None:
-    """A frame of 165 elements in blocks of 64, up to four a program: what lies behind it stays."""
-    state, frames, keywords = _queue(torch.bfloat16)
-    drawn = frame_noise(7, Purpose.SOLVER, torch.arange(6), device=DEVICE)
-    keywords |= {"noise_counters": drawn.counters, "noise_seed": drawn.seed}
-    expected = [tensor.clone() for tensor in state]
-    kernel.launch(*expected, frames[0], frames[1], **keywords)
-    for config in (*kernel.CONFIGS, (64, 4, 1), (64, 4, 2), (64, 4, 4)):
-        ours = [guarded(tensor.clone()) for tensor in state]
-        kernel.launch(*ours, frames[0], frames[1], **keywords, config=config)
-        for one, other in zip(ours, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-            assert bool(outside(one).isnan().all())
-
-
 def _guarded_counters(counters: torch.Tensor) -> torch.Tensor:
     memory = torch.full((counters.shape[0] + 2, 3), -1, device=DEVICE)
     memory[1:-1] = counters
