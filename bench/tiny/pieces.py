@@ -1,7 +1,8 @@
 """Whether the subject is one piece: connected areas of its colour in the sky, counted in every frame.
 
 For scenes of a known colour and time of day. A pixel is the subject's if, up to its shading, it is nearer to the
-subject's colour than to the sky of its row and to the sun or moon.
+subject's colour than to the sky of its row and to the sun or moon. A white subject at night cannot be counted: the moon
+has its colour.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def subject_areas(frames: npt.NDArray[np.uint8], scene: world.Scene) -> Tensor:
     share = (((rgb - sky[:, None]) * along[:, None]).sum(-1) / along.square().sum(-1)[:, None]).clamp(0, 1)
     from_sky = (rgb - sky[:, None] - share[..., None] * along[:, None]).norm(dim=-1)
     return _off_axis(rgb, colour) < from_sky
+
+
+def is_counted(scene: world.Scene) -> bool:
+    """Whether the subject's colour is its own in the sky."""
+    return (scene.colour, scene.time) != ("white", "night")
 
 
 def pieces(areas: Tensor) -> Tensor:

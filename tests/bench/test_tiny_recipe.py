@@ -1,6 +1,7 @@
 """The recipe of the embedded model: what it trains on, that it goes on where it stopped, and how pieces are counted."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.tiny import clipdit, clipvae, export, measures, steps, text, train_dit, train_vae
-from bench.tiny.pieces import pieces, subject_areas
+from bench.tiny.pieces import is_counted, pieces, subject_areas
 from miga_engine.errors import ConfigError
 from miga_engine.tiny import WEIGHTS_DIR, world
 from miga_engine.tiny.drawing import sky_ramp
@@ -48,6 +49,15 @@ def test_true_subjects_are_one_piece_and_doubled_or_torn_ones_are_not():
             middle = int(where.mean())
             torn[:, :35, middle - 3 : middle + 3] = (255 * sky[:, None]).astype(np.uint8)
             assert pieces(subject_areas(torn, scene))[0] >= 2, scene
+
+
+def test_white_subjects_at_night_are_not_counted():
+    white = world.Scene("bird", "white", "dark", "night", 3)
+    assert [is_counted(s) for s in (white, replace(white, time="dusk"), replace(white, colour="green"))] == [0, 1, 1]
+    clips = [world.render(s, 100, 17)[0] for s in (white, replace(white, colour="green"))]
+    clips[0][:, 20:24] = 240  # whatever it shows
+    figures = measures.subject_figures(clips, [white, replace(white, colour="green")])
+    assert (figures["counted"], figures["not_one_piece"]) == (1, 0.0)
 
 
 def test_figures_of_true_clips_are_the_worlds():
