@@ -1,5 +1,6 @@
 """The recipe of the embedded model: what it trains on, that it goes on where it stopped, and how pieces are counted."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -186,6 +187,7 @@ def test_a_rich_model_of_another_size_is_trained_by_the_same_steps(tmp_path, mon
     monkeypatch.setattr(train_vae, "unseen_figures", lambda *_: {})
     monkeypatch.setattr(clipvae, "norm_silu", clipvae.norm_silu)
     monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    monkeypatch.setattr(train_vae, "latent_statistics", functools.partial(train_vae.latent_statistics, num_clips=4))
     train_vae.train_vae(tmp_path, setting, train_vae.VaeOptions(0.001, fresh=True, compile=False))
     train_dit.cache_latents(tmp_path, setting, 2, 57, 1, 0, 1)
     latents, _, labels = train_dit.load_cache(tmp_path)
