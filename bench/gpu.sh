@@ -2,11 +2,11 @@
 # What needs a GPU, in commands of which a quarter of an hour holds two, from a source checkout and without a network:
 #   bench/gpu.sh first      do kernels, graphs and streams run, and are they right? (bench/first_minutes.py)
 #   bench/gpu.sh second     kernels, the 1.3B network and a whole video against their rivals; memory; the VAE
-#   bench/gpu.sh third       what kernels are tuned by (bench/tuning.py), and all of their tests
+#   bench/gpu.sh third      what kernels are tuned by (bench/tuning.py), and all of their tests
 #   bench/gpu.sh COMMAND --plan     the stages and the seconds each may take at most, and runs nothing
 # Every stage is a process of its own with a limit, and saves its rows as it makes them: one that fails, hangs or is
-# killed costs the others nothing. `python bench/result_files.py FOLDER` then appends the rows of
-# that folder to bench/results. Of the environment:
+# killed costs the others nothing. `python bench/result_files.py FOLDER` then appends the rows of that folder to
+# bench/results. Of the environment:
 #   PYTHON        the interpreter, with its torch and Triton (python3)
 #   OUT           the folder of the results, at most 8 files (out/gpu-<command>-<time>)
 #   WHEELS        a folder of wheels to use beside what is installed (bench/wheels): ftfy, wcwidth; diffusers,

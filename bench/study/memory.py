@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
+import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from bench.command import Parser, run_command
+from bench.study.grid import write_csv
 from bench.study.methods import expand_methods, method_options
-from bench.study.paired import pyplot, save_figure
+from bench.study.paired import pyplot, resampled_ratio, save_figure
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
-from miga_engine.files import write_whole
 from miga_engine.tiny import reader, world
 
 SPANS = (4, 12, 24, 48)
@@ -60,30 +60,21 @@ def gaps(reading: reader.Reading) -> list[Gap]:
     found = []
     for (before, start), (_, end), (_, after) in zip(runs, runs[1:], runs[2:], strict=False):
         if not seen[start] and min(start - before, after - end) >= _LEAST and end - start >= _LATENT:
-            sides = (max(before, start - _MOST), start), (end, min(after, end + _MOST))
-            found.append(Gap(start, end - start, *(_most(reading, *side) for side in sides)))
+            sides = slice(max(before, start - _MOST), start), slice(end, min(after, end + _MOST))
+            found.append(Gap(start, end - start, *(reading.most("colour", side) for side in sides)))
     return found
 
 
-def _most(reading: reader.Reading, start: int, end: int) -> str:
-    """The colour that most of these frames show."""
-    return reader.CLASSES["colour"][int(np.bincount(reading.factors["colour"][start:end]).argmax())]
-
-
-def kept(videos: Sequence[Sequence[Gap]], span: int, num_resamples: int = 10_000) -> tuple[int, float, float, float]:
+def kept(videos: Sequence[Sequence[Gap]], span: int) -> tuple[int, float, float, float]:
     """Number of gaps of this span, the share of them after which the colour is the same, and its 95 % interval.
 
     Videos are resampled whole. Without gaps the share is not a number.
     """
-    counts = np.array([sum(g.span == span for g in video) for video in videos])
-    same = np.array([sum(g.span == span and g.before == g.after for g in video) for video in videos])
-    if not counts.sum():
+    counts = [sum(g.span == span for g in video) for video in videos]
+    same = [sum(g.span == span and g.before == g.after for g in video) for video in videos]
+    if not any(counts):
         return 0, math.nan, math.nan, math.nan
-    drawn = np.random.default_rng(0).integers(len(videos), size=(num_resamples, len(videos)))
-    totals = counts[drawn].sum(1)
-    shares = same[drawn].sum(1)[totals > 0] / totals[totals > 0]
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return int(counts.sum()), float(same.sum() / counts.sum()), float(low), float(high)
+    return sum(counts), *resampled_ratio(same, counts)
 
 
 def prompts(count: int) -> list[str]:
@@ -95,21 +86,11 @@ def prompts(count: int) -> list[str]:
 
 
 Row = dict[str, str]
-"""What is known of one video: `COLUMNS`; its gaps as `start+frames:before>after`, with blanks between."""
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write the CSV file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with io.StringIO(newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(path, stream.getvalue())
+"""What is known of one video: `COLUMNS`, its gaps as `to_text` has them."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows that `write_rows` wrote, none where there is no file yet; ConfigError for another file."""
+    """Rows that `write_csv` wrote, none where there is no file yet; ConfigError for another file."""
     if not path.exists():
         return []
     with path.open(newline="") as stream:
@@ -121,14 +102,18 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def to_text(found: Sequence[Gap]) -> str:
-    return " ".join(f"{g.start}+{g.frames}:{g.before}>{g.after}" for g in found)
+    return json.dumps([astuple(gap) for gap in found])
 
 
 def from_text(text: str) -> list[Gap]:
-    found = []
-    for word in text.split():
-        where, look = word.split(":")
-        found.append(Gap(*map(int, where.split("+")), *look.split(">")))
+    return [Gap(*fields) for fields in json.loads(text)]
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[list[Gap]]]:
+    """The gaps of every method's videos."""
+    found: dict[str, list[list[Gap]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(from_text(row["gaps"]))
     return found
 
 
@@ -136,8 +121,7 @@ def table(rows: Sequence[Row]) -> str:
     """A line per method: the share kept at every span, its 95 % interval and the number of gaps."""
     lines = ["| method | videos | " + " | ".join(f"{span} latent frames" for span in SPANS) + " |"]
     lines.append("| --- | ---: |" + " ---: |" * len(SPANS))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        videos = [from_text(row["gaps"]) for row in rows if row["method"] == method]
+    for method, videos in by_method(rows).items():
         cells = []
         for span in SPANS:
             count, share, low, high = kept(videos, span)
@@ -150,8 +134,7 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
     """The table as curves, with chance as a line."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        videos = [from_text(row["gaps"]) for row in rows if row["method"] == method]
+    for i, (method, videos) in enumerate(by_method(rows).items()):
         points = [(span, *kept(videos, span)[1:]) for span in SPANS]
         x, share, low, high = np.array([p for p in points if not math.isnan(p[1])]).reshape(-1, 4).T
         axis.errorbar(x * 1.03**i, share, [share - low, high - share], label=method, marker="o", capsize=3)
@@ -200,8 +183,8 @@ def run(options: argparse.Namespace) -> None:
                 found = gaps(reader.read(model, video.frames.cpu().numpy()))
                 values = (method, i, prompt, seed, options.num_frames, to_text(found))
                 rows[method, i, seed] = dict(zip(COLUMNS, map(str, values), strict=True))
-                write_rows(options.csv, rows.values())
-                print(f"{method}, {prompt!r}, seed {seed}: {to_text(found) or 'never hidden'}", flush=True)
+                write_csv(options.csv, list(rows.values()))
+                print(f"{method}, {prompt!r}, seed {seed}: hidden {len(found)} times", flush=True)
     print(table(list(rows.values())))
     if options.picture:
         draw(list(rows.values()), options.picture)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from miga_engine.errors import ConfigError
 from miga_engine.files import written_whole
@@ -41,9 +42,21 @@ def paired_difference(
         raise ConfigError("no prompt and seed is common to the two methods: compare methods that share some")
     sums = np.array([sum(differences) for differences in by_prompt.values()])
     counts = np.array([len(differences) for differences in by_prompt.values()])
+    return resampled_ratio(sums, counts, num_resamples)
+
+
+def resampled_ratio(
+    sums: npt.ArrayLike, counts: npt.ArrayLike, num_resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """Σ sums / Σ counts over groups, and its 95 % interval by drawing whole groups (percentile bootstrap).
+
+    Draws in which nothing is counted say nothing.
+    """
+    sums, counts = np.asarray(sums), np.asarray(counts)
     drawn = np.random.default_rng(0).integers(len(sums), size=(num_resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    totals = counts[drawn].sum(1)
+    ratios = sums[drawn].sum(1)[totals > 0] / totals[totals > 0]
+    low, high = np.percentile(ratios, [2.5, 97.5])
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 

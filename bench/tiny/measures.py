@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.command import Parser, run_command
+from bench.study.paired import resampled_ratio
 from bench.tiny.pieces import is_counted, pieces, subject_areas
 from miga_engine.files import write_whole
 from miga_engine.measure.truth import truth_curves
@@ -94,14 +95,13 @@ def subject_figures(clips: Sequence[npt.NDArray[np.uint8]], scenes: Sequence[wor
     jitter = [truth_curves(c, world.caption(s)).means()["subject_jitter"] for c, s in zip(clips, scenes, strict=True)]
     counted = [(c, s) for c, s in zip(clips, scenes, strict=True) if is_counted(s)]
     broken = np.array([float((pieces(subject_areas(c, s)) != 1).float().mean()) for c, s in counted])
-    rng = np.random.default_rng(0)
-    means = broken[rng.integers(0, len(broken), (4000, len(broken)))].mean(1)
+    share, *interval = resampled_ratio(broken, np.ones_like(broken), num_resamples=4000)
     return {
         "jitter": round(float(np.mean(jitter)), 3),
         "jitter_median": round(float(np.median(jitter)), 3),
-        "not_one_piece": round(float(broken.mean()), 4),
+        "not_one_piece": round(share, 4),
         "counted": len(counted),
-        "not_one_piece_95": [round(float(v), 4) for v in np.quantile(means, (0.025, 0.975))],
+        "not_one_piece_95": [round(v, 4) for v in interval],
     }
 
 

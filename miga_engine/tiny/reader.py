@@ -69,11 +69,11 @@ class Reading:
         """Whether enough of the subject shows `[T]` to tell what it looks like."""
         return np.asarray(self.area > 0.015)
 
-    def most(self, factor: str) -> str:
-        """The class that most frames show; of what the subject looks like, most frames that show it."""
-        shown = (
-            self.factors[factor][self.seen] if factor in OF_THE_SUBJECT and self.seen.any() else self.factors[factor]
-        )
+    def most(self, factor: str, frames: slice = slice(None)) -> str:
+        """The class that most of these frames show; of what the subject looks like, most of those that show it."""
+        shown, seen = self.factors[factor][frames], self.seen[frames]
+        if factor in OF_THE_SUBJECT and seen.any():
+            shown = shown[seen]
         return CLASSES[factor][int(np.bincount(shown).argmax())]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bench.study import memory
-from bench.study.memory import SPANS, Gap, from_text, gaps, kept, to_text
+from bench.study.grid import write_csv
+from bench.study.memory import Gap, from_text, gaps, kept, to_text
 from miga_engine.errors import ConfigError
 from miga_engine.tiny import reader, world
 
@@ -85,7 +86,7 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     row = dict(zip(memory.COLUMNS, ("miga", "0", "a kite, far away", "1", "1201", to_text(found)), strict=True))
     path = tmp_path / "memory.csv"
     assert memory.read_rows(path) == []
-    memory.write_rows(path, [row])
+    write_csv(path, [row])
     assert memory.read_rows(path) == [row]
     assert from_text(row["gaps"]) == found
     assert "| `miga` | 1 | none | 0% [0%, 0%] of 1 | none | 100% [100%, 100%] of 1 |" in memory.table([row])
@@ -100,7 +101,6 @@ def test_prompts_say_how_the_subject_disappears_and_not_what_it_looks_like() -> 
     for i, prompt in enumerate(asked):
         assert not {*COLOURS, *world.PATTERNS} - {"plain", "green"} & {*prompt.split()}
         assert prompt.endswith(f"behind {world.COVERS[i % 2]}")
-    assert memory.SPANS == SPANS
 
 
 def test_without_a_reader_one_sentence(tmp_path: Path) -> None:

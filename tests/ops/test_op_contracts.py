@@ -166,11 +166,11 @@ def test_an_index_out_of_bounds_is_refused_or_bounded(name: str, wrong: int, reg
     """By the public function and by the kernel it calls; a counter, which names no memory, by the former alone.
 
     On a GPU, where the host would have to wait for it, none is, and none reaches memory that is not the op's: a kernel
-    of ours takes the nearest, and torch's own, which gather keys for its attention, end the process: left out here.
+    of ours takes the nearest, which test_frame_attention_kernel.py has of attention.
     """
     argument = INDEX_ARGUMENTS[name][0]
     if DEVICE == "cuda" and name == "frame_attention":
-        return
+        pytest.skip("where SDPA is chosen, torch gathers its keys, whose assertion ends the process")
     if DEVICE == "cuda" or (registered and argument == "noise.counters"):
         _call_with(name, wrong, registered=registered)
         if DEVICE == "cuda":
