@@ -12,8 +12,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions, is_wanted, kind_of, wanted
+from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions
 from miga_engine.errors import ConfigError
+from miga_engine.fields import is_wanted, kind_of, wanted
 from miga_engine.presets import PRESETS
 
 Record = type[Any]

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From low to high. A module may import its own layer and those below it.
 LAYERS = [
     ["errors", "_version", "files", "threads", "colour"],
+    ["fields"],
     ["config", "device"],
     ["presets"],
     ["options", "schedule", "noise", "prompts"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miga_engine.config import Checked, LoadOptions, MigaConfig, Request, StreamOptions, option
+from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions
+from miga_engine.fields import Checked, option
 
 CHECKPOINT_EVERY = 500
 """Video frames between two session files."""
