@@ -102,6 +102,7 @@ class MigaConfig(Checked):
     guidance_offset: int | None = _count(
         None, "distance of the nearest guidance frame", shown="half the zigzag width", least=1
     )
+    guidance_spacing: int = _count(1, "noise levels between two guidance frames", least=1)
     guidance_anchor: bool = option(
         False,
         "let the farthest guidance frame be the prompt's first frame, clean, "
@@ -114,6 +115,10 @@ class MigaConfig(Checked):
         "which end of a window is kept (trailing: FIFO-Diffusion's look-ahead)",
         choices=("leading", "trailing"),
     )
+    commit_offset: int = _count(
+        0, "first latent frames of a window that it only reads, for the window before keeps them: at 0 (paper) the "
+        "cleaner end is kept, at most, window − guidance frames − stride, the noisier end, between them the middle",
+    )  # fmt: skip
     window_order: str = option(
         "parallel",
         "whether later windows of a pass see earlier commits (sequential) or not",
@@ -142,10 +147,15 @@ class MigaConfig(Checked):
     )
     prompt_blend_frames: int = _count(0, "video frames over which the text runs from one prompt to the next")
 
+    def stride_of(self, window_frames: int) -> int:
+        """Latent frames between two windows of a pass of a model with this native window."""
+        return self.stride or max(1, min(window_frames // 2, window_frames - self.guidance_frames))
+
     def check(self, num_steps: int, window_frames: int) -> None:
         """Refuse what cannot run with this many steps and this native window; ConfigError names the option."""
         handoff_step = num_steps - self.stage2_steps
         local_frames = window_frames - self.guidance_frames
+        room = local_frames - self.stride_of(window_frames)
         problems = (
             (handoff_step < 2, f"stage2_steps {self.stage2_steps} leaves Stage 1 {handoff_step} of {num_steps} steps"
              f"; use at most {num_steps - 2}"),
@@ -161,6 +171,12 @@ class MigaConfig(Checked):
              f"{self.judge_step} with {self.reference_groups} reference_groups reaches past the hand-off at step "
              f"{handoff_step}; lower one, or switch self_reflection off"),
             (self.commit == "trailing" and self.guidance_frames > 0, "commit 'trailing' needs guidance_frames 0"),
+            (self.commit_offset > 0 and self.commit == "trailing", f"commit_offset {self.commit_offset} moves the "
+             f"frames that a window keeps, and commit 'trailing' fixes them: give one of the two"),
+            (self.commit_offset > 0 and self.window_order == "sequential", f"commit_offset {self.commit_offset} needs "
+             f"window_order 'parallel'"),
+            (self.commit_offset > room, f"commit_offset {self.commit_offset} exceeds {room}, the local frames of a "
+             f"window less its stride"),
         )  # fmt: skip
         for is_wrong, sentence in problems:
             if is_wrong:

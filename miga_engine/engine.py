@@ -311,7 +311,8 @@ class Engine:
         layout = self._layout(request)
         _refuse_the_impossible(layout, frame_shape, self.device)
         texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
-        num_slots = 1 + layout.num_anchors + timeline.most_prompt_rows(layout.capacity)  # 1: of the negative prompt
+        num_prompts = timeline.most_prompt_rows(layout.num_remembered)
+        num_slots = 1 + layout.num_anchors + num_prompts  # 1: of the negative prompt
         network = PromptedTransformer(bundle, texts, schedule.timesteps, attention, min(num_slots, len(texts)))
         return VideoRun(
             network,

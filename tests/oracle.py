@@ -107,8 +107,9 @@ class Oracle:
     def one_pass(self, frames: list[Frame], window: int, phase: int, *, guided: bool) -> list[Frame]:
         config, result = self.config, list(frames)
         m = config.guidance_frames if guided else 0
-        for start, commit_start, commit_stop in plan_windows(len(frames), window, self.stride, phase):
-            guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset)
+        plan = plan_windows(len(frames), window, self.stride, phase, offset=config.commit_offset)
+        for start, commit_start, commit_stop in plan:
+            guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset, config.guidance_spacing)
             stop = start + (window if guidance or not guided else self.window)
             read = [frames[i] for i in guidance] + frames[start:stop]
             if guidance and config.guidance_anchor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from miga_engine.config import MigaConfig
 from miga_engine.runtime.wavefront import UnifiedPasses
@@ -39,11 +42,17 @@ class RunLayout:
         """Unified passes a frame goes through, those of refine included."""
         return self.config.stage2_steps + self.config.refine_steps
 
+    def step_before(self, level: int) -> int:
+        """Step of a frame that has so many of the `num_levels` unified passes behind it."""
+        refined = level - self.config.stage2_steps
+        if self.config.refine_steps and refined >= 0:
+            return self.num_steps - self.config.refine_steps + refined
+        return self.handoff_step + level
+
     @cached_property
     def stride(self) -> int:
         """Frames between two windows of a pass."""
-        window = self.window_frames
-        return self.config.stride or min(max(1, window // 2), window - self.config.guidance_frames)
+        return self.config.stride_of(self.window_frames)
 
     @property
     def padding(self) -> int:
@@ -72,9 +81,14 @@ class RunLayout:
         return width * (self.handoff_step + 1) + wavefront + self.padding
 
     @property
+    def num_remembered(self) -> int:
+        """Frames in a row, back from the newest, of which any may be read once more."""
+        return self.capacity + self.config.commit_offset
+
+    @property
     def num_slots(self) -> int:
         """Of the ring and the scratch behind it."""
-        return self.capacity + self.num_search_slots + self.num_anchors
+        return self.capacity + self.num_search_slots + self.num_anchors + self.num_levels * self.num_behind
 
     @property
     def num_search_slots(self) -> int:
@@ -86,6 +100,17 @@ class RunLayout:
     def num_anchors(self) -> int:
         """Scratch slots, behind those of the searches, that a state includes."""
         return int(self.config.guidance_anchor)
+
+    @property
+    def num_behind(self) -> int:
+        """Scratch slots of each unified pass, behind the anchors, for frames as they were before it advanced them: its
+        next window still reads the last `commit_offset` of them."""
+        return self.config.commit_offset + self.stride if self.config.commit_offset else 0
+
+    def slots_behind(self, level: int, frames: Sequence[int]) -> np.ndarray:
+        """Slots of frames as they were before a unified pass advanced them, see `num_behind`."""
+        first = self.num_slots - (self.num_levels - level) * self.num_behind
+        return first + np.asarray(frames, np.int64) % max(self.num_behind, 1)
 
     def queue_plan(self, head: int, tail: int, num_passes: int | None) -> tuple[int, list[tuple[int, int, int]]]:
         """The first frame that a pass over the queue reads, and its `plan_windows` from there on.
@@ -100,14 +125,15 @@ class RunLayout:
             phase = (length - local) % self.stride if length >= local else 0
         else:
             phase = num_passes % self.stride if self.config.moving_phase else 0
-        return head, plan_windows(length, local, self.stride, phase)
+        return head, plan_windows(length, local, self.stride, phase, offset=self.config.commit_offset)
 
     def unified_passes(self) -> UnifiedPasses:
         """Stage 2 and refine, before their first pass."""
         config = self.config
         return UnifiedPasses(
-            config.stage2_steps, config.refine_steps, self.window_frames, self.stride, config.moving_phase, self.end
-        )
+            config.stage2_steps, config.refine_steps, self.window_frames, self.stride, config.moving_phase, self.end,
+            config.commit_offset,
+        )  # fmt: skip
 
     def num_available(self, head: int) -> int:
         """Frames that the unified passes may read, of a queue that has come so far."""

@@ -119,7 +119,9 @@ class Reflection:
         windows = []
         for candidate in candidates:
             sequence = np.concatenate([reference, candidate])
-            for start, commit_start, commit_stop in plan_windows(num_frames, window, self.stride, phase):
+            for start, commit_start, commit_stop in plan_windows(
+                num_frames, window, self.stride, phase, offset=self.config.commit_offset
+            ):
                 first = max(commit_start, num_reference)
                 if first >= commit_stop:
                     continue

@@ -113,8 +113,10 @@ class _Check:
         first_head = 0 if self.stage in (SEED_CLIP, WARMUP) else layout.first_head
         if self.head != first_head + self.num_passes * layout.config.zigzag_width:
             raise _unfit("num_passes", self.num_passes)
-        integers = self._integers(tensors, frame_shape, self.tail - self.first + layout.num_anchors)
-        count = self.tail - self.first
+        passes = layout.unified_passes()
+        again = [(level, frame) for level, done in enumerate(self.done) for frame in passes.read_again(done)]
+        count, num_others = self.tail - self.first, layout.num_anchors + len(again)
+        integers = self._integers(tensors, frame_shape, count + num_others)
         frames = np.arange(self.first, self.tail)
         known = frames >= 0 if self.stage == SEED_CLIP else np.ones(count, bool)  # before that: nothing is there yet
         expected_rows = np.array([prompt_row(max(int(frame), 0)) for frame in frames[known]], np.int64)
@@ -126,6 +128,13 @@ class _Check:
                 raise _unfit(name, integers[name].tolist()[:8])
         if layout.num_anchors:
             self._anchor({name: int(values[count]) for name, values in integers.items()}, prompt_row)
+        behind = {name: values[count + layout.num_anchors :] for name, values in integers.items()}
+        for name, expected in (
+            ("frame_number", [frame for _, frame in again]),
+            ("prompt_row", [prompt_row(frame) for _, frame in again]),
+            ("step_index", [layout.step_before(level) for level, _ in again]),
+        ):
+            self._equal(name, behind[name], np.array(expected, np.int64))
 
     def _parting(self) -> None:
         """A run is at its end only where there is one, and where it has come there."""
@@ -189,12 +198,8 @@ class _Check:
             if self.parts_done:
                 raise _unfit("parts_done", self.parts_done)
             return
-        refine, stage2 = layout.config.refine_steps, layout.config.stage2_steps
         levels = sum((np.asarray(frames < done, np.int64) for done in self.done), np.zeros(len(frames), np.int64))
-        expected = layout.handoff_step + levels
-        if refine:
-            is_refined = levels >= stage2
-            expected = np.where(is_refined, layout.num_steps - refine + levels - stage2, expected)
+        expected = np.array([layout.step_before(level) for level in range(layout.num_levels + 1)], np.int64)[levels]
         expected[frames < layout.first_head] = layout.num_steps
         is_queued = frames >= self.head
         lowest = 0 if self.next == QUEUE else 1
@@ -229,7 +234,7 @@ class _Check:
             passes = layout.unified_passes()
             passes.done = list(self.done)
             blocks = passes.ready(layout.num_available(self.head))
-            ranges = [(start, cut) for _, start, _, cut in blocks]
+            ranges = [(block.commit_start, block.commit_stop) for block in blocks]
             num_stage2 = sum(level < layout.config.stage2_steps for level, *_ in blocks)
             yield from [ranges[:num_stage2], ranges[num_stage2:]] if self.uses_noise else [ranges]
 

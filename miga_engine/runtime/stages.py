@@ -83,8 +83,7 @@ class VideoRun:
         self.num_frames = num_frames
         self.handoff_step, self.stride, self.padding = layout.handoff_step, layout.stride, layout.padding
         self.unified = layout.unified_passes()
-        num_scratch = layout.num_search_slots + layout.num_anchors
-        self.store = FrameStore(layout.capacity, frame_shape, device, scratch=num_scratch)
+        self.store = FrameStore(layout.capacity, frame_shape, device, scratch=layout.num_slots - layout.capacity)
         self._anchor = self.store.scratch_slots(layout.num_search_slots, layout.num_anchors)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
@@ -178,20 +177,21 @@ class VideoRun:
 
         What comes out of a file is first to go through `run_state.check_run_state`.
         """
-        frames = range(numbers["first"], numbers["tail"])
-        self.store.load_state(self._kept_slots(frames), tensors)
+        self.unified.done = list(numbers["unified"])
+        self.store.load_state(self._kept_slots(range(numbers["first"], numbers["tail"])), tensors)
         self.stage, self._next = numbers["stage"], numbers["next"]
         self.head, self.tail = numbers["head"], numbers["tail"]
         self.num_passes, self.emitted = numbers["num_passes"], numbers["emitted"]
-        self.unified.done = list(numbers["unified"])
         if self.reflection is not None:
             self.reflection.previous_score = numbers["previous_score"]
             self.reflection.num_searches = numbers["num_searches"]
         self.denoiser.load_progress(numbers)
 
     def _kept_slots(self, frames: range) -> np.ndarray:
-        """Slots whose content a state holds: these frames, and the anchor."""
-        return np.concatenate([self.store.slots(frames), self._anchor])
+        """Slots whose content a state holds: these frames, the anchor, and what the unified passes read again."""
+        again = map(self.unified.read_again, self.unified.done)
+        behind = [self.layout.slots_behind(level, frames) for level, frames in enumerate(again)]
+        return np.concatenate([self.store.slots(frames), self._anchor, *behind])
 
     def _denoise_seed_clip(self) -> None:
         """An ordinary clip of `window_frames` frames; its clean frames then start the queue."""
@@ -291,7 +291,9 @@ class VideoRun:
         queue = self.store.slots(range(first, self.tail))
         windows = []
         for start, commit_start, commit_stop in plan:
-            guidance = guidance_indices(start, config.guidance_frames, config.zigzag_width, config.guidance_offset)
+            guidance = guidance_indices(
+                start, config.guidance_frames, config.zigzag_width, config.guidance_offset, config.guidance_spacing
+            )
             length = self.window_frames - len(guidance)
             slots = np.concatenate([queue[guidance], queue[start : start + length]])
             if guidance and config.guidance_anchor:
@@ -325,7 +327,7 @@ class VideoRun:
     def _unified_pass(self) -> bool:
         """One pass over the blocks that are ready, at most one a level; False where there is none."""
         blocks = self.unified.ready(self.layout.num_available(self.head))
-        windows = [Window(self.store.slots(range(start, stop)), 0, cut - start) for _, start, stop, cut in blocks]
+        windows = [self._unified_window(block) for block in blocks]
         if self.schedule.uses_noise:
             num_stage2 = sum(level < self.config.stage2_steps for level, *_ in blocks)
             self._unified_part(blocks[:num_stage2], windows[:num_stage2], FLUSH)
@@ -334,17 +336,32 @@ class VideoRun:
             self._unified_part(blocks, windows, FLUSH)
         return bool(blocks)
 
+    def _unified_window(self, block: Block) -> Window:
+        level, start, stop, commit_start, commit_stop = block
+        behind = self.layout.slots_behind(level, range(start, commit_start))
+        slots = np.concatenate([behind, self.store.slots(range(commit_start, stop))])
+        return Window(slots, commit_start - start, commit_stop - start)
+
+    def _keep_behind(self, blocks: list[Block]) -> None:
+        """Keep of the frames that these blocks will advance those that the next window of their level reads again."""
+        with self.store.changing():
+            for level, _, _, start, stop in blocks:
+                again = [frame for frame in self.unified.read_again(stop) if frame >= start]
+                self.store.copy(self.store.slots(again), self.layout.slots_behind(level, again))
+
     def _unified_part(self, blocks: list[Block], windows: list[Window], stage: str) -> None:
         last = self.config.stage2_steps - 1 if self.config.refine_steps else None
         refined = [window.committed for (level, *_), window in zip(blocks, windows, strict=True) if level == last]
         noises = [self._refine_noise(slots) for slots in refined]
 
         def finish() -> None:
-            for level, _, _, commit_stop in blocks:
-                self.unified.done[level] = commit_stop
+            for block in blocks:
+                self.unified.done[block.level] = block.commit_stop
             for slots, noise in zip(refined, noises, strict=True):
                 self._renoise(slots, noise)
 
+        if self.config.commit_offset:
+            self._keep_behind(blocks)
         self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=finish)
 
     def _refine_noise(self, slots: np.ndarray) -> torch.Tensor:

@@ -8,11 +8,13 @@ from miga_engine.runtime.window_plan import next_cut
 
 
 class Block(NamedTuple):
-    """Frames `start … stop − 1` that a unified pass reads at its level, of which those before `commit_stop` advance."""
+    """Frames `start … stop − 1` that a unified pass reads at its level, of which `commit_start … commit_stop − 1`
+    advance. It reads those before `commit_start` as they were before an earlier block advanced them."""
 
     level: int
     start: int
     stop: int
+    commit_start: int
     commit_stop: int
 
 
@@ -25,7 +27,14 @@ class UnifiedPasses:
     """
 
     def __init__(
-        self, stage2_steps: int, refine_steps: int, window: int, stride: int, moving_phase: bool, num_frames: int | None
+        self,
+        stage2_steps: int,
+        refine_steps: int,
+        window: int,
+        stride: int,
+        moving_phase: bool,
+        num_frames: int | None,
+        commit_offset: int = 0,
     ) -> None:
         self.stage2_steps = stage2_steps
         self.num_levels = stage2_steps + refine_steps
@@ -33,12 +42,17 @@ class UnifiedPasses:
         self.stride = stride
         self.moving_phase = moving_phase
         self.num_frames = num_frames
+        self.commit_offset = commit_offset
         self.done = [0] * self.num_levels
 
     def phase(self, level: int) -> int:
         """The refine pass counts its passes from 0 again."""
         number = level if level < self.stage2_steps else level - self.stage2_steps
         return number % self.stride if self.moving_phase else 0
+
+    def read_again(self, done: int) -> range:
+        """Of the `done` frames that a level has finished those that its next window still reads, as they were."""
+        return range(0) if done == self.num_frames else range(max(done - self.commit_offset, 0), done)
 
     def ready(self, num_available: int) -> list[Block]:
         """The blocks that can run now, of `num_available` frames that have been handed over.
@@ -48,11 +62,13 @@ class UnifiedPasses:
         blocks = []
         for level in range(self.num_levels):
             finished = num_available if level == 0 else self.done[level - 1]
-            start = self.done[level]
-            if start == self.num_frames:
+            done = self.done[level]
+            if done == self.num_frames:
                 continue
+            start = max(done - self.commit_offset, 0)
             stop = start + self.window if self.num_frames is None else min(start + self.window, self.num_frames)
             if stop <= finished:
-                commit_stop = next_cut(start, self.num_frames, self.window, self.stride, self.phase(level))
-                blocks.append(Block(level, start, stop, commit_stop))
+                cut = next_cut(start, self.num_frames, self.window, self.stride, self.phase(level))
+                commit_stop = cut if cut == self.num_frames else cut + self.commit_offset
+                blocks.append(Block(level, start, stop, done, commit_stop))
         return blocks

@@ -13,9 +13,9 @@ from miga_engine.errors import ConfigError
 
 
 def next_cut(start: int, num_frames: int | None, window: int, stride: int, phase: int) -> int:
-    """The frame where the window that starts at `start` stops committing (leading commit).
+    """The frame where the window after that at `start` starts.
 
-    Cuts are {0} ∪ {phase + i·stride ≤ n − window} ∪ {n − window}; the last window, at n − window, commits to n.
+    Cuts are {0} ∪ {phase + i·stride ≤ n − window} ∪ {n − window}; behind the last window, at n − window, it is n.
     `num_frames` None is an endless sequence: no final cut ever falls.
     """
     steps = 0 if start < phase else (start - phase) // stride + 1
@@ -28,22 +28,28 @@ def next_cut(start: int, num_frames: int | None, window: int, stride: int, phase
     return min(cut, last_start)
 
 
-def iter_windows(num_frames: int, window: int, stride: int, phase: int) -> Iterator[tuple[int, int, int]]:
-    """Lazily the windows `(start, commit_start, commit_stop)` of one pass that commits leading frames."""
-    start = 0
-    while start < num_frames:
-        stop = next_cut(start, num_frames, window, stride, phase)
-        yield start, start, stop
-        start = stop
+def iter_windows(
+    num_frames: int, window: int, stride: int, phase: int, offset: int = 0
+) -> Iterator[tuple[int, int, int]]:
+    """Lazily the windows `(start, commit_start, commit_stop)` of one pass, which commit from `offset` frames behind
+    their start to `offset` frames behind the next: the first from 0 on, the last to the end."""
+    start = committed = 0
+    while committed < num_frames:
+        cut = next_cut(start, num_frames, window, stride, phase)
+        stop = cut if cut == num_frames else cut + offset
+        yield start, committed, stop
+        start, committed = cut, stop
 
 
 def plan_windows(
-    num_frames: int, window: int, stride: int, phase: int = 0, commit: str = "leading"
+    num_frames: int, window: int, stride: int, phase: int = 0, commit: str = "leading", offset: int = 0
 ) -> list[tuple[int, int, int]]:
     """The windows of one pass over `num_frames` latent frames, as `(start, commit_start, commit_stop)`.
 
     `commit="leading"` (MIGA): window starts are 0, phase, phase + stride, … and finally `num_frames − window`; each
     commits up to the next start, the last one everything it reads. A sequence shorter than `window` is one window.
+    With `offset` each leaves so many of its first frames to the window before it, and keeps as many more at its end:
+    at `window − stride` it is the trailing end that is kept, at half of that the middle.
 
     `commit="trailing"` (FIFO-Diffusion's look-ahead denoising, arXiv 2405.11473 §4.3): the sequence begins with
     `window − stride` frames of padding that are only read; each window commits its last `stride` frames.
@@ -56,8 +62,10 @@ def plan_windows(
         raise ConfigError(f"stride is {stride}: give a number between 1 and the window of {window} latent frames")
     if not 0 <= phase < stride:
         raise ConfigError(f"phase is {phase}: give a number between 0 and stride − 1 = {stride - 1}")
+    if not 0 <= offset <= window - stride:
+        raise ConfigError(f"offset is {offset}: give a number between 0 and window − stride = {window - stride}")
     if commit == "leading":
-        return list(iter_windows(num_frames, window, stride, phase))
+        return list(iter_windows(num_frames, window, stride, phase, offset))
     if commit != "trailing":
         raise ConfigError(f"commit is {commit!r}: give 'leading' or 'trailing'")
     padding = window - stride
@@ -72,18 +80,22 @@ def plan_windows(
     return plan
 
 
-def guidance_indices(start: int, guidance_frames: int, zigzag_width: int, offset: int | None = None) -> list[int]:
+def guidance_indices(
+    start: int, guidance_frames: int, zigzag_width: int, offset: int | None = None, spacing: int = 1
+) -> list[int]:
     """Long-range frame guidance: which earlier frames a window that starts at `start` reads, ascending (§2).
 
-    One frame from each of the preceding level groups where there are `guidance_frames` of them
-    (`start − (offset + j·zigzag_width)`, offset ⌊zigzag_width/2⌋ unless given), otherwise evenly spaced over the
-    frames there are; none where fewer than `guidance_frames` frames precede the window.
+    `start − (offset + j·spacing·zigzag_width)`: one frame in each `spacing` level groups before the window, the nearest
+    at `offset`, ⌊zigzag_width/2⌋ unless given. Where the sequence does not reach so far back they move together, the
+    nearest staying where it is; where it has not even `guidance_frames` groups, or `offset`, they are spread evenly
+    over what there is; none where fewer than `guidance_frames` frames precede the window.
     """
     m = guidance_frames
     if m == 0 or start < m:
         return []
-    if start >= m * zigzag_width:
-        first = max(1, zigzag_width // 2) if offset is None else offset
-        return [start - (first + j * zigzag_width) for j in range(m - 1, -1, -1)]
-    spacing = start // m
-    return [start - (j + 1) * spacing for j in range(m - 1, -1, -1)]
+    first = max(1, zigzag_width // 2) if offset is None else offset
+    if start >= m * zigzag_width and start - first >= m - 1:
+        apart = min(spacing * zigzag_width, (start - first) // max(m - 1, 1))
+    else:
+        first = apart = start // m
+    return [start - first - j * apart for j in range(m - 1, -1, -1)]

@@ -19,14 +19,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refine_steps", [None, 3])
-@pytest.mark.parametrize("name", PRESETS)
-def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, refine_steps, monkeypatch):
+@pytest.mark.parametrize(("name", "changes"), [
+    *((name, {}) for name in PRESETS), *((name, {"refine_steps": 3}) for name in PRESETS),
+    ("tiny", {"commit_offset": 5}), ("wan2.1", {"commit_offset": 7}),
+])  # fmt: skip
+def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, changes, monkeypatch):
     """In integers, over lengths: the state that is kept to be extended is one that any longer run has too."""
     monkeypatch.setattr(Denoiser, "run", _count_steps)
     monkeypatch.setattr(Reflection, "after_pass", lambda self, head, tail, then: then())
     preset, window = PRESETS[name], 16 if "videocrafter2" in name else 21
-    config = preset.miga if refine_steps is None else dataclasses.replace(preset.miga, refine_steps=refine_steps)
+    config = dataclasses.replace(preset.miga, **changes)
     steps = preset.sampling.num_inference_steps
 
     def start(num_frames: int | None) -> VideoRun:
@@ -78,7 +80,10 @@ def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"zigzag_width": 7}, {"stride": 7, "zigzag_width": 1}, {"guidance_frames": 0},
                                      {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3},
-                                     {"guidance_anchor": True}])  # fmt: skip
+                                     {"guidance_anchor": True}, {"commit_offset": 3}, {"commit_offset": 1},
+                                     {"commit_offset": 2, "refine_steps": 3}, {"guidance_spacing": 3},
+                                     {"commit_offset": 5, "stride": 2}, {"commit_offset": 2, "guidance_frames": 0},
+                                     {"commit_offset": 1, "stage2_steps": 0, "refine_steps": 3}])  # fmt: skip
 def test_streamed_equals_whole_sequence_over_configurations(options):
     config = toy_config(**options)
     oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from miga_engine.errors import ConfigError
-from miga_engine.runtime.window_plan import iter_windows, next_cut, plan_windows
+from miga_engine.runtime.window_plan import guidance_indices, iter_windows, next_cut, plan_windows
 
 
 @pytest.mark.parametrize("commit", ["leading", "trailing"])
@@ -20,6 +20,39 @@ def test_every_frame_is_committed_exactly_once_and_read_in_bounds(window, commit
                 assert committed == list(range(padding, num_frames))
                 for start, first, stop in plan:
                     assert 0 <= start <= first < stop <= min(start + window, num_frames)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+def test_an_offset_moves_what_is_kept_and_not_what_is_read(window):
+    for stride in range(1, window + 1):
+        for offset in range(window - stride + 1):
+            for num_frames in range(1, 3 * window + 3):
+                for phase in range(stride):
+                    plan = plan_windows(num_frames, window, stride, phase, offset=offset)
+                    leading = plan_windows(num_frames, window, stride, phase)
+                    assert [start for start, *_ in plan] == [start for start, *_ in leading]
+                    assert [frame for _, first, stop in plan for frame in range(first, stop)] == list(range(num_frames))
+                    for start, first, stop in plan:
+                        assert first == (start + offset if start else 0)
+                        assert first < stop <= min(start + window, num_frames)
+
+
+@pytest.mark.parametrize("spacing", [1, 2, 5, 50])
+@pytest.mark.parametrize("offset", [None, 1, 9, 30])
+def test_guidance_frames_are_different_frames_before_the_window(offset, spacing):
+    for frames in range(1, 5):
+        for width in (1, 2, 4, 7):
+            for start in range(120):
+                found = guidance_indices(start, frames, width, offset, spacing)
+                assert found == sorted(set(found))
+                assert len(found) == (frames if start >= frames else 0)
+                assert all(0 <= index < start for index in found)
+
+
+def test_guidance_is_as_far_apart_as_asked_where_the_queue_reaches_so_far_back():
+    assert guidance_indices(76, 2, 4, spacing=8) == [42, 74]
+    assert guidance_indices(22, 2, 4, spacing=8) == [0, 20]  # the farthest there is, and the nearest as asked
+    assert guidance_indices(7, 2, 4, spacing=8) == [1, 4]
 
 
 def test_endless_cuts_are_those_of_a_long_finite_sequence():
@@ -41,6 +74,7 @@ def test_endless_cuts_are_those_of_a_long_finite_sequence():
         ((5, 4, 2, 2), "phase is 2: give a number between 0 and stride"),
         ((5, 4, 2, 0, "middle"), "commit is 'middle': give 'leading' or 'trailing'"),
         ((2, 4, 2, 0, "trailing"), "more than the 2 frames of padding"),
+        ((5, 4, 2, 0, "leading", 3), "offset is 3: give a number between 0 and window − stride = 2"),
     ],
 )
 def test_plan_refuses(arguments, sentence):
