@@ -43,23 +43,17 @@ def hue_histograms(frames: VideoArray) -> npt.NDArray[np.float64]:
     """
 
     def of(frame: VideoArray) -> npt.NDArray[np.float64]:
-        channels = frame.reshape(-1, 3).T
-        highest, lowest = (
-            extreme(extreme(channels[0], channels[1]), channels[2]) for extreme in (np.maximum, np.minimum)
-        )
-        coloured = highest > lowest
-        red, green, blue = channels[:, coloured].astype(np.float32)
-        highest, chroma = highest[coloured], (highest - lowest)[coloured].astype(np.float32)
-        sixth = np.where(
-            highest == red,
-            (green - blue) / chroma,
-            np.where(highest == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma),
-        )
-        place = sixth % 6 * (_HUES / 6)
+        red, green, blue = (frame[..., i].ravel().astype(np.float32) for i in range(3))
+        highest = np.maximum(np.maximum(red, green), blue)
+        chroma = highest - np.minimum(np.minimum(red, green), blue)
+        is_red, is_green = highest == red, highest == green
+        turned = np.where(is_red, green - blue, np.where(is_green, blue - red, red - green)) / np.maximum(chroma, 1)
+        sixth = turned + np.where(is_red, 6, np.where(is_green, 2, 4)).astype(np.float32)  # of the circle, 1 … 7
+        place = sixth * (_HUES / 6)
         cell = place.astype(np.int64)
         upper = chroma * (place - cell)
-        counts = np.bincount(cell % _HUES, chroma - upper, _HUES) + np.bincount((cell + 1) % _HUES, upper, _HUES)
-        return counts / (255 * len(coloured))
+        counts = np.bincount(cell, chroma - upper, 2 * _HUES) + np.bincount(cell + 1, upper, 2 * _HUES)
+        return np.asarray((counts[:_HUES] + counts[_HUES:]) / (255 * len(red)))
 
     return np.stack([of(frame) for frame in frames])
 
