@@ -199,6 +199,10 @@ class StreamOptions(Checked):
         None, "stop with DriftError once colours have moved by more than this share of their range since the beginning "
         "of the prompt", group="output", metavar="X",
     )  # fmt: skip
+    warn_on_drift: float | None = option(
+        None, "warn, once a prompt, when colours have moved by more than this share of their range since the beginning "
+        "of the prompt, and go on", group="output", metavar="X",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

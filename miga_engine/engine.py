@@ -243,6 +243,7 @@ class Engine:
             is_cancelled=options.is_cancelled or (lambda: False),
             overlap_decode=is_on_gpu if options.overlap_decode is None else options.overlap_decode,
             stop_on_drift=options.stop_on_drift,
+            warn_on_drift=options.warn_on_drift,
             num_video_frames=self.bundle.num_video_frames,
             attention=attention,
         )

@@ -107,6 +107,11 @@ def _seams(frames: VideoArray) -> VideoArray:
     return _levels(pictures * 255)
 
 
+def _sink(frames: VideoArray) -> VideoArray:
+    """it jumps back to its first frame every 20 frames, as where a sink collapses."""
+    return frames[np.arange(len(frames)) % 20]
+
+
 DAMAGES: dict[str, Callable[[VideoArray], VideoArray]] = {
     "blur": _blur,
     "noise": _noise,
@@ -118,6 +123,7 @@ DAMAGES: dict[str, Callable[[VideoArray], VideoArray]] = {
     "cut": _cut,
     "shuffle": _shuffle,
     "seams": _seams,
+    "sink": _sink,
 }
 
 
@@ -136,7 +142,7 @@ def load_vae() -> Any:
 
 
 def mark(measure: str, clean: Sequence[float], damaged: float, strictness: float = 1.0) -> str:
-    """▲ or ▼ where a value lies above or below all clean ones by more than `strictness` times their spread, else ·.
+    """▲ or ▼ where a value lies above or below all clean ones by `strictness` times their spread or more, else ·.
 
     The spread counts as a unit of the last digit shown at least. A p-value is low below 0.01.
     """
@@ -144,7 +150,7 @@ def mark(measure: str, clean: Sequence[float], damaged: float, strictness: float
     if measure == "seam_p":
         return "▼" if damaged < 0.01 else "·"
     slack = strictness * max(max(clean) - min(clean), 10.0**-entry.digits / entry.factor)
-    return "▲" if damaged > max(clean) + slack else "▼" if damaged < min(clean) - slack else "·"
+    return "▲" if damaged >= max(clean) + slack else "▼" if damaged <= min(clean) - slack else "·"
 
 
 def marks(clean: Sequence[dict[str, float]], damaged: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
@@ -193,7 +199,7 @@ better scene raises accuracy: read consistency beside motion, and sharpness besi
 ## Which measure sees which damage
 
 Clips of the embedded world, 80 frames of 96×64, damaged on purpose. *Clean* is the range over four layouts of the same
-scene; ▲ and ▼ mark values outside that range by more than its own length, with the value; · did not move. Motion by
+scene; ▲ and ▼ mark values outside that range by its own length or more, with the value; · did not move. Motion by
 the built-in Lucas-Kanade flow, features by the descriptor without weights, seams at blocks of 12 frames, latents by the
 embedded model's VAE.
 """

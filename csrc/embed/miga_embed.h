@@ -59,7 +59,7 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  *     window_batch, warmup, self_reflection, score_drop, judge_step, reference_groups, candidates, judge, channels,
  *     prompt_blend_frames.
  *   Of the model: device, dtype, preset, attention, vae_dtype, compile, capture.
- *   Of the stream: overlap_decode, stop_on_drift.
+ *   Of the stream: overlap_decode, stop_on_drift, warn_on_drift.
  *   All mean what they mean in miga_engine.Engine.from_pretrained and Engine.stream; others are refused.
  */
 MIGA_API miga_run *miga_open(const char *model, const char *options) MIGA_NOEXCEPT;

@@ -13,6 +13,7 @@ import torch
 
 from miga_engine.colour import LUMA
 from miga_engine.errors import ConfigError
+from miga_engine.measure import long_videos
 from miga_engine.measure.catalogue import MEASURES
 from miga_engine.measure.features import consistency_curve, load_features
 from miga_engine.measure.flow import SHORT_SIDE, flow_method, motion_and_warping
@@ -91,12 +92,17 @@ def measure(
 
     held: list[VideoArray] = []
     num_frames, num_bytes, previous = 0, 0, np.zeros((0, 0, 0, 3), np.uint8)
+    first_frame: VideoArray | None = None
     for part in _parts(frames):
-        if num_frames:
+        if first_frame is None:
+            first_frame = part[0].copy()
+        else:
             note_pairs(np.concatenate([previous, part[:1]]))
         note(
             luminance=luminance(part), saturation=saturation(part), sharpness=sharpness(part), noise=noise(part),
-            histograms=colour_histograms(part), **{name: network(part) for name, network in networks.items()},
+            histograms=colour_histograms(part), hues=long_videos.hue_histograms(part),
+            distance=long_videos.distances_to(first_frame, part),
+            **{name: network(part) for name, network in networks.items()},
         )  # fmt: skip
         num_frames, num_bytes, previous = num_frames + len(part), num_bytes + part.nbytes, part
         if prompt is not None or vae is not None:
@@ -111,10 +117,11 @@ def measure(
     note_pairs(previous)
     height, width = previous.shape[1:3]
     curves: dict[str, Curve] = {name: np.concatenate(values) for name, values in found.items()}
-    histograms = curves.pop("histograms")
+    histograms, hues = curves.pop("histograms"), curves.pop("hues")
     differences, motion, warping = curves["difference"], curves["motion"], curves["warping_error"]
     n = max(1, num_frames // 8)
     curves["colour_overlap"] = np.minimum(histograms, histograms[:n].mean(0)).sum(1)
+    similarity_drop = long_videos.similarity_drop(curves["consistency"])
     for name in networks:
         curves[name] = consistency_curve(curves[name])
     figures: dict[str, Any] = {
@@ -126,7 +133,14 @@ def measure(
         "warping_error": np.nanmean(warping) if np.isfinite(warping).any() else np.nan,
         "largest_jump": differences.max() / max(float(np.median(differences)), _FROZEN_LEVELS),
         "colour_overlap": np.minimum(histograms[:n].mean(0), histograms[-n:].mean(0)).sum(),
+        "hue_drift": long_videos.hue_drift(hues),
+        "similarity_drop": similarity_drop,
+        "sink_collapse": long_videos.sink_collapse(curves["distance"]),
+        "returns": long_videos.returns(curves["distance"]),
+        "cuts": long_videos.count_cuts(differences),
     }
+    for name in ("consistency", "sharpness", "luminance", "saturation"):
+        figures[f"{name}_drift"] = long_videos.start_end_contrast(curves[name])
     for name in ("luminance", "saturation", "sharpness", "noise"):
         figures[name], figures[f"{name}_ratio"] = curves[name].mean(), _ratio(curves[name])
     if block is not None:
@@ -136,7 +150,7 @@ def measure(
         figures["latent_consistency"], figures["latent_consistency_min"] = scores.mean(), scores.min()
     if prompt is not None:
         truth = truth_curves(np.concatenate(held), prompt)
-        figures |= {f"truth_{name}": value for name, value in truth.means().items()}
+        figures |= {f"truth_{name}": value for name, value in {**truth.means(), **truth.hazards()}.items()}
         curves["truth_colour_profile_distance"] = truth.colour_profile_distance
         curves["truth_accuracy"] = np.mean(list(truth.accuracy.values()), 0)
     return {

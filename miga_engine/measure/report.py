@@ -133,6 +133,7 @@ _PANELS: tuple[_Panel, ...] = (
     ("background_consistency", "background consistency", None, 1, 0.04),
     ("warping_error", "warping error", 0, None, 1e-3),
     ("colour_overlap", "colours as at first", None, 1, 0.2),
+    ("distance", "distance to the first frame, levels", 0, None, 5),
     ("saturation", "saturation", None, None, 0.1),
     ("luminance", "luminance", None, None, 0.1),
     ("sharpness", "sharpness", 0, None, 1),

@@ -15,6 +15,7 @@ from torch import Tensor
 from miga_engine.errors import ConfigError
 from miga_engine.measure.features import consistency_curve
 from miga_engine.measure.flow import box
+from miga_engine.measure.hazard import hazard, losses
 from miga_engine.tiny import world
 from miga_engine.tiny.classifier import ATTRIBUTES, load_classifier, to_tensor
 from miga_engine.tiny.text import read_prompt
@@ -40,6 +41,7 @@ class TruthCurves:
     profile: [T,64,3], those medians.
     position: [T,2], the subject's column and row in pixels of a picture 64×96.
     scroll: [T-8], speed of the near hills in the same pixels a frame; empty for videos of 8 frames or less.
+    starts: the first frame of each prompt.
     """
 
     accuracy: dict[str, npt.NDArray[np.float64]]
@@ -49,6 +51,7 @@ class TruthCurves:
     profile: npt.NDArray[np.float64]
     position: npt.NDArray[np.float64]
     scroll: npt.NDArray[np.float64]
+    starts: tuple[int, ...] = (0,)
 
     def means(self) -> dict[str, float]:
         """One number each: means of the curves, and these.
@@ -72,6 +75,17 @@ class TruthCurves:
             figures["scroll_speed"] = np.median(self.scroll)
             figures["scroll_variation"] = self.scroll.std() / max(abs(figures["scroll_speed"]), 1e-3)
         return {name: float(value) for name, value in figures.items()}
+
+    def losses(self) -> dict[str, tuple[int, int]]:
+        """Attribute → how often it was lost, and in how many frames it was there (`hazard.losses`)."""
+        return {name: losses(curve, self.starts) for name, curve in self.accuracy.items()}
+
+    def hazards(self) -> dict[str, float]:
+        """hazard, hazard_low, hazard_high: losses per 100 frames in which an attribute was there, all attributes
+        together, and the 95 % interval (`hazard.hazard`)."""
+        num_losses, num_frames = np.sum(list(self.losses().values()), 0)
+        names = ("hazard", "hazard_low", "hazard_high")
+        return dict(zip(names, hazard(int(num_losses), int(num_frames)), strict=True))
 
 
 def scenes_of(
@@ -138,6 +152,7 @@ def truth_curves(frames: npt.NDArray[np.uint8], prompt: str | Mapping[int, str])
         profile=profile,
         position=_positions(rgb, medians, scenes),
         scroll=_scroll(rgb),
+        starts=(0,) if isinstance(prompt, str) else tuple(sorted(int(start) for start in prompt)),
     )
 
 

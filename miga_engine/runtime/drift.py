@@ -50,17 +50,22 @@ class DriftMeter:
 class DriftMeters:
     """One meter a prompt: colours are compared with those of the first chunk that shows the same prompt.
 
-    `starts`: the first frame of each prompt, in order.
+    `starts`: the first frame of each prompt, in order. `warned` holds the prompts, by their place in that order, of
+    whose drift somebody was told.
     """
 
     def __init__(self, starts: Sequence[int]) -> None:
         self._starts = starts
         self._meters: dict[int, DriftMeter] = {}
+        self.warned: set[int] = set()
+
+    def entry(self, first_frame: int) -> int:
+        """Which prompt shows at a frame of this number."""
+        return bisect_right(self._starts, first_frame) - 1
 
     def measure(self, first_frame: int, frames: Tensor) -> dict[str, Any]:
         """What `DriftMeter.measure` says of frames, the first of which is number `first_frame` of the video."""
-        entry = bisect_right(self._starts, first_frame) - 1
-        return self._meters.setdefault(entry, DriftMeter()).measure(frames)
+        return self._meters.setdefault(self.entry(first_frame), DriftMeter()).measure(frames)
 
     def references(self) -> dict[str, list[list[float]] | None]:
         """What a session file must know."""

@@ -76,6 +76,8 @@ def check_stream_state(
     _whole(numbers, "num_chunks", 0, out)
     if any(int(entry) >= num_prompts for entry in numbers["drift"]):
         raise _unfit("drift", sorted(numbers["drift"]))
+    if any(entry >= num_prompts for entry in numbers.get("drift_warned", ())):
+        raise _unfit("drift_warned", numbers["drift_warned"])
     if (numbers["output"] is None) != ("output_frames" not in lengths):
         raise _unfit("output", numbers["output"])
     if numbers["output"] is not None and numbers["output"]["num_frames"] + lengths["output_frames"] != out:

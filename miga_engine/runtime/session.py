@@ -313,6 +313,8 @@ def _check_state_types(numbers: Any) -> None:
     for entry, levels in numbers["drift"].items():
         _require(0 <= int(entry) <= MAX_PROMPTS and len(levels) == 3 and all(len(row) == NUM_LEVELS for row in levels))
         _require(all(type(share) is float and 0 <= share <= 1.001 for row in levels for share in row))
+    warned = numbers.get("drift_warned", [])  # which older files do not have
+    _require(isinstance(warned, list) and len(warned) <= MAX_PROMPTS and all(_is_whole(entry, 0) for entry in warned))
     output = numbers["output"]
     if output is not None:
         _require(_is_whole(output["num_frames"], 0))

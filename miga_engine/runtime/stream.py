@@ -103,6 +103,7 @@ class Stream(Iterator[Chunk]):
         is_cancelled: Callable[[], bool],
         overlap_decode: bool,
         stop_on_drift: float | None,
+        warn_on_drift: float | None,
         num_video_frames: Callable[[int], int],
         attention: Mapping[str, str] | None = None,
     ) -> None:
@@ -130,7 +131,7 @@ class Stream(Iterator[Chunk]):
         self._starvation = StarvationWatch() if run.store.device.type == "cpu" else None
         blend_frames = request.miga.prompt_blend_frames
         self._drift = DriftMeters([start + blend_frames if start else 0 for start in sorted(request.timeline)])
-        self._stop_on_drift = stop_on_drift
+        self._stop_on_drift, self._warn_on_drift = stop_on_drift, warn_on_drift
         self._attention = {} if attention is None else attention  # the engine adds to it
 
     def __next__(self) -> Chunk:
@@ -283,21 +284,26 @@ class Stream(Iterator[Chunk]):
         raise StopIteration
 
     def _report(self, chunk: Chunk, pump: Pump) -> None:
-        """Events of a chunk, and the end of a run whose colours have drifted."""
-        is_heard = self._events.on_event is not None
-        if not is_heard and self._stop_on_drift is None:
+        """Events of a chunk, and a warning, or the end, of a run whose colours have drifted."""
+        is_heard, stop, warn = self._events.on_event is not None, self._stop_on_drift, self._warn_on_drift
+        if not is_heard and stop is None and warn is None:
             return
         where = {"index": chunk.index, "first_frame": chunk.first_frame, "num_frames": len(chunk.frames)}
         drift = self._drift.measure(chunk.first_frame, chunk.frames)
         if is_heard:
             self._events("chunk", **where)
             self._events("drift", **where, **drift)
-        if self._stop_on_drift is not None and drift["drift"] > self._stop_on_drift and pump.failure is None:
-            pump.fail(DriftError(
-                f"the colours of frames {chunk.first_frame} to {chunk.first_frame + len(chunk.frames) - 1} have moved "
-                f"by {drift['drift']:.3f} from the beginning, more than stop_on_drift {self._stop_on_drift:g}: try "
-                "another seed, more guidance frames, or a lower guidance scale"
-            ))  # fmt: skip
+        moved = (
+            f"the colours of frames {chunk.first_frame} to {chunk.first_frame + len(chunk.frames) - 1} have moved "
+            f"by {drift['drift']:.3f} from the beginning"
+        )
+        remedy = "try another seed, more guidance frames, or a lower guidance scale"
+        entry = self._drift.entry(chunk.first_frame)
+        if warn is not None and drift["drift"] > warn and entry not in self._drift.warned:
+            self.warn(f"{moved}, more than warn_on_drift {warn:g}, and the run goes on: {remedy}")
+            self._drift.warned.add(entry)
+        if stop is not None and drift["drift"] > stop and pump.failure is None:
+            pump.fail(DriftError(f"{moved}, more than stop_on_drift {stop:g}: {remedy}"))
 
     @own_modes()
     def save_every(
@@ -342,6 +348,7 @@ class Stream(Iterator[Chunk]):
             self.num_frames_out, self._num_chunks = numbers["num_frames_out"], numbers["num_chunks"]
             self._events.count = self.resumed_at_event = numbers["num_events"]
             self._drift.load_references(numbers["drift"])
+            self._drift.warned = set(numbers.get("drift_warned", ()))  # which older files do not have
             if numbers["output"] is not None:
                 self.output = dict(numbers["output"]), tensors["output_frames"]
         self._saving.extension = Path(path) if has_extension else None
@@ -353,6 +360,7 @@ class Stream(Iterator[Chunk]):
             "num_chunks": self._num_chunks,
             "num_events": self._events.count + (self._events.on_event is not None),  # with that of this saving
             "drift": self._drift.references(),
+            "drift_warned": sorted(self._drift.warned),
         }
 
     def _save(self, autosave: Autosave) -> None:

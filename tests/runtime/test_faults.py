@@ -1,8 +1,11 @@
-"""Faults of network, decoder, memory and ranks, and drift: each stops a run with a sentence and loses nothing."""
+"""Faults of network, decoder, memory and ranks, and drift: each stops a run with a sentence and loses nothing.
+
+Of drift a run can also only warn."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +15,9 @@ from small_run import NUM_FRAMES, OPTIONS, frames_of
 from torch import Tensor
 
 from miga_engine.engine import Engine
-from miga_engine.errors import DeviceError, DriftError, NumericsError, SessionError
+from miga_engine.errors import ConfigError, DeviceError, DriftError, NumericsError, SessionError
 from miga_engine.runtime.drift import DriftMeter
+from miga_engine.runtime.stream import Event
 
 
 class _Fault:
@@ -189,3 +193,38 @@ def test_a_run_that_drifts_is_stopped_and_can_be_gone_on_with(engine, whole, tmp
     assert len(frames) == next(i for i, drift in enumerate(drifts) if drift > limit) + 1
     stopped.save(tmp_path / "run.safetensors")
     assert torch.equal(torch.cat([*frames, frames_of(engine.resume(tmp_path / "run.safetensors"))]), whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_drifts_warns_once_and_goes_on(engine, whole, tmp_path, caplog) -> None:
+    events: list[dict[str, Any]] = []
+
+    def on_event(event: Event) -> None:
+        events.append(json.loads(event.to_json()))
+
+    stream = engine.stream("a red balloon", NUM_FRAMES, warn_on_drift=0, stop_on_drift=1, on_event=on_event, **OPTIONS)
+    first = [next(stream).frames for _ in range(3)]
+    assert sum(event["event"] == "warning" for event in events) == 1
+    told = next(i for i, event in enumerate(events) if event["event"] == "warning")
+    assert (events[told - 1]["event"], events[told - 1]["index"]) == ("drift", 1)
+    assert re.search(r"moved by 0\.\d+ from the beginning, more than warn_on_drift 0, and", events[told]["message"])
+    assert caplog.messages == [events[told]["message"]]
+    stream.save(tmp_path / "run.safetensors")
+    assert torch.equal(torch.cat([*first, frames_of(stream)]), whole)
+    resumed = engine.resume(tmp_path / "run.safetensors", warn_on_drift=0, on_event=on_event)
+    assert torch.equal(torch.cat([*first, frames_of(resumed)]), whole)
+    assert len(caplog.messages) == 1, "a resumed run does not warn of what it has warned of"
+
+
+@pytest.mark.slow
+def test_a_run_warns_of_drift_once_a_prompt_and_before_it_stops(engine, caplog) -> None:
+    stream = engine.stream({0: "a red balloon", 13: "a kite"}, NUM_FRAMES, warn_on_drift=0, **OPTIONS)
+    chunks = list(stream)
+    starts = [int(re.search(r"of frames (\d+) to", message)[1]) for message in caplog.messages]
+    assert starts == [chunks[1].first_frame, next(c.first_frame for c in chunks if c.first_frame > 13)]
+    caplog.clear()
+    with pytest.raises(DriftError, match="more than stop_on_drift 0: try another seed"):
+        list(engine.stream("a red balloon", NUM_FRAMES, warn_on_drift=0, stop_on_drift=0, **OPTIONS))
+    assert len(caplog.messages) == 1
+    with pytest.raises(ConfigError, match=r"^warn_on_drift must be a finite number of at least 0, got -1$"):
+        engine.stream("a red balloon", NUM_FRAMES, warn_on_drift=-1, **OPTIONS)

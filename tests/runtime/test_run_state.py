@@ -66,6 +66,8 @@ CHANGES: dict[str, Change] = {
     "drift": _state(drift={"0": [[1.0]]}),
     "drift of no prompt": _state(drift={"7": [[0.5] * 256] * 3}),
     "drift of NaN": _state(drift={"0": [[float("nan")] * 256] * 3}),
+    "warned of no prompt": _state(drift_warned=[1]),
+    "warned of a text": _state(drift_warned=["0"]),
     "output": _state(output={"path": 3, "num_frames": 0}),
     "step index out of its table": _integers("step_index", 10**6),
     "step index below zero": _integers("step_index", -1),
