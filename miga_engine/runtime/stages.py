@@ -49,6 +49,7 @@ class VideoRun:
     window_frames: latent frames the network takes at once (its native clip).
     frame_shape: `(C, H, W)` of a latent frame.
     num_frames: latent frames to deliver; None = endless.
+    guidance_scale, guidance, guidance_scale_end: see `guidance.Guidance`.
     prompt_row: maps a latent frame number to the prompt row the network is given for it.
     emit: receives events as `emit(kind, **fields)`.
     capture: replay forwards as CUDA graphs; without effect on CPUs.
@@ -68,6 +69,8 @@ class VideoRun:
         guidance_scale: float | None,
         device: torch.device,
         prompt_row: Callable[[int], int] = lambda frame: 1,
+        guidance: str = "cfg",
+        guidance_scale_end: float | None = None,
         emit: Callable[..., None] = lambda kind, **fields: None,
         capture: bool = False,
         ranks: Ranks | None = None,
@@ -89,7 +92,7 @@ class VideoRun:
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
             guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
-            capture=capture, ranks=ranks, emit=emit,
+            guidance=guidance, guidance_scale_end=guidance_scale_end, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self.reflection = None
         if config.self_reflection:
