@@ -213,8 +213,8 @@ class Request(SamplingConfig):
         None, "frames per second, exact: 24, 29.97, 24000/1001", kind=object, metavar="RATE"
     )
     guidance: str = option(
-        "cfg", "how guidance_scale acts: classifier-free guidance; CFG-Zero*, which fits the unconditional branch to the "
-        "conditional and rests at the first step; adaptive projected guidance, against oversaturation at large scales",
+        "cfg", "how guidance_scale acts: classifier-free guidance; CFG-Zero*, which fits the unconditional branch to "
+        "the other and rests at the first step; adaptive projected guidance, against oversaturation at large scales",
         choices=("cfg", "cfg-zero", "apg"), group="sampling",
     )  # fmt: skip
     guidance_scale_end: float | None = option(
