@@ -159,9 +159,11 @@ MEMORY_BOUND = {
     "sampler_update guided": functools.partial(_sampler, 2, False),
     "sampler_update noise": functools.partial(_sampler, 1, True),
     "sampler_update weighted": functools.partial(_sampler, 2, False, True),
-    "guidance_dots": _dots,
 }
-OTHERS = {f"consistency_score {channels}": functools.partial(_score, channels) for channels in ("mean", "all")}
+OTHERS = {
+    "guidance_dots": _dots,
+    **{f"consistency_score {channels}": functools.partial(_score, channels) for channels in ("mean", "all")},
+}
 
 
 def attention_cases(target: str) -> dict[str, Callable[[], None]]:

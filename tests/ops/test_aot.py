@@ -27,7 +27,6 @@ NARROW_LOADS = {
     "sampler_update guided": 72,
     "sampler_update noise": 96,
     "sampler_update weighted": 84,
-    "guidance_dots": 20,
 }
 
 
