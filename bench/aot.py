@@ -119,7 +119,7 @@ def _qk_norm_rope(model: str, has_rope: bool) -> None:
         launch(_bf16(B, frames * tokens, width), None, _empty(width), None, None, None, None, 1, 1e-6)
 
 
-def _sampler(num_velocities: int, has_noise: bool) -> None:
+def _sampler(num_velocities: int, has_noise: bool, has_weights: bool = False) -> None:
     num_frames = 31 * 7
     state = [_empty(308, *LATENT) for _ in range(4)]
     velocities = [_bf16(num_frames, *LATENT) for _ in range(num_velocities)] + [None]
@@ -132,9 +132,17 @@ def _sampler(num_velocities: int, has_noise: bool) -> None:
         step_index=index,
         history_length=index,
         guidance_scale=5.0,
+        guidance_weights=_empty(num_frames, 3) if has_weights else None,
         noise_counters=_int64(num_frames, 3) if has_noise else None,
         noise_seed=7,
     )
+
+
+def _dots() -> None:
+    num_frames = 31 * 7
+    velocities = [_empty(num_frames, *LATENT) for _ in range(2)]
+    slots, direction = _int64(num_frames), _empty(num_frames, 3)
+    _kernels("guidance_dots").launch(_empty(308, *LATENT), *velocities, slots=slots, direction=direction)
 
 
 def _score(channels: str) -> None:
@@ -150,8 +158,12 @@ MEMORY_BOUND = {
     "rms_norm 1.3B": functools.partial(_qk_norm_rope, "1.3B", False),
     "sampler_update guided": functools.partial(_sampler, 2, False),
     "sampler_update noise": functools.partial(_sampler, 1, True),
+    "sampler_update weighted": functools.partial(_sampler, 2, False, True),
 }
-OTHERS = {f"consistency_score {channels}": functools.partial(_score, channels) for channels in ("mean", "all")}
+OTHERS = {
+    "guidance_dots": _dots,
+    **{f"consistency_score {channels}": functools.partial(_score, channels) for channels in ("mean", "all")},
+}
 
 
 def attention_cases(target: str) -> dict[str, Callable[[], None]]:

@@ -31,6 +31,7 @@ from op_cases import (
     consistency_score,
     cross_attention,
     frame_attention,
+    guidance_dots,
     linear_gelu,
     norm_modulate,
     qk_norm_rope,
@@ -52,7 +53,7 @@ with contextlib.suppress(ImportError):  # of tests/, which gpu.sh has on the pat
 
 # What is least known first: rows are saved one by one, and time may run out.
 CASES = [block, frame_attention, norm_modulate, residual_norm_modulate, qk_norm_rope, cross_attention, sampler_update]
-CASES += [linear_gelu, consistency_score]
+CASES += [linear_gelu, guidance_dots, consistency_score]
 DTYPES = [HALF, torch.float32]
 
 

@@ -243,6 +243,30 @@ def sampler_update(dtype: torch.dtype, sizes: Sizes) -> Case:
     )
 
 
+def guidance_dots(dtype: torch.dtype, sizes: Sizes) -> Case:
+    queue, latent = sizes.queue, sizes.latent
+    arguments = [randn(queue, *latent, dtype=kind) for kind in (torch.float32, dtype, dtype)]
+    named = {"slots": torch.arange(queue, device=DEVICE), "direction": randn(queue, 3)}
+    compiled = compile_whole(ops.guidance_dots_reference)
+
+    def results() -> tuple[Tensor, Tensor, Tensor]:
+        exact = ops.guidance_dots_reference(arguments[0].double(), *arguments[1:], **named)
+        return ops.guidance_dots(*arguments, **named), ops.guidance_dots_reference(*arguments, **named), exact
+
+    return Case(
+        "guidance_dots",
+        f"{queue}×{'×'.join(map(str, latent))}",
+        dtype,
+        lambda: ops.guidance_dots(*arguments, **named),
+        {
+            "eager": lambda: ops.guidance_dots_reference(*arguments, **named),
+            "compiled": lambda: compiled(*arguments, **named),
+        },
+        results,
+        num_bytes=arguments[0].numel() * (4 + 2 * dtype.itemsize),
+    )
+
+
 def consistency_score(dtype: torch.dtype, sizes: Sizes) -> Case:
     frames, candidates = randn(14, *sizes.latent, dtype=dtype), randn(3, 7, *sizes.latent, dtype=dtype)
     compiled = compile_whole(ops.consistency_score_reference)

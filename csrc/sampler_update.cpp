@@ -2,16 +2,12 @@
 
 #include <algorithm>
 
+#include "core/reductions.h"
+
 namespace miga {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // all buffers of a block stay in the first-level cache
-
-template <typename T>
-MIGA_INLINE void add_term(T* sum, T coefficient, const T* values, int64_t size) {
-  if (coefficient == 0) return;
-  for (int64_t i = 0; i < size; ++i) sum[i] += coefficient * values[i];
-}
 
 template <typename T>
 MIGA_INLINE void update_block(
@@ -25,7 +21,15 @@ MIGA_INLINE void update_block(
   const T* v = widen(run.velocity_cond, first, size, conditional);
   if (run.velocity_uncond.data != nullptr) {
     const T* u = widen(run.velocity_uncond, first, size, buffer);
-    for (int64_t i = 0; i < size; ++i) guided[i] = u[i] + guidance_scale * (v[i] - u[i]);
+    if (const T* weights = run.guidance_weights; weights == nullptr) {
+      for (int64_t i = 0; i < size; ++i) guided[i] = u[i] + guidance_scale * (v[i] - u[i]);
+    } else {
+      std::fill_n(guided, size, T(0));
+      if (weights[0] != 0)
+        for (int64_t i = 0; i < size; ++i) guided[i] = weights[0] * (v[i] - u[i]);
+      add_term(guided, weights[1], u, size);
+      add_term(guided, weights[2], x, size);
+    }
     v = guided;
   }
   add_term(prediction, row[kMX], x, size);

@@ -25,6 +25,7 @@ struct SamplerRun {
   int64_t first_of_pass;
   const NoiseState* noise_state;  // null: no noise is drawn
   int64_t first_of_frame;     // the run's first element in its frame, a multiple of 4
+  const T* guidance_weights;  // [3] of v_c - v_u, v_u and x; null: guidance_scale
 };
 
 // One solver step over `size` elements; row: [kNumCoefficients].

@@ -1,6 +1,6 @@
 """sampler_update: one solver step of n frames in place, each with its own coefficient row, in one launch.
 
-    v  = v_u + guidance_scale·(v_c − v_u)
+    v  = v_u + guidance_scale·(v_c − v_u), or with weights of each frame w_d·(v_c − v_u) + w_u·v_u + w_x·x
     m  = m_x·x + m_v·v
     xc = c_x·x + c_y·y + c_m·m + c_m1·m1 + c_m2·m2
     x' = p_x·xc + p_v·v + p_m·m + p_m1·m1 + p_n·noise
@@ -97,6 +97,7 @@ def _sampler_update_kernel(
     p_x0_previous,  # [L,C·H·W]
     p_velocity_cond,  # [n,C·H·W]
     p_velocity_uncond,  # [n,C·H·W] or None: no guidance
+    p_guidance_weights,  # [n,3] or None: guidance_scale
     p_noise,  # [n,C·H·W] or None
     p_noise_counters,  # [n,3] or None
     p_slots,  # [n]
@@ -147,7 +148,13 @@ def _sampler_update_kernel(
     b_v = tl.load(p_velocity_cond + o_frame, mask=m, other=0.0).to(tl.float32)
     if p_velocity_uncond is not None:
         b_uncond = tl.load(p_velocity_uncond + o_frame, mask=m, other=0.0).to(tl.float32)
-        b_v = b_uncond + guidance_scale * (b_v - b_uncond)
+        if p_guidance_weights is None:
+            b_v = b_uncond + guidance_scale * (b_v - b_uncond)
+        else:
+            p_weights = p_guidance_weights + i_frame * 3
+            b_v = _term(tl.load(p_weights).to(tl.float32), b_v - b_uncond)
+            b_v += _term(tl.load(p_weights + 1).to(tl.float32), b_uncond)
+            b_v += _term(tl.load(p_weights + 2).to(tl.float32), b_x)
 
     tl.store(p_x0_previous + o_state, tl.where(length > 0, b_m1, 0.0), mask=m)
     b_m = _term(m_x, b_x) + _term(m_v, b_v)
@@ -179,6 +186,7 @@ def launch(
     step_index: Tensor,
     history_length: Tensor,
     guidance_scale: float,
+    guidance_weights: Tensor | None = None,
     noise: Tensor | None = None,
     noise_counters: Tensor | None = None,
     noise_seed: int = 0,
@@ -191,7 +199,10 @@ def launch(
     block, num_warps = config
     states = (sample, last_sample, x0, x0_previous)
     dense = [state.contiguous() for state in states]
-    arguments = (velocity_cond, velocity_uncond, noise, noise_counters, slots, coefficients, step_index, history_length)
+    arguments = (
+        velocity_cond, velocity_uncond, guidance_weights, noise, noise_counters, slots, coefficients, step_index,
+        history_length,
+    )  # fmt: skip
     _sampler_update_kernel[(slots.shape[0] * triton.cdiv(frame_size, block),)](
         *dense,
         *(None if argument is None else argument.contiguous() for argument in arguments),

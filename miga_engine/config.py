@@ -232,6 +232,15 @@ class Request(SamplingConfig):
     fps: FromPreset[int | str] = option(
         None, "frames per second, exact: 24, 29.97, 24000/1001", kind=object, metavar="RATE"
     )
+    guidance: str = option(
+        "cfg", "how guidance_scale acts: classifier-free guidance; CFG-Zero*, which fits the unconditional branch to "
+        "the other and rests at the first step; adaptive projected guidance, against oversaturation at large scales",
+        choices=("cfg", "cfg-zero", "apg"), group="sampling",
+    )  # fmt: skip
+    guidance_scale_end: float | None = option(
+        None, "the scale at the last step, to which guidance_scale runs linearly in the noise level sigma",
+        shown="guidance_scale", group="sampling", metavar="W",
+    )  # fmt: skip
     negative_prompt: FromPreset[str] = option(
         None, "what the video is not to show", shown="that of the model", group="sampling", metavar="TEXT"
     )
@@ -260,7 +269,7 @@ class Request(SamplingConfig):
     def from_record(cls, record: Mapping[str, Any]) -> Request:
         """What `to_record` gave; KeyError, TypeError or ConfigError where it did not."""
         prompt = {int(frame): text for frame, text in record["prompt"].items()}
-        if set(record) != set(_RECORDED):
+        if not set(_RECORDED) - set(_RECORDED_IF_GIVEN) <= set(record) <= set(_RECORDED):
             raise KeyError("options of a request are missing, or too many")
         return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"])})
 
@@ -272,9 +281,13 @@ class Request(SamplingConfig):
 
     def _recorded(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        return {name: values[name] for name in _RECORDED}
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        is_left_out = {name: name in _RECORDED_IF_GIVEN and values[name] == defaults[name] for name in _RECORDED}
+        return {name: values[name] for name in _RECORDED if not is_left_out[name]}
 
 
+_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end")
+"""Without them a record is what it was before there were these options, and such a record is understood."""
 _SAMPLING = {option.name for option in dataclasses.fields(SamplingConfig)}
 _RECORDED = sorted(
     (option.name for option in dataclasses.fields(Request) if option.metadata["is_recorded"]),

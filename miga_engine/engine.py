@@ -324,6 +324,8 @@ class Engine:
             noise=CounterNoise(request.seed, frame_shape, self.device),
             num_frames=layout.num_frames,
             guidance_scale=request.guidance_scale,
+            guidance=request.guidance,
+            guidance_scale_end=request.guidance_scale_end,
             device=self.device,
             prompt_row=timeline.prompt_row,
             emit=emit,

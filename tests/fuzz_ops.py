@@ -73,7 +73,9 @@ def calls() -> dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]]:
         "step_index": index(3, end=6),
         "history_length": index(3, end=3),
         "guidance_scale": 3.0,
+        "guidance_weights": draw(3, 3),
     }
+    projected = {"slots": pass_["slots"], "direction": draw(3, 3)}
     counters = index(3, 3, end=1000)
     miga = torch.ops.miga
     return {
@@ -91,6 +93,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]]:
         "linear": (ops.linear, [q, draw(10, D), draw(10)], {"gelu": True}),
         "conv2d": (ops.conv2d, [draw(2, 3, 6, 6), draw(4, 3, 3, 3), draw(4)], {"stride": (1, 1), "padding": (1, 1)}),
         "sampler_update": (ops.sampler_update, [*states, *frames], {**pass_, "noise": FrameNoise(7, counters)}),
+        "guidance_dots": (ops.guidance_dots, [states[0], *frames], projected),
         "consistency_score": (ops.consistency_score, [draw(4, 2, 3, 5), draw(3, 2, 2, 3, 5), "mean"], {}),
         "miga.norm_modulate": (miga.norm_modulate, [x, weight, bias, rows, 1e-6, torch.float32], {}),
         "miga.residual_norm_modulate": (
@@ -110,6 +113,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]]:
             [*states, *frames],
             {**pass_, "noise": None, "noise_counters": counters, "noise_seed": 7},
         ),
+        "miga.guidance_dots": (miga.guidance_dots, [states[0], *frames], projected),
         "miga.consistency_score": (miga.consistency_score, [draw(4, 2, 3, 5), draw(3, 2, 2, 3, 5), "all"], {}),
     }
 

@@ -45,6 +45,7 @@ KERNELS = {
     "residual_norm_modulate": ("norm_modulate", "launch_residual"),
     "qk_norm_rope": ("qk_norm_rope", "launch"),
     "sampler_update": ("sampler_update", "launch"),
+    "guidance_dots": ("guidance_dots", "launch"),
     "consistency_score": ("consistency_score", "launch"),
 }
 """Ops of ours with a Triton kernel: its module and the function in it that launches it."""

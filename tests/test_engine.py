@@ -67,6 +67,9 @@ def engine(models) -> Engine:
     return models["wan"].engine
 
 
+RULES = [{"guidance": "cfg-zero"}, {"guidance": "apg"}, {"guidance_scale_end": 2.0}]
+
+
 def _generate(engine: Engine, num_frames: int = 30, prompt="a red balloon", **options) -> torch.Tensor:
     return engine.generate(prompt, num_frames, **(golden_model.OPTIONS | {"miga": golden_model.MIGA} | options)).frames
 
@@ -368,7 +371,7 @@ def test_facts_come_with_the_model(models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"prompt": "snow at night"}, {"use_scale_array": False}, {"eta": 0.0}])
+@pytest.mark.parametrize("options", [{"prompt": "snow at night"}, {"use_scale_array": False}, {"eta": 0.0}, *RULES])
 def test_options_of_a_stochastic_solver_are_heard(models, options):
     model = models["videocrafter2"]
     assert not torch.equal(model.video, model.generate(**options))

@@ -19,7 +19,7 @@ template <typename T>
 void update_frames(
     std::vector<Tensor>& states, const Tensor& velocity_cond, const std::optional<Tensor>& velocity_uncond, const Tensor& slots,
     const Tensor& coefficients, const Tensor& step_index, const Tensor& history_length, double guidance_scale,
-    const std::optional<Tensor>& noise, const std::vector<NoiseState>& noise_states) {
+    const std::optional<Tensor>& guidance_weights, const std::optional<Tensor>& noise, const std::vector<NoiseState>& noise_states) {
   const int64_t num_frames = slots.numel();
   if (num_frames == 0) return;
   const int64_t frame_size = velocity_cond.numel() / num_frames;
@@ -29,6 +29,7 @@ void update_frames(
   const int64_t* step = step_index.const_data_ptr<int64_t>();
   const int64_t* history = history_length.const_data_ptr<int64_t>();
   const T* rows = coefficients.const_data_ptr<T>();
+  const T* weights = data_if<T>(guidance_weights);
   T* state[4];
   for (int i = 0; i < 4; ++i) state[i] = states[i].mutable_data_ptr<T>();
   const ConstElements cond = elements(velocity_cond), uncond = elements(velocity_uncond), given_noise = elements(noise);
@@ -42,7 +43,7 @@ void update_frames(
       const SamplerRun<T> run{
           state[0] + to, state[1] + to, state[2] + to, state[3] + to,
           cond,          uncond,        given_noise,   frame * frame_size + start,
-          noise_states.empty() ? nullptr : &noise_states[frame], start};
+          noise_states.empty() ? nullptr : &noise_states[frame], start, weights == nullptr ? nullptr : weights + frame * 3};
       update_run(
           run, rows + (step[frame] * num_histories + length) * kNumCoefficients, length > 0, static_cast<T>(guidance_scale),
           std::min(kRunElements, frame_size - start));
@@ -82,8 +83,8 @@ void check_frames(
 void sampler_update(
     Tensor sample, Tensor last_sample, Tensor x0, Tensor x0_previous, const Tensor& velocity_cond,
     std::optional<Tensor> velocity_uncond, const Tensor& slots, const Tensor& coefficients, const Tensor& step_index,
-    const Tensor& history_length, double guidance_scale, std::optional<Tensor> noise, std::optional<Tensor> noise_counters,
-    int64_t noise_seed) {
+    const Tensor& history_length, double guidance_scale, std::optional<Tensor> guidance_weights, std::optional<Tensor> noise,
+    std::optional<Tensor> noise_counters, int64_t noise_seed) {
   const ScalarType type = sample.scalar_type();
   check_shape("sample", sample, {-1, -1, -1, -1});
   const std::initializer_list<int64_t> state_shape = {sample.size(0), sample.size(1), sample.size(2), sample.size(3)};
@@ -95,6 +96,7 @@ void sampler_update(
   const std::initializer_list<int64_t> pass_shape = {num_frames, sample.size(1), sample.size(2), sample.size(3)};
   check_shape("velocity_cond", velocity_cond, pass_shape);
   check_shape("velocity_uncond", velocity_uncond, pass_shape);
+  check_shape("guidance_weights", guidance_weights, {num_frames, 3});
   check_shape("noise", noise, pass_shape);
   check_shape("noise_counters", noise_counters, {num_frames, 3});
   check_shape("step_index", step_index, {num_frames});
@@ -111,7 +113,7 @@ void sampler_update(
   const auto update = type == ScalarType::Double ? update_frames<double> : update_frames<float>;
   update(
       dense, readable(velocity_cond), readable(velocity_uncond), packed_slots, packed(coefficients, type), packed_steps,
-      packed_lengths, guidance_scale, readable(noise), noise_states);
+      packed_lengths, guidance_scale, packed_if(guidance_weights, type), readable(noise), noise_states);
   for (size_t i = 0; i < dense.size(); ++i)
     if (!states[i]->is_contiguous()) torch::stable::copy_(*states[i], dense[i]);
 }

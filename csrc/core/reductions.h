@@ -27,13 +27,25 @@ MIGA_INLINE T sum(const T* values, int64_t size) {
 }
 
 template <typename T>
-MIGA_INLINE T sum_of_squares(const T* values, int64_t size) {
+MIGA_INLINE T sum_of_products(const T* a, const T* b, int64_t size) {
   T lanes[kSumLanes] = {};
   int64_t i = 0;
   for (; i + kSumLanes <= size; i += kSumLanes)
-    for (int64_t j = 0; j < kSumLanes; ++j) lanes[j] += values[i + j] * values[i + j];
-  for (int64_t j = 0; i + j < size; ++j) lanes[j] += values[i + j] * values[i + j];
+    for (int64_t j = 0; j < kSumLanes; ++j) lanes[j] += a[i + j] * b[i + j];
+  for (int64_t j = 0; i + j < size; ++j) lanes[j] += a[i + j] * b[i + j];
   return add_lanes(lanes);
+}
+
+template <typename T>
+MIGA_INLINE T sum_of_squares(const T* values, int64_t size) {
+  return sum_of_products(values, values, size);
+}
+
+// To each sum; a term with coefficient 0 is left out, so what it points to is never read.
+template <typename T>
+MIGA_INLINE void add_term(T* sums, T coefficient, const T* values, int64_t size) {
+  if (coefficient == 0) return;
+  for (int64_t i = 0; i < size; ++i) sums[i] += coefficient * values[i];
 }
 
 template <typename T>

@@ -39,6 +39,10 @@ inline std::optional<Tensor> packed_if(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(packed(*tensor)) : std::nullopt;
 }
 
+inline std::optional<Tensor> packed_if(const std::optional<Tensor>& tensor, ScalarType type) {
+  return tensor ? std::optional<Tensor>(packed(*tensor, type)) : std::nullopt;
+}
+
 // Contiguous and of a type that `elements` takes.
 inline Tensor readable(const Tensor& tensor) {
   return is_element_type(tensor.scalar_type()) ? packed(tensor) : packed(tensor, ScalarType::Float);

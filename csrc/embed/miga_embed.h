@@ -53,7 +53,7 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  * options: a JSON object. Only "prompt" is needed: a text, or a timeline {"0": text, "160": text} by first frame.
  *   num_frames absent or null = endless. docs/options.md says what each option is.
  *   Of the video: prompt, solver, num_inference_steps, shift, guidance_scale, eta, use_scale_array, num_frames, seed,
- *     height, width, fps, negative_prompt, method.
+ *     height, width, fps, guidance, guidance_scale_end, negative_prompt, method.
  *   Of the method, in an object of the name miga: zigzag_width, stage2_steps, refine_steps, guidance_frames,
  *     guidance_offset, guidance_spacing, guidance_anchor, stride, moving_phase, commit, commit_offset, window_order,
  *     window_batch, warmup, self_reflection, score_drop, judge_step, reference_groups, candidates, judge, channels,

@@ -114,8 +114,8 @@ def returns(distances: Curve) -> int:
 def count_cuts(differences: Curve) -> int:
     """Shot cuts: pairs whose frames differ more than 8 times as much as usual, of differences in levels [T-1].
 
-    Usual is the median of the 25 pairs around it, at least 0.5 levels: a threshold that follows the video, as Yusoff,
-    Christmas and Kittler (BMVC 2000) have it of the mean. A single foreign frame is two cuts.
+    Usual is the median of the 25 pairs around it, at least 0.5 levels: a threshold that follows the video. A single
+    foreign frame is two cuts.
     """
     padded = np.pad(differences, _AROUND, mode="reflect")
     usual = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * _AROUND + 1), axis=1)

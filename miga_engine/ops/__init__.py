@@ -19,6 +19,7 @@ from miga_engine.ops.frame_attention import (
     untimed_backend,
 )
 from miga_engine.ops.gelu import gelu_, gelu_reference
+from miga_engine.ops.guidance_dots import guidance_dots, guidance_dots_reference
 from miga_engine.ops.linear import linear
 from miga_engine.ops.norm_modulate import (
     norm_modulate,
@@ -40,6 +41,8 @@ __all__ = [
     "frame_attention_reference",
     "gelu_",
     "gelu_reference",
+    "guidance_dots",
+    "guidance_dots_reference",
     "linear",
     "norm_modulate",
     "norm_modulate_reference",

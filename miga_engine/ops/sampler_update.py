@@ -18,7 +18,8 @@ torch.library.define(
     "miga::sampler_update",
     "(Tensor(a!) sample, Tensor(b!) last_sample, Tensor(c!) x0, Tensor(d!) x0_previous, Tensor velocity_cond, "
     "Tensor? velocity_uncond, *, Tensor slots, Tensor coefficients, Tensor step_index, Tensor history_length, "
-    "float guidance_scale, Tensor? noise=None, Tensor? noise_counters=None, int noise_seed=0) -> ()",
+    "float guidance_scale, Tensor? guidance_weights=None, Tensor? noise=None, Tensor? noise_counters=None, "
+    "int noise_seed=0) -> ()",
 )
 
 
@@ -40,12 +41,13 @@ def sampler_update(
     step_index: Tensor,
     history_length: Tensor,
     guidance_scale: float,
+    guidance_weights: Tensor | None = None,
     noise: Tensor | FrameNoise | None = None,
 ) -> None:
     """One denoising step of n frames, each at its own step_index, in place on the queue's state.
 
     With the row coefficients[step_index[i], history_length[i]] (`miga_engine.schedule`):
-        v  = v_u + guidance_scale·(v_c − v_u)
+        v  = v_u + guidance_scale·(v_c − v_u), or w_d·(v_c − v_u) + w_u·v_u + w_x·x
         m  = m_x·x + m_v·v
         xc = c_x·x + c_y·y + c_m·m + c_m1·m1 + c_m2·m2
         x' = p_x·xc + p_v·v + p_m·m + p_m1·m1 + p_n·noise
@@ -53,6 +55,8 @@ def sampler_update(
 
     sample (x), last_sample (y), x0 (m1), x0_previous (m2): [L,C,H,W], all float32 or all float64, also the arithmetic.
     velocity_cond, velocity_uncond (None: no guidance): [n,C,H,W], any float dtype.
+    guidance_weights [n,3], any float dtype: w_d, w_u, w_x of each frame, in the place of guidance_scale, whose bits
+    (guidance_scale, 1, 0) gives; a term of weight 0 is left out.
     noise: [n,C,H,W], any float dtype, or a FrameNoise of n frames, drawn in the kernel where its row uses it; None
     leaves the noise term out. Give it when `Schedule.uses_noise`.
     slots [n] int64: frame i owns state row slots[i]; −1 leaves the state untouched; other rows must be distinct.
@@ -71,10 +75,10 @@ def sampler_update(
         drawn = noise
     states = {"sample": sample, "last_sample": last_sample, "x0": x0, "x0_previous": x0_previous}
     require_tensors(
-        f"{' '.join(states)} velocity_cond slots coefficients step_index history_length velocity_uncond noise "
-        "noise.counters",
+        f"{' '.join(states)} velocity_cond slots coefficients step_index history_length velocity_uncond "
+        "guidance_weights noise noise.counters",
         *states.values(), velocity_cond, slots, coefficients, step_index, history_length,
-        optional=(velocity_uncond, drawn, counters),
+        optional=(velocity_uncond, guidance_weights, drawn, counters),
     )  # fmt: skip
     state_shape, state_dtype = sample.shape, sample.dtype
     require(sample.ndim == 4, "sample", "shape", tuple(state_shape), "[L,C,H,W]")
@@ -95,6 +99,9 @@ def sampler_update(
     for name, frames in (("velocity_cond", velocity_cond), ("velocity_uncond", velocity_uncond), ("noise", drawn)):
         if frames is not None:
             require_like(name, frames, (num_frames, *state_shape[1:]), "[n,C,H,W]")
+    if guidance_weights is not None:
+        require_like("guidance_weights", guidance_weights, (num_frames, 3), "[n,3]")
+        require(velocity_uncond is not None, "velocity_uncond", "value", None, "a tensor beside guidance_weights")
     for name, indices in (("slots", slots), ("step_index", step_index), ("history_length", history_length)):
         require(indices.shape == slots.shape, name, "shape", tuple(indices.shape), f"{tuple(slots.shape)} as slots")
         require(indices.dtype == torch.int64, name, "dtype", indices.dtype, "int64")
@@ -115,6 +122,7 @@ def sampler_update(
         step_index=step_index,
         history_length=history_length,
         guidance_scale=float(guidance_scale),
+        guidance_weights=guidance_weights,
         noise=drawn,
         noise_counters=counters,
         noise_seed=seed,
@@ -146,6 +154,7 @@ def sampler_update_reference(
     step_index: Tensor,
     history_length: Tensor,
     guidance_scale: float,
+    guidance_weights: Tensor | None = None,
     noise: Tensor | None = None,
     noise_counters: Tensor | None = None,
     noise_seed: int = 0,
@@ -171,15 +180,21 @@ def sampler_update_reference(
     columns = coefficients[steps, lengths].to(dtype).view(count, -1, 1, 1, 1).unbind(1)
     weights = dict(zip(COLUMNS, columns, strict=True))
 
-    def term(column: str, value: Tensor) -> Tensor:
-        weight = weights[column]
+    def weighted(weight: Tensor, value: Tensor) -> Tensor:
         return torch.where(weight == 0, 0, weight * value)
+
+    def term(column: str, value: Tensor) -> Tensor:
+        return weighted(weights[column], value)
 
     x, y, m1, m2 = (state[slot] for state in (sample, last_sample, x0, x0_previous))  # [n,C,H,W]
     v = velocity_cond[source].to(dtype)
     if velocity_uncond is not None:
         v_uncond = velocity_uncond[source].to(dtype)
-        v = v_uncond + guidance_scale * (v - v_uncond)
+        if guidance_weights is None:
+            v = v_uncond + guidance_scale * (v - v_uncond)
+        else:
+            w_d, w_u, w_x = guidance_weights[source].to(dtype).view(count, 3, 1, 1, 1).unbind(1)
+            v = weighted(w_d, v - v_uncond) + weighted(w_u, v_uncond) + weighted(w_x, x)
 
     m = term("m_x", x) + term("m_v", v)
     corrected = term("c_x", x) + term("c_y", y) + term("c_m", m) + term("c_m1", m1) + term("c_m2", m2)

@@ -20,6 +20,7 @@ from miga_engine.errors import DeviceError, NumericsError, SessionError
 from miga_engine.noise import CounterNoise, FrameNoise, Purpose
 from miga_engine.runtime.capture import BatchShape, CapturedForwards, is_worth_capturing
 from miga_engine.runtime.frame_store import FrameStore
+from miga_engine.runtime.guidance import Guidance
 from miga_engine.runtime.network import NEGATIVE_ROW, Batch, WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.schedule import Schedule
@@ -56,9 +57,10 @@ class _Check(NamedTuple):
 class Denoiser:
     """Runs passes over a FrameStore.
 
-    `guidance_scale` None or 1 skips the unconditional branch. `window_batch` windows go through the network together
-    (twice that with guidance); where memory runs out it is halved, once reported through `emit`, and the batch
-    repeated. `capture` replays small forwards as CUDA graphs. `ranks` shares the windows of a pass out over processes.
+    `guidance_scale` None or 1 skips the unconditional branch; it, `guidance` and `guidance_scale_end` are those of
+    `guidance.Guidance`. `window_batch` windows go through the network together (twice that with guidance); where memory
+    runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small forwards as
+    CUDA graphs. `ranks` shares the windows of a pass out over processes.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Denoiser:
         noise: NoiseSource,
         *,
         guidance_scale: float | None,
+        guidance: str = "cfg",
+        guidance_scale_end: float | None = None,
         window_batch: int = 1,
         order: str = "parallel",
         capture: bool = False,
@@ -79,7 +83,7 @@ class Denoiser:
         self.store = store
         self.noise = noise
         self.schedule = schedule
-        self.guidance_scale = 1.0 if guidance_scale is None else float(guidance_scale)
+        self.guidance = Guidance(schedule, store.device, guidance, guidance_scale, guidance_scale_end)
         self.window_batch = window_batch
         self.order = order
         self.emit = emit
@@ -87,7 +91,7 @@ class Denoiser:
         self.num_forwards = 0
         self._parts_done = 0
         self._checks: list[_Check] = []
-        self._num_branches = 1 if self.guidance_scale == 1.0 else 2
+        self._num_branches = 2 if self.guidance.is_on else 1
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
         # No pass commits more frames than there are slots; what else a batch computes lands in the last place.
@@ -276,6 +280,11 @@ class Denoiser:
             noise = draw(Purpose.SOLVER, store.frame_number[slots], series=(noise_series << 16) + steps)
         index = store.index(np.concatenate([slots, steps, store.history_length[slots]])).view(3, count)
         history_length = np.minimum(store.history_length[slots] + 1, 2)
+        cond = self._outputs[0, :count]
+        uncond = self._outputs[1, :count] if self._num_branches == 2 else None
+        weights = None
+        if uncond is not None:
+            weights = self.guidance.weights(store.sample, cond, uncond, slots=index[0], step_index=index[1])
 
         def update() -> None:
             ops.sampler_update(
@@ -283,13 +292,14 @@ class Denoiser:
                 store.last_sample,
                 store.x0,
                 store.x0_previous,
-                self._outputs[0, :count],
-                self._outputs[1, :count] if self._num_branches == 2 else None,
+                cond,
+                uncond,
                 slots=index[0],
                 coefficients=self._coefficients,
                 step_index=index[1],
                 history_length=index[2],
-                guidance_scale=self.guidance_scale,
+                guidance_scale=self.guidance.scale,
+                guidance_weights=weights,
                 noise=noise,
             )
             store.step_index[slots] = steps + 1

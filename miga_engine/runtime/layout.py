@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from miga_engine.config import MigaConfig
 from miga_engine.runtime.wavefront import UnifiedPasses
-from miga_engine.runtime.window_plan import plan_windows
+from miga_engine.runtime.window_plan import guidance_indices, plan_windows
+
+
+class QueueWindow(NamedTuple):
+    """The frames that a window of the queue reads, by number, the first `num_guidance` of them for guidance alone, and
+    the half-open range of positions that it commits."""
+
+    frames: np.ndarray
+    num_guidance: int
+    commit_start: int
+    commit_stop: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,20 @@ class RunLayout:
         else:
             phase = num_passes % self.stride if self.config.moving_phase else 0
         return head, plan_windows(length, local, self.stride, phase, offset=self.config.commit_offset)
+
+    def queue_windows(self, head: int, tail: int, num_passes: int | None) -> list[QueueWindow]:
+        """The windows of a pass over the queue `head … tail − 1`, guidance frames included; `num_passes` as above."""
+        config, windows = self.config, []
+        first, plan = self.queue_plan(head, tail, num_passes)
+        for start, commit_start, commit_stop in plan:
+            guidance = guidance_indices(
+                start, config.guidance_frames, config.zigzag_width, config.guidance_offset, config.guidance_spacing
+            )
+            stop = min(start + self.window_frames - len(guidance), tail - first)
+            frames = first + np.array([*guidance, *range(start, stop)], np.int64)
+            offset = len(guidance) - start
+            windows.append(QueueWindow(frames, len(guidance), commit_start + offset, commit_stop + offset))
+        return windows
 
     def unified_passes(self) -> UnifiedPasses:
         """Stage 2 and refine, before their first pass."""

@@ -24,7 +24,6 @@ from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.wavefront import Block
-from miga_engine.runtime.window_plan import guidance_indices
 from miga_engine.schedule import Schedule, add_noise
 
 SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
@@ -49,6 +48,7 @@ class VideoRun:
     window_frames: latent frames the network takes at once (its native clip).
     frame_shape: `(C, H, W)` of a latent frame.
     num_frames: latent frames to deliver; None = endless.
+    guidance_scale, guidance, guidance_scale_end: see `guidance.Guidance`.
     prompt_row: maps a latent frame number to the prompt row the network is given for it.
     emit: receives events as `emit(kind, **fields)`.
     capture: replay forwards as CUDA graphs; without effect on CPUs.
@@ -68,6 +68,8 @@ class VideoRun:
         guidance_scale: float | None,
         device: torch.device,
         prompt_row: Callable[[int], int] = lambda frame: 1,
+        guidance: str = "cfg",
+        guidance_scale_end: float | None = None,
         emit: Callable[..., None] = lambda kind, **fields: None,
         capture: bool = False,
         ranks: Ranks | None = None,
@@ -88,7 +90,7 @@ class VideoRun:
         self.denoiser = Denoiser(
             network, self.store, schedule, noise,
             guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
-            capture=capture, ranks=ranks, emit=emit,
+            guidance=guidance, guidance_scale_end=guidance_scale_end, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self.reflection = None
         if config.self_reflection:
@@ -286,22 +288,16 @@ class VideoRun:
         self._next = then
 
     def _queue_windows(self, num_passes: int | None) -> list[Window]:
-        config = self.config
-        first, plan = self.layout.queue_plan(self.head, self.tail, num_passes)
-        queue = self.store.slots(range(first, self.tail))
         windows = []
-        for start, commit_start, commit_stop in plan:
-            guidance = guidance_indices(
-                start, config.guidance_frames, config.zigzag_width, config.guidance_offset, config.guidance_spacing
-            )
-            length = self.window_frames - len(guidance)
-            slots = np.concatenate([queue[guidance], queue[start : start + length]])
-            if guidance and config.guidance_anchor:
-                prompt_rows = self.store.prompt_row[slots[len(guidance) :]]
+        for frames, num_guidance, commit_start, commit_stop in self.layout.queue_windows(
+            self.head, self.tail, num_passes
+        ):
+            slots = self.store.slots(frames)
+            if num_guidance and self.config.guidance_anchor:
+                prompt_rows = self.store.prompt_row[slots[num_guidance:]]
                 if (prompt_rows == self.store.prompt_row[self._anchor]).all():
                     slots[0] = self._anchor[0]
-            offset = len(guidance) - start
-            windows.append(Window(slots, commit_start + offset, commit_stop + offset))
+            windows.append(Window(slots, commit_start, commit_stop))
         return windows
 
     def _push_noise(self, stage: str) -> None:
@@ -337,10 +333,11 @@ class VideoRun:
         return bool(blocks)
 
     def _unified_window(self, block: Block) -> Window:
-        level, start, stop, commit_start, commit_stop = block
-        behind = self.layout.slots_behind(level, range(start, commit_start))
-        slots = np.concatenate([behind, self.store.slots(range(commit_start, stop))])
-        return Window(slots, commit_start - start, commit_stop - start)
+        level, start, stop, first, commit_stop = block
+        behind = self.layout.slots_behind(level, range(start, first))
+        return Window(
+            np.concatenate([behind, self.store.slots(range(first, stop))]), first - start, commit_stop - start
+        )
 
     def _keep_behind(self, blocks: list[Block]) -> None:
         """Keep of the frames that these blocks will advance those that the next window of their level reads again."""

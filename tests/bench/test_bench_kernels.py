@@ -13,7 +13,7 @@ from result_rows import rows_of
 
 pytestmark = pytest.mark.usefixtures("own_results")
 CASES = ("block", "frame_attention", "norm_modulate", "residual_norm_modulate", "qk_norm_rope", "cross_attention")
-CASES += ("sampler_update", "linear_gelu", "consistency_score")
+CASES += ("sampler_update", "linear_gelu", "guidance_dots", "consistency_score")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

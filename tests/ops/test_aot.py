@@ -26,6 +26,7 @@ NARROW_LOADS = {
     "rms_norm": 0,
     "sampler_update guided": 72,
     "sampler_update noise": 96,
+    "sampler_update weighted": 84,
 }
 
 

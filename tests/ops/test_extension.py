@@ -64,6 +64,7 @@ CLONES_PROGRAM = """
 #include <vector>
 #include "consistency_score.h"
 #include "gelu.h"
+#include "guidance_dots.h"
 #include "norm_modulate.h"
 #include "core/normal_noise.h"
 #include "qk_norm_rope.h"
@@ -110,6 +111,14 @@ template <typename T> void update() {
                           {nullptr, ElementType::kFloat}, 7, &noise_state, 20};
   update_run(run, row.data(), true, T(4.5), 1500);
   for (const auto& values : state) print(values);
+  const T weights[] = {T(4.5), T(0.75), T(-0.25)};
+  SamplerRun<T> weighted = run;
+  weighted.guidance_weights = weights;
+  update_run(weighted, row.data(), true, T(0), 1500);
+  for (const auto& values : state) print(values);
+  T dots[3];
+  guidance_dots(GuidanceRun<T>{state[0].data(), run.velocity_cond, run.velocity_uncond, 7}, weights, 1500, dots);
+  print(std::vector<T>(dots, dots + 3));
 }
 
 int main() {

@@ -36,7 +36,18 @@ def _calls(dtype):
         "sampler_update": (
             miga.sampler_update.default,
             args,
-            {**indices, "guidance_scale": 3.0, "noise_counters": noise.counters, "noise_seed": noise.seed},
+            {
+                **indices,
+                "guidance_scale": 3.0,
+                "guidance_weights": t["norm"][:9].view(3, 3),
+                "noise_counters": noise.counters,
+                "noise_seed": noise.seed,
+            },
+        ),
+        "guidance_dots": (
+            miga.guidance_dots.default,
+            (args[0], *args[4:]),
+            {"slots": indices["slots"], "direction": t["norm"][:9].view(3, 3)},
         ),
         "consistency_score": (miga.consistency_score.default, (t["frames"], t["frames"][None, :2], "all"), {}),
         "norm_modulate": (miga.norm_modulate.default, (t["x"], *tables), {}),
@@ -99,6 +110,7 @@ def test_the_transformer_compiles_as_one_graph() -> None:
         ("norm_modulate", "launch_residual", "residual_norm_modulate"),
         ("qk_norm_rope", "launch", "qk_norm_rope"),
         ("sampler_update", "launch", "sampler_update"),
+        ("guidance_dots", "launch", "guidance_dots"),
         ("consistency_score", "launch", "consistency_score"),
     ],
 )
@@ -121,6 +133,7 @@ INDEX_ARGUMENTS = {
     "sampler_update steps": ("step_index", [-1, 5, 2**40]),
     "sampler_update lengths": ("history_length", [-1, -(2**40)]),
     "sampler_update counters": ("noise.counters", [-1, 2**32]),
+    "guidance_dots": ("slots", [-2, 4, 2**40]),
 }
 
 
@@ -152,6 +165,9 @@ def _call_with(name: str, wrong: int, *, registered: bool) -> None:
         miga.frame_attention(q, k, k, None, index["key_rows"], None, "auto")
     elif name == "frame_attention":
         ops.frame_attention(q, k, k, key_rows=index["key_rows"])
+    elif name == "guidance_dots":
+        call = miga.guidance_dots if registered else ops.guidance_dots
+        call(args[0], *args[4:], slots=indices["slots"], direction=t["norm"][:9].view(3, 3))
     elif registered:
         miga.sampler_update(*args, **indices, guidance_scale=3.0, noise_counters=noise.counters, noise_seed=7)
     else:
@@ -187,7 +203,7 @@ def test_wrong_calls_end_in_sentences_and_never_in_a_signal() -> None:
     command = [sys.executable, "-X", "faulthandler", script, "--count", "100", "--verbose"]  # names what ended it
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "18 ops, 100 calls each: 0 faults" in done.stdout
+    assert "20 ops, 100 calls each: 0 faults" in done.stdout
 
 
 def test_states_that_share_memory_are_refused() -> None:

@@ -12,6 +12,14 @@ from miga_engine.noise import FrameNoise, Purpose, frame_noise
 from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, NUM_HISTORY_LENGTHS, make_schedule
 
 kernel = Kernel("sampler_update")
+GUIDANCE = ("none", "scale", "weights")
+
+
+def _weights(count: int) -> torch.Tensor:
+    """guidance_weights of frames, in guarded memory; the last frame's are 0."""
+    weights = randn(count, 3, seed=40)
+    weights[-1] = 0
+    return guarded(weights)
 
 
 def test_columns_have_one_order() -> None:
@@ -44,14 +52,15 @@ def _cpu_queue(dtype: torch.dtype, velocity: torch.dtype, shape: tuple[int, ...]
 @needs_cpp
 @pytest.mark.parametrize("velocity", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("is_guided", [True, False])
+@pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("with_noise", [True, False])
-def test_cpp_equals_the_oracle_bit_for_bit(dtype, velocity, is_guided, with_noise) -> None:
+def test_cpp_equals_the_oracle_bit_for_bit(dtype, velocity, guidance, with_noise) -> None:
     """Same operations in the same order, without contraction: not even rounding differs."""
     state, frames, keywords = _cpu_queue(dtype, velocity)
     keywords["noise"] = frames[2] if with_noise else None
+    keywords["guidance_weights"] = _weights(5) if guidance == "weights" else None
     expected = [tensor.clone() for tensor in state]
-    velocities = (frames[0], frames[1] if is_guided else None)
+    velocities = (frames[0], frames[1] if guidance != "none" else None)
     ops.sampler_update_reference(*expected, *velocities, **keywords)
     ops.sampler_update(*state, *velocities, **keywords)
     for ours, theirs in zip(state, expected, strict=True):
@@ -149,6 +158,21 @@ def test_cpp_with_drawn_noise_meets_its_contract_on_any_number_of_threads() -> N
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("update", ["eager", "cpp", "triton"])
+def test_weights_of_a_scale_give_its_bits_and_those_of_zero_read_nothing(update: str) -> None:
+    """(w, 1, 0) is classifier-free guidance; at (0, 0, 0) the velocities may be anything, and are as if 0."""
+    function = {"eager": ops.sampler_update_reference, "cpp": ops.sampler_update, "triton": kernel.launch}[update]
+    state, frames, keywords = _queue(torch.float32)
+    weights = guarded(torch.tensor([[4.5, 1.0, 0.0]], device=DEVICE).repeat(6, 1))
+    nothing, anything = ([torch.full_like(frame, fill) for frame in frames[:2]] for fill in (0.0, torch.nan))
+    for like, given, rule in ((frames[:2], frames[:2], weights), (nothing, anything, guarded(0 * weights))):
+        expected, ours = ([tensor.clone() for tensor in state] for _ in range(2))
+        ops.sampler_update_reference(*expected, *like, **keywords)
+        function(*ours, *given, **keywords, guidance_weights=rule)
+        for result, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 SLOTS, LENGTHS, STEPS = [4, -1, 0, 6, 2, -1], [0, 2, 1, 2, 5, 0], [0, 3, 1, 5, 4, 0]
 
 
@@ -173,9 +197,9 @@ def _queue(velocity: torch.dtype, fill: float = torch.nan, frame: tuple[int, ...
 
 @pytest.mark.slow
 @pytest.mark.parametrize("velocity", DTYPES)
-@pytest.mark.parametrize("is_guided", [True, False])
+@pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("noise", ["none", "tensor", "counters"])
-def test_triton_equals_the_oracle_bit_for_bit(velocity: torch.dtype, is_guided: bool, noise: str) -> None:
+def test_triton_equals_the_oracle_bit_for_bit(velocity: torch.dtype, guidance: str, noise: str) -> None:
     """Same operations in the same order, without contraction: not even rounding differs."""
     state, frames, keywords = _queue(velocity)
     if noise == "tensor":
@@ -183,8 +207,9 @@ def test_triton_equals_the_oracle_bit_for_bit(velocity: torch.dtype, is_guided: 
     elif noise == "counters":
         drawn = frame_noise(7, Purpose.SOLVER, torch.arange(6), device=DEVICE)
         keywords |= {"noise_counters": _guarded_counters(drawn.counters), "noise_seed": drawn.seed}
+    keywords["guidance_weights"] = _weights(6) if guidance == "weights" else None
     expected = [tensor.clone() for tensor in state]
-    velocities = (frames[0], frames[1] if is_guided else None)
+    velocities = (frames[0], frames[1] if guidance != "none" else None)
     ops.sampler_update_reference(*expected, *velocities, **keywords)
     kernel.launch(*state, *velocities, **keywords)
     for ours, theirs in zip(state, expected, strict=True):

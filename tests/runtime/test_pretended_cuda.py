@@ -71,6 +71,16 @@ def test_the_host_waits_once_a_tick(gpu) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", ["cfg-zero", "apg"])
+def test_captured_runs_guide_by_the_rule(gpu, folders, rule: str) -> None:
+    changes = {"guidance": rule, "guidance_scale_end": 1.5}
+    on_cpu = frames_by(Engine.from_pretrained(folders["wan"], "cpu"), "wan", **changes)
+    on_gpu = frames_by(Engine.from_pretrained(folders["wan"], "cuda", "float32"), "wan", **changes)
+    assert gpu.graphs
+    assert levels_apart(on_gpu, on_cpu) <= 1
+
+
+@pytest.mark.slow
 def test_prompts_change_and_blend(gpu, folders) -> None:
     prompts = {0: PROMPT, 24: "a red balloon over snowy hills at night"}
     options = {"miga": dataclasses.replace(options_of("tiny")["miga"], prompt_blend_frames=8)}
