@@ -26,7 +26,7 @@ SCENES = tuple(
 )
 
 
-def _leaving_open(scene: world.Scene, attribute: str) -> str:
+def leaving_open(scene: world.Scene, attribute: str) -> str:
     """The scene in words, but for its time, terrain or colour."""
     caption = world.caption(scene)
     where, when = caption.index(" over "), caption.index(" at ")
@@ -38,7 +38,7 @@ def _leaving_open(scene: world.Scene, attribute: str) -> str:
 # By index: first those that say everything, then those of which each leaves something open.
 NUM_PROMPTS = len(SCENES)
 OPEN_ATTRIBUTES = ("time", "terrain", "colour")  # in turn
-OPEN_PROMPTS = tuple(_leaving_open(scene, OPEN_ATTRIBUTES[i % 3]) for i, scene in enumerate(SCENES))
+OPEN_PROMPTS = tuple(leaving_open(scene, OPEN_ATTRIBUTES[i % 3]) for i, scene in enumerate(SCENES))
 PROMPTS = tuple(map(world.caption, SCENES)) + OPEN_PROMPTS
 
 BARE = {

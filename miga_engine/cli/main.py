@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from miga_engine._version import __version__
-from miga_engine.cli import generate, info, measure
+from miga_engine.cli import gap, generate, info, measure
 from miga_engine.cli.config_file import FLAG_NAMES, FLAGS_ALONE
 from miga_engine.cli.terminal import say
 from miga_engine.cli.write_options import WriteOptions
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log, warnings = logging.getLogger("miga_engine"), _Warnings(logging.WARNING)
     log.addHandler(warnings)
     try:
-        if arguments[:2] == ["eval", "export"]:
-            arguments[:2] = ["eval export"]
+        if arguments[:1] == ["eval"] and arguments[1:2] in (["export"], ["gap"]):
+            arguments[:2] = [" ".join(arguments[:2])]
         options = _build_parser().parse_args(arguments)
         return options.run(options)
     except MigaError as error:
@@ -134,6 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
     converting.add_argument("-y", "--overwrite", action="store_true", help="replace a file that exists")
 
     measure.add_parsers(commands, run)
+    gap.add_parser(commands, run)
 
     informing = commands.add_parser("info", help="show versions, devices, kernels, and what a model is")
     informing.set_defaults(run=info.info)

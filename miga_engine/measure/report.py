@@ -178,6 +178,41 @@ def write_picture(
         write_png(path, sheet.round().clip(0, 255).astype(np.uint8))
 
 
+def write_curves(
+    path: str | os.PathLike[str], title: str, labels: Sequence[str], curves: Mapping[str, Sequence[float]]
+) -> None:
+    """Writes a PNG of curves over named places, zero marked, each with its name; NaN is left out.
+
+    Raises OutputError where the file cannot be written.
+    """
+    check_output(path, suffixes_of("picture"), overwrite=True)
+    values = np.array([list(curve) for curve in curves.values()], np.float64)
+    low, high = _axis(np.append(values[np.isfinite(values)], 0.0), None, None, 1.0)
+    height, legend = 460, 28 * len(curves)
+    sheet = _sheet(_HEAD + height + _FOOT + legend + 2 * _MARGIN, 960)
+    _write(sheet, title, _MARGIN, 13, _INK)
+    plot = sheet[_HEAD : _HEAD + height, _MARGIN + _LEFT : -_MARGIN]
+    plot[:] = _PANEL
+    for value in (low, 0.0, high):
+        row = round((high - value) / (high - low) * (height - 1))
+        plot[row] = _GRID if value else _FAINT
+        text = _number(value, high - low)
+        _write(sheet, text, _MARGIN + _LEFT - 8 - _text_width(text), _HEAD + row - 5, _FAINT)
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        is_again = i >= len(_COLOURS)  # a colour that has been drawn already is drawn faint
+        colour = colour if not is_again else (colour + _PANEL) / 2
+        _draw(plot, (np.array(curve, np.float64) - low) / (high - low), 0, len(labels), colour)
+        top = _HEAD + height + _FOOT + _MARGIN + 28 * i
+        sheet[top : top + 14, _MARGIN : _MARGIN + 14] = colour
+        _write(sheet, name, _MARGIN + 26, top, _INK)
+    for i, label in enumerate(labels):
+        left = _MARGIN + _LEFT + round(i / max(len(labels) - 1, 1) * (plot.shape[1] - 1)) - _text_width(label) // 2
+        _write(sheet, label, min(left, 960 - _MARGIN - _text_width(label)), _HEAD + height + 8, _FAINT)
+    with reported(path):
+        write_png(path, sheet.round().clip(0, 255).astype(np.uint8))
+
+
 def _sheet(height: int, width: int, colour: npt.NDArray[Any] = _PAPER) -> npt.NDArray[np.float32]:
     return np.broadcast_to(colour, (height, width, 3)).astype(np.float32)
 
