@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Print the table."""
     torch.set_num_threads(options.threads)
-    engine = Engine.from_pretrained(options.model)
+    engine = Engine.from_pretrained(options.model, preset="tiny")
     request = engine.resolve(prompt="any", num_inference_steps=options.num_inference_steps)
     compared = patterns(request.miga, engine.bundle.window_frames)
     compared |= {name: method_options(engine, name)["miga"] for name in expand_methods(options.methods)}

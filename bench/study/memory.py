@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
     """Make the videos that are missing, read them, and print the table."""
     torch.set_num_threads(options.threads)
     model = reader.load_reader(options.reader)
-    engine = Engine.from_pretrained(options.model)
+    engine = Engine.from_pretrained(options.model, preset="tiny")
     rows = {(r["method"], int(r["prompt_index"]), int(r["seed"])): r for r in read_rows(options.csv)}
     asked = prompts(options.prompts)
     for i, prompt in enumerate(asked):
