@@ -137,6 +137,12 @@ class MigaConfig(Checked):
     judge_step: int = _count(10, "step index at which a group of latent frames is judged", least=1)
     reference_groups: int = _count(2, "groups just before the judged one that it is compared with", least=1)
     candidates: int = _count(3, "continuations tried by one search [K]", least=1)
+    search_baseline: str = option(
+        "judged",
+        "what a candidate must exceed: the score of the judged frames (paper), or that of their own noise when it is "
+        "continued as candidates are, from references that stand still",
+        choices=("judged", "continued"),
+    )
     judge: str = option(
         "latent",
         "what is compared: latents (paper), or x0 predictions, which carry far less noise",
@@ -146,6 +152,11 @@ class MigaConfig(Checked):
         "mean", "whether channels are averaged before the comparison (paper) or all count", choices=("mean", "all")
     )
     prompt_blend_frames: int = _count(0, "video frames over which the text runs from one prompt to the next")
+
+    @property
+    def num_continuations(self) -> int:
+        """Continuations that a search makes, that of the judged frames' own noise included."""
+        return self.candidates + (self.search_baseline == "continued")
 
     def stride_of(self, window_frames: int) -> int:
         """Latent frames between two windows of a pass of a model with this native window."""

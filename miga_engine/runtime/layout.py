@@ -105,7 +105,7 @@ class RunLayout:
     def num_search_slots(self) -> int:
         """Scratch slots of a reflection search: every candidate ends with judge_step groups."""
         config = self.config
-        return config.candidates * config.judge_step * config.zigzag_width if config.self_reflection else 0
+        return config.num_continuations * config.judge_step * config.zigzag_width if config.self_reflection else 0
 
     @property
     def num_anchors(self) -> int:

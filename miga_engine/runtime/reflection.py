@@ -13,7 +13,7 @@ from miga_engine.runtime.judges import JUDGES
 from miga_engine.runtime.window_plan import plan_windows
 
 FIRST_CANDIDATE_SERIES = 0x100
-"""Solver noise of candidate c in search n is of the series FIRST_CANDIDATE_SERIES + n·candidates + c."""
+"""Solver noise of continuation c of the K in search n is of the series FIRST_CANDIDATE_SERIES + n·K + c."""
 
 _NO_SLOTS = np.empty(0, np.int64)
 
@@ -70,10 +70,12 @@ class Reflection:
     def _search(self, reference: np.ndarray, first: int, score: float, then: Callable[[], None]) -> None:
         """Try `candidates` continuations of the reference; C₀ becomes the score of the one that stays.
 
-        A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on.
+        A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on. With
+        `search_baseline` "continued" the last is of the noise that the judged frames were pushed with, and the others
+        have to exceed its score: it too went on from references that stood still.
         """
         config, store = self.config, self.denoiser.store
-        width, count = config.zigzag_width, config.candidates
+        width, count = config.zigzag_width, config.num_continuations
         length = config.judge_step * width
         numbers = np.arange(first, first + length)
         slots = np.stack([store.scratch_slots(c * length, length) for c in range(count)])  # [K, judge_step·Z]
@@ -82,7 +84,10 @@ class Reflection:
             fresh = slice(step * width, (step + 1) * width)
             for c in range(count):
                 series = self.num_searches * count + c
-                noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], series=series)
+                if c < config.candidates:
+                    noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], series=series)
+                else:
+                    noise = self.denoiser.noise(Purpose.PUSH, numbers[fresh])
                 store.put(slots[c, fresh], noise, step_index=0, numbers=numbers[fresh].tolist())
                 store.prompt_row[slots[c, fresh]] = store.prompt_row[store.slots(numbers[fresh])]
             # A stochastic solver draws noise of its own for each candidate; otherwise all share one pass.
@@ -90,10 +95,10 @@ class Reflection:
             for c, share in enumerate(shares):
                 series = FIRST_CANDIDATE_SERIES + self.num_searches * count + c
                 self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), noise_series=series)
-        scores = self.judge(store, reference, slots[:, :width], config)
-        best = int(scores.argmax())
-        best_score = float(scores[best])
-        adopted = best_score > score
+        scores = self.judge(store, reference, slots[:, :width], config).tolist()
+        baseline = scores.pop() if count > config.candidates else score
+        best_score = max(scores)
+        best, adopted = scores.index(best_score), best_score > baseline
         with store.changing():
             if adopted:
                 store.copy(slots[best], store.slots(numbers))
@@ -104,8 +109,9 @@ class Reflection:
             "search_finished",
             frame=first,
             search=self.num_searches - 1,
-            scores=scores.tolist(),
+            scores=scores,
             score=score,
+            baseline=baseline,
             adopted=adopted,
         )
 

@@ -10,6 +10,7 @@ import torch
 from oracle import SHAPE, PlainNetwork, collect, counter_noise, pseudo_network, toy_config, toy_run
 
 from miga_engine.config import MigaConfig
+from miga_engine.noise import Purpose
 from miga_engine.runtime.judges import JUDGES
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import make_schedule
@@ -28,6 +29,45 @@ def test_reflection_adopts_only_better_candidates_and_reports_them():
         assert search["adopted"] == (max(search["scores"]) > search["score"])
     assert any(s["adopted"] for s in searches)
     assert [s["search"] for s in searches] == list(range(len(searches)))
+
+
+@pytest.mark.slow
+def test_a_search_compares_like_with_like_where_it_is_asked_to():
+    """What goes on from the judged frames' own noise is one of the continuations, and is beaten as they are."""
+    options = {"self_reflection": True, "judge_step": 4, "score_drop": -1.0, "candidates": 3}
+    events: dict[str, list] = {"judged": [], "continued": []}
+    for baseline, found in events.items():
+        collect(toy_run(toy_config(**options, search_baseline=baseline), 60, events=found))
+    searches = {name: [d for kind, d in found if kind == "search_finished"] for name, found in events.items()}
+    assert all(search["baseline"] == search["score"] for search in searches["judged"])
+    for search in searches["continued"]:
+        assert len(search["scores"]) == 3
+        assert search["adopted"] == (max(search["scores"]) > search["baseline"])
+    share = {name: sum(s["adopted"] for s in found) / len(found) for name, found in searches.items()}
+    assert 0.4 < share["continued"] < 1  # the best of three of four that are drawn alike: 3/4 by chance
+    # the first search of both starts from the same state, and so do its candidates
+    first, again = searches["judged"][0], searches["continued"][0]
+    assert (first["frame"], first["score"]) == (again["frame"], again["score"])
+    assert np.allclose(first["scores"], again["scores"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_is_continued_is_what_the_judged_frames_were_made_of(monkeypatch):
+    """With the candidates' noise replaced by that of the frames themselves nothing can exceed the baseline."""
+    config = toy_config(self_reflection=True, judge_step=4, score_drop=-1.0, search_baseline="continued")
+    run, events = toy_run(config, 40), []
+    run.emit = run.reflection.emit = lambda kind, **data: events.append((kind, data))
+    noise = run.denoiser.noise
+
+    def of_the_frames(purpose, frames, *, series=0):
+        return noise(Purpose.PUSH, frames) if purpose is Purpose.CANDIDATE else noise(purpose, frames, series=series)
+
+    monkeypatch.setattr(run.denoiser, "noise", of_the_frames)
+    collect(run)
+    searches = [data for kind, data in events if kind == "search_finished"]
+    assert searches
+    assert not any(search["adopted"] for search in searches)
+    assert all(score == search["baseline"] for search in searches for score in search["scores"])
 
 
 @pytest.mark.slow
