@@ -83,6 +83,11 @@ def save_tokenizer(folder: Path, rich: bool) -> None:
     )
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """What `save_tokenizer` wrote."""
+    return Tokenizer.from_file(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
+
+
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Ids and mask `[B,length]`, `</s>` kept where a text is cut."""
     ids = torch.zeros(len(prompts), length, dtype=torch.long)

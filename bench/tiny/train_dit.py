@@ -138,6 +138,28 @@ def shipped_dit() -> dict[str, Tensor]:
     return {f"{n}.{k}": v.float() for n, f in files.items() for k, v in load_file(WEIGHTS_DIR / f).items()}
 
 
+def _begun(setting: Setting, options: DitOptions) -> dict[str, Tensor]:
+    """What a training begins with: fresh parameters, or the shipped ones, whose words go to their places in the
+    setting's tokenizer; words they lack are drawn anew."""
+    vocab = text.build_tokenizer(setting.rich).get_vocab()
+    encoder = clipdit.init_text_encoder(len(vocab), options.seed)
+    if options.fresh:
+        fresh = clipdit.init_dit(options.seed, setting.dim, setting.ffn_dim, setting.layers)
+        return {f"dit.{k}": v for k, v in fresh.items()} | {f"text.{k}": v for k, v in encoder.items()}
+    params = shipped_dit()
+    shape = clipdit.init_dit(0, setting.dim, setting.ffn_dim, setting.layers)
+    if {k[4:]: v.shape for k, v in params.items() if k.startswith("dit.")} != {k: v.shape for k, v in shape.items()}:
+        raise ConfigError(
+            f"the shipped DiT has another shape than dim {setting.dim}, ffn_dim {setting.ffn_dim} and layers "
+            f"{setting.layers} say: give --fresh"
+        )
+    name = "text.token_embedding.weight"
+    shipped, rows = text.load_tokenizer(WEIGHTS_DIR).get_vocab(), encoder["token_embedding.weight"]
+    for word in vocab.keys() & shipped.keys():
+        rows[vocab[word]] = params[name][shipped[word]]
+    return params | {name: rows}
+
+
 def _optimizers(params: dict[str, Tensor], options: DitOptions) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices of the DiT's blocks if asked for, AdamW for the rest."""
     hidden = [
@@ -200,15 +222,7 @@ def train_dit(work: Path, setting: Setting, options: DitOptions, device: str = "
     path = work / "dit.pt"
     latents, motion, labels = load_cache(work, device)
     saved = torch.load(path, weights_only=True, map_location=device) if path.exists() else None
-    if saved is not None:
-        params = saved["params"]
-    elif options.fresh:
-        vocab = text.build_tokenizer(setting.rich).get_vocab_size()
-        fresh = clipdit.init_dit(options.seed, setting.dim, setting.ffn_dim, setting.layers)
-        params = {f"dit.{k}": v for k, v in fresh.items()}
-        params |= {f"text.{k}": v for k, v in clipdit.init_text_encoder(vocab, options.seed).items()}
-    else:
-        params = shipped_dit()
+    params = _begun(setting, options) if saved is None else saved["params"]
     if saved is None:
         dim = params["dit.head.head.weight"].shape[1]
         params |= {f"head.{k}": v for k, v in clipdit.init_motion_head(dim).items()}

@@ -197,6 +197,23 @@ def test_a_rich_model_of_another_size_is_trained_by_the_same_steps(tmp_path, mon
     assert torch.load(tmp_path / "dit.pt", weights_only=True)["step"] >= 1
 
 
+def test_a_rich_training_begins_with_the_words_that_the_shipped_model_knows():
+    """A plain caption means the same before the first step, and a new word has a row of its own."""
+    rich = steps.Setting(rich=True)
+    begun = train_dit._begun(rich, train_dit.DitOptions(minutes=1))
+    rows = {}
+    for setting, params in ((SETTING, train_dit.shipped_dit()), (rich, begun)):
+        ids, mask = text.tokenize(text.build_tokenizer(setting.rich), ["a red balloon over snowy hills at dawn"], 16)
+        encoder = {k[5:]: v for k, v in params.items() if k.startswith("text.")}
+        rows[setting.rich] = clipdit.encode_text(encoder, ids, mask)
+    assert torch.equal(rows[False], rows[True])
+    assert len(begun["text.token_embedding.weight"]) == text.build_tokenizer(True).get_vocab_size()
+    plain = train_dit._begun(SETTING, train_dit.DitOptions(minutes=1))
+    assert all(torch.equal(plain[k], v) for k, v in train_dit.shipped_dit().items())
+    with pytest.raises(ConfigError, match=r"another shape than dim 256, ffn_dim 768 and layers 6 say: give --fresh"):
+        train_dit._begun(replace(rich, dim=256), train_dit.DitOptions(minutes=1))
+
+
 def test_what_no_step_has_trained_is_exported_as_it_ships(tmp_path):
     export.export(tmp_path / "work", SETTING, tmp_path / "out", "long", {})
     for name in ("DIT_FILE", "TEXT_FILE", "VAE_FILE"):
