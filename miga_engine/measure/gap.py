@@ -43,7 +43,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of a pattern: error over that of ordinary windows, less 1, in %, and its standard error, by band of levels."""
+    """Of a pattern: error over that of ordinary windows at the same level, less 1, in %, averaged over the levels of a
+    band that the queue has; NaN where it has none. And its standard error."""
 
     percent: tuple[float, ...]
     error: tuple[float, ...]
@@ -110,16 +111,15 @@ def gap_profile(
             phases = range(number * passes, number * passes + passes)
             plans[name] = _of_queue(layout, phases, len(latents), rng, name)
         for name, windows in plans.items():
-            by_level = _errors(network, schedule, schedule.coefficients.prediction_type, latents, noise, windows)
-            errors[name].append(np.array([_mean(by_level[first:stop]) for first, stop in bands]))
+            errors[name].append(_errors(network, schedule, latents, noise, windows))
         on_clip()
     if len(errors[""]) < 2:
         raise ConfigError(f"there are {len(errors[''])} clips: give at least 2, for the profile has standard errors")
-    ordinary = np.stack(errors[""])  # [clips, bands]
+    ordinary = np.stack(errors[""])  # [clips,T]
     found = {}
     for name, config in compared.items():
         layout = RunLayout(config, schedule.num_steps, engine.bundle.window_frames, None)
-        found[name] = _profile(np.stack(errors[name]), ordinary, _num_windows(layout))
+        found[name] = _profile(np.stack(errors[name]), ordinary, bands, _num_windows(layout))
     return [(float(schedule.sigmas[a]), float(schedule.sigmas[b - 1])) for a, b in bands], found
 
 
@@ -155,19 +155,22 @@ def _bands(schedule: Schedule) -> list[tuple[int, int]]:
     return [(first, stop) for first, stop in pairwise(edges) if stop > first]
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
-    """Of the levels that there are: a queue that hands over early has none of the last."""
-    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
+def _profile(
+    own: npt.NDArray[np.float64], ordinary: npt.NDArray[np.float64], bands: Sequence[tuple[int, int]], windows: float
+) -> Profile:
+    """From errors `[clips,T]`. Ratios are of means over clips, their standard errors by leaving out one clip after
+    another (jackknife); a level that not every clip has is left out."""
 
+    def by_band(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> list[float]:
+        ratio = over / under
+        known = [ratio[first:stop][~np.isnan(ratio[first:stop])] for first, stop in bands]
+        return [float(levels.mean()) if len(levels) else float("nan") for levels in known]
 
-def _profile(own: npt.NDArray[np.float64], ordinary: npt.NDArray[np.float64], windows: float) -> Profile:
-    """Ratio of the means over clips, and its standard error by leaving out one clip after another (jackknife)."""
     count = len(own)
-    ordinary = np.where(np.isnan(own), np.nan, ordinary)
-    left = (own.sum(0) - own) / (ordinary.sum(0) - ordinary)
+    whole = np.array(by_band(own.sum(0), ordinary.sum(0)))
+    left = np.array([by_band(own.sum(0) - o, ordinary.sum(0) - u) for o, u in zip(own, ordinary, strict=True)])
     error = np.sqrt((count - 1) / count * ((left - left.mean(0)) ** 2).sum(0))
-    percent = 100 * (own.sum(0) / ordinary.sum(0) - 1)
-    return Profile(tuple(percent.tolist()), tuple((100 * error).tolist()), windows)
+    return Profile(tuple((100 * (whole - 1)).tolist()), tuple((100 * error).tolist()), windows)
 
 
 def _num_windows(layout: RunLayout) -> float:
@@ -237,7 +240,6 @@ def _of_queue(layout: RunLayout, phases: range, length: int, rng: np.random.Gene
 def _errors(
     network: PromptedTransformer,
     schedule: Schedule,
-    prediction: str,
     latents: Tensor,
     noise: Tensor,
     windows: Sequence[_Window],
@@ -267,7 +269,7 @@ def _errors(
                 keep,
             )
         ).transpose(1, 2)
-        target = _target(prediction, schedule, clean, noises, steps.flatten()).view(shape)
+        target = _target(schedule, clean, noises, steps.flatten()).view(shape)
         error = (output.float() - target).square().mean((2, 3, 4)).double().cpu().numpy()
         for window, row in zip(part, error, strict=True):
             positions = np.arange(window.commit.start, window.commit.stop)
@@ -277,8 +279,9 @@ def _errors(
         return total / count
 
 
-def _target(prediction: str, schedule: Schedule, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+def _target(schedule: Schedule, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
     """What the network is to give: see `Schedule` for how clean latents and noise are mixed."""
+    prediction = schedule.coefficients.prediction_type
     if prediction == "flow":
         return noise - clean
     if prediction == "epsilon":

@@ -79,6 +79,16 @@ def test_the_profile_is_the_error_at_the_positions_that_are_kept(engine, monkeyp
         assert percent == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
+def test_a_band_is_compared_at_the_levels_that_the_queue_has():
+    """Ordinary windows know levels that the queue hands over before; they do not count."""
+    ordinary = np.array([[1.0, 2.0, 4.0, 100.0]] * 3)
+    own = np.array([[2.0, 2.0, 2.0, np.nan]] * 3)
+    profile = gap._profile(own, ordinary, [(0, 2), (2, 4), (3, 4)], 1.0)
+    assert profile.percent[:2] == pytest.approx((50.0, -50.0))
+    assert np.isnan(profile.percent[2])
+    assert profile.error[:2] == pytest.approx((0, 0))
+
+
 def test_a_window_at_one_level_has_the_error_of_ordinary_windows(engine, monkeypatch):
     """A group as wide as the window, cut at its borders, is an ordinary window."""
     config = replace(CONFIG, zigzag_width=13, stride=13, guidance_frames=0, moving_phase=False)
