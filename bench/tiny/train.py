@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="vae, dit: of weights and batches")
     parser.add_argument("--compile", action="store_true", help="compile what is known to train the same compiled")
     parser.add_argument("--decoder-only", action="store_true", help="vae: train on with the encoder as it is")
+    parser.add_argument("--contrast-power", type=float, default=0.0, help="vae: how much more low contrast counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, default=3000, help="cache: number of clips over all parts")
     parser.add_argument("--frames", type=int, default=97, help="cache: video frames a clip")

@@ -62,19 +62,28 @@ class ClipPool:
         return to_video(torch.stack(videos)), widened[:, None]
 
 
-def decoder_loss(params: dict[str, Tensor], x: Tensor, weight: Tensor, noise: Tensor) -> Tensor:
+def decoder_loss(params: dict[str, Tensor], x: Tensor, weight: Tensor, subject: Tensor, noise: Tensor) -> Tensor:
     """What the decoder alone is trained on, with latents as they are: L1, of the errors' first differences in space and
     time as well, and of their second difference in time at the subject, whose wobble it is. `weight` is 8 there."""
     with torch.no_grad():
         mean, logvar = clipvae.encode_clip(params, x)
     d = clipvae.decode_clip(params, mean + noise * torch.exp(0.5 * logvar.clamp(-12, 4))) - x
-    subject = (weight - 1) / 7
     dx = (d[..., 1:] - d[..., :-1]).abs() * weight[..., 1:]
     dy = (d[..., 1:, :] - d[..., :-1, :]).abs() * weight[..., 1:, :]
     dt = d[:, :, 1:] - d[:, :, :-1]
     ddt = (dt[:, :, 1:] - dt[:, :, :-1]).abs() * subject[:, :, 1:-1]
     first = (dt.abs() * weight[:, :, 1:]).mean()
     return (weight * d.abs()).mean() + 0.5 * (dx.mean() + dy.mean()) + first + 4 * ddt.mean()
+
+
+def contrast_weight(x: Tensor, power: float) -> Tensor:
+    """How much more an error counts where the picture has little contrast, `[B,1,T,H,W]`, of mean 1: hills at night are
+    as much of the picture as hills at noon. Contrast is the standard deviation over 9×9 pixels, to which 0.1 of the
+    range of 2 is added."""
+    grey = x.mean(1, keepdim=True)
+    mean, square = (F.avg_pool3d(v, (1, 9, 9), 1, (0, 4, 4), count_include_pad=False) for v in (grey, grey.square()))
+    weight = (0.1 + (square - mean.square()).clamp(min=0).sqrt()) ** -power
+    return weight / weight.mean()
 
 
 def vae_loss(params: dict[str, Tensor], x: Tensor, weight: Tensor, noise: Tensor, smaller: bool) -> Tensor:
@@ -135,6 +144,7 @@ class VaeOptions:
     lr: float = 1e-3
     batch: int = 1
     decoder_only: bool = False
+    contrast_power: float = 0.0
     fresh: bool = False
     compile: bool = True
     seed: int = 0
@@ -199,11 +209,12 @@ def train_vae(work: Path, setting: Setting, options: VaeOptions, device: str = "
             clips, frames, crop = 2, 17, None
         x, subject = pool.batch(clips * options.batch, frames, crop)
         noise = torch.randn(len(x), 16, (frames + 3) // 4, x.shape[3] // 8, x.shape[4] // 8, device=device)
+        contrast = contrast_weight(x, options.contrast_power) if options.contrast_power else 1.0
         with torch.autocast(device, torch.bfloat16):
             if decoder_only:
-                loss = decoder_loss(params, x, 1 + 7 * subject, noise)
+                loss = decoder_loss(params, x, (1 + 7 * subject) * contrast, subject, noise)
             else:
-                loss = vae_loss(params, x, 1 + 6 * subject, noise, smaller=rng.random() < 0.25)
+                loss = vae_loss(params, x, (1 + 6 * subject) * contrast, noise, smaller=rng.random() < 0.25)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()

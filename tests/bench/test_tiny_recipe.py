@@ -148,6 +148,16 @@ def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path, monkeypatch):
     assert not any(k.startswith(("encoder.", "conv1.")) for k in changed)
 
 
+def test_errors_count_more_where_there_is_little_contrast():
+    x = torch.zeros(1, 3, 1, 32, 64)
+    x[..., 32:] = torch.rand(32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    weight = train_vae.contrast_weight(x, 0.5)[0, 0, 0]
+    assert float(weight.mean()) == pytest.approx(1)
+    flat, busy = float(weight[:, :24].mean()), float(weight[:, 44:].mean())
+    spread = float(x[0, 0, 0, :, 32:].std())
+    assert flat / busy == pytest.approx(((0.1 + spread) / 0.1) ** 0.5, rel=0.05)
+
+
 def test_folding_keeps_the_picture_and_gives_the_published_statistics():
     params = clipvae.init_parameters(dim=8, dim_mult=(1, 1, 1, 1), seed=3)
     x = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
