@@ -79,11 +79,11 @@ class PromptedTransformer:
         for row in wanted.tolist():
             if row == NEGATIVE_ROW:
                 continue
-            slot = self._slot_of.pop(row, None)
+            slot = self._slot_of.get(row)
             if slot is None:
                 slot = self._free_slot(wanted)
                 self._context.write(slot, self._encode(row))
-            self._slot_of[row] = slot
+            self._slot_of = {**self._without(row), row: slot}  # at once: an interrupt loses no slot
         return np.array([self._slot_of[row] for row in wanted.tolist()], np.int64)[where].reshape(prompt_rows.shape)
 
     def __call__(self, batch: Batch, /) -> Tensor:
@@ -100,6 +100,10 @@ class PromptedTransformer:
         return self._transformer.encode_context(self._prompts[prompt_row][None].to(self._device))
 
     def _free_slot(self, wanted: np.ndarray) -> int:
-        if len(self._slot_of) < self._num_slots:
-            return len(self._slot_of)
-        return self._slot_of.pop(next(row for row in self._slot_of if row != NEGATIVE_ROW and row not in wanted))
+        """A slot that no row is held in, once the row that was not at hand for longest has left where all are taken."""
+        if len(self._slot_of) == self._num_slots:
+            self._slot_of = self._without(next(r for r in self._slot_of if r != NEGATIVE_ROW and r not in wanted))
+        return min(set(range(self._num_slots)) - set(self._slot_of.values()))
+
+    def _without(self, prompt_row: int) -> dict[int, int]:
+        return {row: slot for row, slot in self._slot_of.items() if row != prompt_row}

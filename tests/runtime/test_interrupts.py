@@ -9,10 +9,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import golden_model
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from miga_engine.engine import Engine
 from miga_engine.errors import MigaError, SessionError
 from miga_engine.noise import CounterNoise
 from miga_engine.runtime.interrupts import uninterrupted
+from miga_engine.runtime.network import NEGATIVE_ROW, PromptedTransformer
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.stream import Stream
 
@@ -92,6 +94,30 @@ def num_lines(engine: Engine) -> int:
     with _SignalAtLine([]) as tracer:
         list(_stream(engine))
     return tracer.count
+
+
+def test_an_interrupt_between_two_lines_loses_no_prompt_row() -> None:
+    """Rows that come and go through a table of three slots, with a signal at each line in turn."""
+    order = [[1], [1, 2], [2], [3, 2], [1, 3], [2, 3], [2]]
+    num_lines = at = 1
+    while at <= num_lines:
+        network = PromptedTransformer.__new__(PromptedTransformer)
+        network._num_slots, network._slot_of, table = 3, {NEGATIVE_ROW: NEGATIVE_ROW}, {}
+        network._context = SimpleNamespace(write=table.__setitem__)
+        network._encode = lambda row: row
+        with _SignalAtLine([at]) as tracer:
+            for rows in order:
+                while True:
+                    try:
+                        slots = network.place_prompts(np.array(rows))
+                    except KeyboardInterrupt:
+                        tracer.resume()
+                    else:
+                        break
+                assert [table[slot] for slot in slots.tolist()] == rows, at
+                assert len(set(network._slot_of.values())) == len(network._slot_of) <= 3
+        num_lines, at = tracer.count, at + 1
+    assert at > 40
 
 
 @pytest.mark.slow
