@@ -162,11 +162,15 @@ class MigaConfig(Checked):
         """Latent frames between two windows of a pass of a model with this native window."""
         return self.stride or max(1, min(window_frames // 2, window_frames - self.guidance_frames))
 
+    def most_commit_offset(self, window_frames: int) -> int:
+        """The offset that keeps the noisier end: local frames of a window less its stride."""
+        return window_frames - self.guidance_frames - self.stride_of(window_frames)
+
     def check(self, num_steps: int, window_frames: int) -> None:
         """Refuse what cannot run with this many steps and this native window; ConfigError names the option."""
         handoff_step = num_steps - self.stage2_steps
         local_frames = window_frames - self.guidance_frames
-        room = local_frames - self.stride_of(window_frames)
+        most_offset = self.most_commit_offset(window_frames)
         problems = (
             (handoff_step < 2, f"stage2_steps {self.stage2_steps} leaves Stage 1 {handoff_step} of {num_steps} steps"
              f"; use at most {num_steps - 2}"),
@@ -186,8 +190,8 @@ class MigaConfig(Checked):
              f"frames that a window keeps, and commit 'trailing' fixes them: give one of the two"),
             (self.commit_offset > 0 and self.window_order == "sequential", f"commit_offset {self.commit_offset} needs "
              f"window_order 'parallel'"),
-            (self.commit_offset > room, f"commit_offset {self.commit_offset} exceeds {room}, the local frames of a "
-             f"window less its stride"),
+            (self.commit_offset > most_offset, f"commit_offset {self.commit_offset} exceeds {most_offset}, the "
+             f"local frames of a window less its stride"),
         )  # fmt: skip
         for is_wrong, sentence in problems:
             if is_wrong:

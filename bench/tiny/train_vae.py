@@ -64,7 +64,8 @@ class ClipPool:
 
 def decoder_loss(params: dict[str, Tensor], x: Tensor, weight: Tensor, subject: Tensor, noise: Tensor) -> Tensor:
     """What the decoder alone is trained on, with latents as they are: L1, of the errors' first differences in space and
-    time as well, and of their second difference in time at the subject, whose wobble it is. `weight` is 8 there."""
+    time as well, and of their second difference in time at the `subject`, whose wobble it is; `weight` says what counts
+    how much."""
     with torch.no_grad():
         mean, logvar = clipvae.encode_clip(params, x)
     d = clipvae.decode_clip(params, mean + noise * torch.exp(0.5 * logvar.clamp(-12, 4))) - x

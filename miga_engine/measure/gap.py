@@ -54,26 +54,24 @@ class Profile:
 
 @dataclass(frozen=True)
 class _Window:
-    """One forward: places in the clip `[F]`, steps `[F]`, the positions whose error counts, and whether the first is
-    the clip's first frame."""
+    """One forward: places in the clip `[F]`, steps `[F]`, and the positions whose error counts."""
 
     places: npt.NDArray[np.int64]
     steps: npt.NDArray[np.int64]
     commit: range
-    is_anchored: bool = False
 
 
 def patterns(base: MigaConfig, window_frames: int) -> dict[str, MigaConfig]:
     """What is compared: FIFO-Diffusion, and the queue of `base` with and without guidance, by what a window keeps."""
     plain = dataclasses.replace(base, guidance_anchor=False, commit="leading", commit_offset=0)
-    room = window_frames - base.guidance_frames - base.stride_of(window_frames)
+    most = base.most_commit_offset(window_frames)
     found = {
         "FIFO, look-ahead": fifo_config(base, window_frames),
         "no guidance, leading": dataclasses.replace(plain, guidance_frames=0),
     }
     for guided, anchor in (("guided", False), ("anchored", True)):
         if base.guidance_frames:
-            for name, offset in (("leading", 0), ("middle", room // 2), ("trailing", room)):
+            for name, offset in (("leading", 0), ("middle", most // 2), ("trailing", most)):
                 found[f"{guided}, {name}"] = dataclasses.replace(plain, guidance_anchor=anchor, commit_offset=offset)
     return found
 
@@ -98,6 +96,8 @@ def gap_profile(
     """
     schedule = schedule_of(request)
     bands = _bands(schedule)
+    window = engine.bundle.window_frames
+    layouts = {name: RunLayout(config, schedule.num_steps, window, None) for name, config in compared.items()}
     errors: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in ("", *compared)}
     for number, clip in enumerate(clips):
         latents = _latents(engine, clip)
@@ -105,10 +105,9 @@ def gap_profile(
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         network = _network(engine, schedule, clip.caption)
-        plans = {"": _ordinary(schedule, engine.bundle.window_frames, len(latents), rng)}
-        for name, config in compared.items():
-            layout = RunLayout(config, schedule.num_steps, engine.bundle.window_frames, None)
-            phases = range(number * passes, number * passes + passes)
+        plans = {"": _ordinary(schedule, window, len(latents), rng)}
+        phases = range(number * passes, number * passes + passes)
+        for name, layout in layouts.items():
             plans[name] = _of_queue(layout, phases, len(latents), rng, name)
         for name, windows in plans.items():
             errors[name].append(_errors(network, schedule, latents, noise, windows))
@@ -116,10 +115,10 @@ def gap_profile(
     if len(errors[""]) < 2:
         raise ConfigError(f"there are {len(errors[''])} clips: give at least 2, for the profile has standard errors")
     ordinary = np.stack(errors[""])  # [clips,T]
-    found = {}
-    for name, config in compared.items():
-        layout = RunLayout(config, schedule.num_steps, engine.bundle.window_frames, None)
-        found[name] = _profile(np.stack(errors[name]), ordinary, bands, _num_windows(layout))
+    found = {
+        name: _profile(np.stack(errors[name]), ordinary, bands, _num_windows(layout))
+        for name, layout in layouts.items()
+    }
     return [(float(schedule.sigmas[a]), float(schedule.sigmas[b - 1])) for a, b in bands], found
 
 
@@ -233,7 +232,7 @@ def _of_queue(layout: RunLayout, phases: range, length: int, rng: np.random.Gene
             places = _placed(own, length, rng, name)
             if is_anchored:
                 places, steps[0] = np.concatenate([[0], places]), layout.num_steps
-            found.append(_Window(places, steps, range(first, stop), is_anchored))
+            found.append(_Window(places, steps, range(first, stop)))
     return found
 
 

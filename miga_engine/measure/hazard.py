@@ -39,10 +39,10 @@ def hazard(num_losses: int, num_frames: int) -> tuple[float, float, float]:
     frames. Source: Garwood, Fiducial Limits for the Poisson Distribution (Biometrika 1936).
     """
     if num_frames == 0:
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     low = _mean_with(num_losses, 1 - _TAIL) if num_losses else 0.0
     high = _mean_with(num_losses + 1, _TAIL)
-    return tuple(100 * count / num_frames for count in (num_losses, low, high))  # type: ignore[return-value]
+    return 100 * num_losses / num_frames, 100 * low / num_frames, 100 * high / num_frames
 
 
 def _mean_with(count: int, chance: float) -> float:

@@ -200,8 +200,8 @@ def write_curves(
         _write(sheet, text, _MARGIN + _LEFT - 8 - _text_width(text), _HEAD + row - 5, _FAINT)
     for i, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[i % len(_COLOURS)]
-        is_again = i >= len(_COLOURS)  # a colour that has been drawn already is drawn faint
-        colour = colour if not is_again else (colour + _PANEL) / 2
+        if i >= len(_COLOURS):  # the colour of another curve already
+            colour = (colour + _PANEL) / 2
         _draw(plot, (np.array(curve, np.float64) - low) / (high - low), 0, len(labels), colour)
         top = _HEAD + height + _FOOT + _MARGIN + 28 * i
         sheet[top : top + 14, _MARGIN : _MARGIN + 14] = colour

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from miga_engine.runtime.window_plan import next_cut
+from miga_engine.runtime.window_plan import next_commit_stop
 
 
 class Block(NamedTuple):
@@ -68,7 +68,8 @@ class UnifiedPasses:
             start = max(done - self.commit_offset, 0)
             stop = start + self.window if self.num_frames is None else min(start + self.window, self.num_frames)
             if stop <= finished:
-                cut = next_cut(start, self.num_frames, self.window, self.stride, self.phase(level))
-                commit_stop = cut if cut == self.num_frames else cut + self.commit_offset
+                commit_stop = next_commit_stop(
+                    start, self.num_frames, self.window, self.stride, self.phase(level), self.commit_offset
+                )
                 blocks.append(Block(level, start, stop, done, commit_stop))
         return blocks

@@ -28,17 +28,23 @@ def next_cut(start: int, num_frames: int | None, window: int, stride: int, phase
     return min(cut, last_start)
 
 
+def next_commit_stop(start: int, num_frames: int | None, window: int, stride: int, phase: int, offset: int = 0) -> int:
+    """The frame where the window at `start` stops committing: `offset` behind the next cut, and the end at the end."""
+    cut = next_cut(start, num_frames, window, stride, phase)
+    return cut if cut == num_frames else cut + offset
+
+
 def iter_windows(
     num_frames: int, window: int, stride: int, phase: int, offset: int = 0
 ) -> Iterator[tuple[int, int, int]]:
     """Lazily the windows `(start, commit_start, commit_stop)` of one pass, which commit from `offset` frames behind
     their start to `offset` frames behind the next: the first from 0 on, the last to the end."""
-    start = committed = 0
+    committed = 0
     while committed < num_frames:
-        cut = next_cut(start, num_frames, window, stride, phase)
-        stop = cut if cut == num_frames else cut + offset
+        start = max(committed - offset, 0)
+        stop = next_commit_stop(start, num_frames, window, stride, phase, offset)
         yield start, committed, stop
-        start, committed = cut, stop
+        committed = stop
 
 
 def plan_windows(
