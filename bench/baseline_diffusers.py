@@ -185,10 +185,13 @@ class DiffusersLoop:
         config = request.miga
         if (
             config.self_reflection
+            or config.tail_signal
             or (config.commit, config.window_order, config.warmup) != ("leading", "parallel", "grow")
             or (request.solver, list(request.prompt)) != ("unipc", [0])
         ):
-            raise ValueError("the diffusers loop knows UniPC, one prompt, leading commits and no reflection only")
+            raise ValueError(
+                "the diffusers loop knows UniPC, one prompt, no padded windows, no reflection, no signal in the tail"
+            )
         self.request = request
         self.stride = config.stride or min(
             max(1, self.bundle.window_frames // 2), self.bundle.window_frames - config.guidance_frames
@@ -228,8 +231,11 @@ class DiffusersLoop:
         """Every frame one step further; all windows read the frames as they were before."""
         config, scale = self.request.miga, self.request.guidance_scale
         after: list[Tensor] = []
-        for start, commit_start, commit_stop in plan_windows(len(frames), window, self.stride, phase):
-            guidance = guidance_indices(start, num_guidance, config.zigzag_width, config.guidance_offset)
+        offset = config.commit_offset_of(self.bundle.window_frames)
+        for start, commit_start, commit_stop in plan_windows(len(frames), window, self.stride, phase, offset=offset):
+            guidance = guidance_indices(
+                start, num_guidance, config.zigzag_width, config.guidance_offset, config.guidance_spacing
+            )
             length = window if guidance or not num_guidance else self.bundle.window_frames
             read = [frames[i] for i in guidance] + frames[start : start + length]
             latents = torch.stack([f.sample[0] for f in read], dim=1)[None].to(self.dtype)

@@ -109,6 +109,10 @@ class MigaConfig(Checked):
         "and let searches read it too: it holds what the prompt leaves open",
     )
     stride: int | None = _count(None, "latent frames between window starts", shown="half the model's window", least=1)
+    tail_signal: float = option(
+        0.0, "share of the queue's cleanest frame, as predicted clean, in the noise that a new frame of its prompt "
+        "begins as: what the prompt leaves open, and where things are, no longer change with the noise", most=1,
+    )  # fmt: skip
     moving_phase: bool = option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
     commit: str = option(
         "leading",
@@ -117,7 +121,8 @@ class MigaConfig(Checked):
     )
     commit_offset: int = _count(
         0, "first latent frames of a window that it only reads, for the window before keeps them: at 0 (paper) the "
-        "cleaner end is kept, at most, window − guidance frames − stride, the noisier end, between them the middle",
+        "cleaner end is kept, at most, window − guidance frames − stride, the noisier end, between them the middle; "
+        "-1: as many as the other options allow", least=-1,
     )  # fmt: skip
     window_order: str = option(
         "parallel",
@@ -165,6 +170,13 @@ class MigaConfig(Checked):
     def most_commit_offset(self, window_frames: int) -> int:
         """The offset that keeps the noisier end: local frames of a window less its stride."""
         return window_frames - self.guidance_frames - self.stride_of(window_frames)
+
+    def commit_offset_of(self, window_frames: int) -> int:
+        """Frames that a window of a model with this native window leaves to the one before it."""
+        if self.commit_offset >= 0:
+            return self.commit_offset
+        is_free = self.commit == "leading" and self.window_order == "parallel"
+        return self.most_commit_offset(window_frames) if is_free else 0
 
     def check(self, num_steps: int, window_frames: int) -> None:
         """Refuse what cannot run with this many steps and this native window; ConfigError names the option."""
@@ -314,8 +326,8 @@ def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
     """FIFO-Diffusion (arXiv 2405.11473) as a configuration: one frame a level, look-ahead denoising, nothing else."""
     return dataclasses.replace(
         base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, guidance_anchor=False,
-        self_reflection=False, commit="trailing", warmup="copies", moving_phase=False,
-        stride=max(1, window_frames // 2),
+        self_reflection=False, commit="trailing", commit_offset=0, warmup="copies", moving_phase=False,
+        tail_signal=0.0, stride=max(1, window_frames // 2),
     )  # fmt: skip
 
 

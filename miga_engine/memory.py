@@ -340,10 +340,16 @@ def _longest_texts(text_len: int, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _windows(run: VideoRun) -> list[Window]:
-    """One batch of the most windows that go through the network together."""
-    rows = run.store.capacity + run.store.scratch
-    limit = 1 if run.config.window_order == "sequential" else run.denoiser.window_batch
-    count = max(1, min(limit, rows // run.stride))
+    """One batch of the most windows that go through the network together: of a pass over the full queue, of one over
+    the unified levels, or of a search."""
+    config, layout = run.config, run.layout
+    limit = 1 if config.window_order == "sequential" else run.denoiser.window_batch
+    full = config.zigzag_width * (layout.handoff_step + 1)
+    most = max(layout.num_levels, *(len(layout.queue_plan(0, full, phase)[1]) for phase in range(run.stride)))
+    if config.self_reflection:
+        searched = config.zigzag_width * (config.reference_groups + config.judge_step)
+        most = max(most, config.num_continuations * (2 + searched // run.stride))
+    count = max(1, min(limit, most))
     commit_stop = run.stride if count > 1 else run.window_frames
     return [Window(np.arange(run.window_frames), 0, commit_stop)] * count
 

@@ -28,20 +28,26 @@ _DDIM_SCALED = dataclasses.replace(_DDIM, use_scale_array=True)
 _WAN_PAPER = MigaConfig(stage2_steps=9, stride=10, window_order="sequential")
 _WAN_RELEASED = MigaConfig(refine_steps=10, stride=10, guidance_offset=3)
 _WAN = MigaConfig(stride=10)
+# One frame a level, the noisier end of a window kept, the prompt's first frame held before it (docs/ablation.md).
+_OURS = MigaConfig(zigzag_width=1, guidance_frames=1, guidance_anchor=True, commit_offset=-1, judge="x0",
+                   channels="all", score_drop=0.2)  # fmt: skip
+_WAN_OURS = dataclasses.replace(_OURS, stride=10)
 _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
 # The release counts DDIM indices: it judges at index 50 of 63 and refines from index 10 on, the identity at 0 included.
 _VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
                                     self_reflection=False, score_drop=0.001)  # fmt: skip
 _TINY_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=24, shift=3.0, guidance_scale=3.0)
-_TINY = MigaConfig(zigzag_width=4, stage2_steps=5, guidance_frames=2, guidance_anchor=True, stride=6, judge_step=8,
-                   reference_groups=2, judge="x0", channels="all", score_drop=0.2)  # fmt: skip
+_VC2_OURS = dataclasses.replace(_OURS, stage2_steps=9, stride=8, judge_step=13, reference_groups=3, candidates=5)
+_TINY = dataclasses.replace(_OURS, stage2_steps=5, stride=6, judge_step=8)
 
 PRESETS: Mapping[str, Preset] = {
     "wan2.1": Preset(_UNIPC, _WAN),
+    "wan2.1-ours": Preset(_UNIPC, _WAN_OURS),
     "wan2.1-paper": Preset(_UNIPC, _WAN_PAPER),
     "wan2.1-released": Preset(_UNIPC, _WAN_RELEASED),
     "videocrafter2": Preset(_DDIM_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
+    "videocrafter2-ours": Preset(_DDIM_SCALED, _VC2_OURS, 320, 512, 10),
     "videocrafter2-paper": Preset(_DDIM, _VC2_PAPER, 320, 512, 10),
     "videocrafter2-released": Preset(_DDIM, _VC2_RELEASED, 320, 512, 10),
     "videocrafter2-fifo": Preset(_DDIM, fifo_config(MigaConfig(), 16), 320, 512, 10),

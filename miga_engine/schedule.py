@@ -138,6 +138,13 @@ def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, step_index: Tensor 
     return (alpha * x0 + sigma * noise).to(x0.dtype)
 
 
+def add_signal(schedule: Schedule, x0: Tensor, noise: Tensor, share: float) -> Tensor:
+    """Noise `[n,…]` that carries a share of x0 (broadcastable to it), as a frame noised to that share would: share·x0 +
+    (1 − share)·noise for flow models, share·x0 + √(1 − share²)·noise for DDIM."""
+    is_flow = schedule.coefficients.prediction_type == "flow"
+    return share * x0 + (1 - share if is_flow else math.sqrt(1 - share * share)) * noise
+
+
 def _flow_schedule(solver: str, num_steps: int, shift: float) -> Schedule:
     if not (math.isfinite(shift) and shift > 0):
         raise ConfigError(f"shift is {shift}: give a positive number (Wan uses 5)")

@@ -107,7 +107,7 @@ class Oracle:
     def one_pass(self, frames: list[Frame], window: int, phase: int, *, guided: bool) -> list[Frame]:
         config, result = self.config, list(frames)
         m = config.guidance_frames if guided else 0
-        plan = plan_windows(len(frames), window, self.stride, phase, offset=config.commit_offset)
+        plan = plan_windows(len(frames), window, self.stride, phase, offset=config.commit_offset_of(self.window))
         for start, commit_start, commit_stop in plan:
             guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset, config.guidance_spacing)
             stop = start + (window if guidance or not guided else self.window)
@@ -138,8 +138,12 @@ class Oracle:
             queue.append(Frame(k, add_noise(self.schedule, clip[k].sample[None], noise[None], step)[0], step))
 
         def push() -> None:
-            first = queue[-1].number + 1
-            queue.extend(Frame(k, self.draw(Purpose.PUSH, k)) for k in range(first, first + width))
+            first, head = queue[-1].number + 1, queue[0]
+            clean = head.history[0] if head.history else clip[head.number].sample
+            share = config.tail_signal
+            queue.extend(
+                Frame(k, share * clean + (1 - share) * self.draw(Purpose.PUSH, k)) for k in range(first, first + width)
+            )
 
         push()
         while queue[0].step < self.handoff - 1:

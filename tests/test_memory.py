@@ -48,6 +48,8 @@ NOTHING_HELD_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
                 "128",
                 "--width",
                 "192",
+                "--zigzag-width",
+                "4",
                 "--window-batch",
                 "4",
             ],

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.study.methods import NUM_PROMPTS, PROMPTS, SCENES, WORLD, method_options
+from bench.study.methods import NUM_PROMPTS, OPEN_ATTRIBUTES, PROMPTS, SCENES, WORLD, method_options
 from bench.study.paired import COMPARED, VideoRow
 from miga_engine.config import MigaConfig, Request
 from miga_engine.errors import ConfigError
@@ -277,7 +278,17 @@ def _read_row(job: Job, path: Path, asked: Mapping[str, Any]) -> VideoRow:
     row = {**record, **dataclasses.asdict(job), "prompt": job.prompt, "options": _digest(asked)}
     row["num_frames"] = asked["num_frames"]
     row = {name: row[name] for name in CSV_COLUMNS} | means | {"accuracy": float(np.mean(accuracies))}
+    row["kept"] = kept_share(row)
     return {name: float(_rounded(value)) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def kept_share(row: VideoRow) -> float:
+    """Share of frames that keep what the prompt leaves open as the video began with it; NaN for a prompt that leaves
+    nothing open."""
+    index = int(row["prompt_index"])
+    if index < NUM_PROMPTS:
+        return math.nan
+    return float(row[f"accuracy_{OPEN_ATTRIBUTES[index % len(OPEN_ATTRIBUTES)]}"])
 
 
 def _rounded(value: float) -> str:

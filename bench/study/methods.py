@@ -43,42 +43,71 @@ PROMPTS = tuple(map(world.caption, SCENES)) + OPEN_PROMPTS
 
 BARE = {
     "zigzag_width": 1, "stage2_steps": 0, "refine_steps": 0, "guidance_frames": 0, "guidance_anchor": False,
-    "self_reflection": False,
+    "commit_offset": 0, "tail_signal": 0.0, "self_reflection": False,
 }  # fmt: skip
 """The method's queue without any of its parts: windows commit their cleaner end, the queue grows behind a clip."""
+MIGA = {
+    "zigzag_width": 4, "stage2_steps": 5, "refine_steps": 0, "guidance_frames": 2, "guidance_anchor": False,
+    "commit_offset": 0, "tail_signal": 0.0,
+}  # fmt: skip
+"""MIGA as published, in the embedded model's sizes."""
+
+SAMPLING = {"num_inference_steps": 0, "guidance": "cfg", "guidance_scale": 0.0, "guidance_scale_end": 0.0}
+"""What a method may change beside the options of `MigaConfig`; its values here give the types alone."""
 
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fifo": ("fifo", {"num_inference_steps": 52}),
     "fifo-equal": ("fifo", {"num_inference_steps": 26}),
+    "zigzag+stage2+guidance": ("miga", {"self_reflection": False}),
+    "zigzag+stage2+guidance+anchor": ("miga", {"guidance_anchor": True, "self_reflection": False}),
+    "lookahead+stage2": ("bare", {"stage2_steps": 5, "commit_offset": 7}),
+    "lookahead+stage2+anchor": (
+        "bare",
+        {"stage2_steps": 5, "commit_offset": 6, "guidance_frames": 1, "guidance_anchor": True},
+    ),
+    "lookahead+stage2+tail": ("bare", {"stage2_steps": 5, "commit_offset": 7, "tail_signal": 0.1}),
+    "lookahead+stage2+anchor+tail": (
+        "bare",
+        {"stage2_steps": 5, "commit_offset": 6, "guidance_frames": 1, "guidance_anchor": True, "tail_signal": 0.1},
+    ),
+    "fifo-equal+tail": ("fifo", {"num_inference_steps": 26, "tail_signal": 0.1}),
+    "default": ("default", {}),
+    "miga": ("miga", {}),
+    "paper": ("miga", {"judge": "latent", "channels": "mean", "score_drop": 0.01}),
+    "miga+refine": ("miga", {"refine_steps": 5}),
+    "bare": ("bare", {}),
     "zigzag": ("bare", {"zigzag_width": 4}),
     "zigzag+stage2": ("bare", {"zigzag_width": 4, "stage2_steps": 5}),
-    "zigzag+stage2+guidance": ("default", {"guidance_anchor": False, "self_reflection": False}),
-    "zigzag+stage2+guidance+anchor": ("default", {"self_reflection": False}),
-    "miga": ("default", {"guidance_anchor": False}),
-    "default": ("default", {}),
-    "paper": ("default", {"guidance_anchor": False, "judge": "latent", "channels": "mean", "score_drop": 0.01}),
-    "miga+refine": ("default", {"guidance_anchor": False, "refine_steps": 5}),
-    "bare": ("bare", {}),
+    "lookahead": ("bare", {"commit_offset": 7}),
     "stage2": ("bare", {"stage2_steps": 5}),
     "guidance": ("bare", {"guidance_frames": 2}),
     "guidance+anchor": ("bare", {"guidance_frames": 2, "guidance_anchor": True}),
     "reflection": ("bare", {"self_reflection": True}),
     "refine": ("bare", {"refine_steps": 5}),
 }
-"""Rows of the table: what they start from (FIFO-Diffusion, the bare queue, the preset), and what they change."""
+"""Rows of the table: what they start from (FIFO-Diffusion, the bare queue, MIGA, the preset), and what they change."""
 
 PARTS = (
+    ("kept end", "lookahead", "bare"),
+    ("kept end", "zigzag+stage2+guidance,commit_offset=5", "zigzag+stage2+guidance"),
     ("Stage 1", "zigzag", "bare"),
+    ("Stage 1", "lookahead+stage2,zigzag_width=2", "lookahead+stage2"),
     ("Stage 2", "stage2", "bare"),
     ("Stage 2", "zigzag+stage2", "zigzag"),
+    ("Stage 2", "lookahead+stage2", "lookahead"),
     ("guidance", "guidance", "bare"),
     ("guidance", "zigzag+stage2+guidance", "zigzag+stage2"),
     ("anchor", "guidance+anchor", "guidance"),
     ("anchor", "zigzag+stage2+guidance+anchor", "zigzag+stage2+guidance"),
-    ("anchor", "default", "miga"),
+    ("anchored window", "lookahead+stage2+anchor", "lookahead+stage2"),
+    ("tail", "fifo-equal+tail", "fifo-equal"),
+    ("tail", "zigzag+stage2+guidance,tail_signal=0.1", "zigzag+stage2+guidance"),
+    ("tail", "lookahead+stage2+tail", "lookahead+stage2"),
+    ("tail", "lookahead+stage2+anchor+tail", "lookahead+stage2+anchor"),
+    ("anchored window", "lookahead+stage2+anchor+tail", "lookahead+stage2+tail"),
     ("reflection", "reflection", "bare"),
     ("reflection", "miga", "zigzag+stage2+guidance"),
-    ("reflection", "default", "zigzag+stage2+guidance+anchor"),
+    ("like with like", "miga,search_baseline=continued", "miga"),
     ("refine", "refine", "bare"),
     ("refine", "miga+refine", "miga"),
 )
@@ -87,17 +116,16 @@ PARTS = (
 WORLD = "world"
 """Not a method: the prompt's scene as the world renders it, which says what the measures can reach."""
 SWEEP = (
-    "default,zigzag_width=2", "default,zigzag_width=6", "default,zigzag_width=8",
-    "default,guidance_frames=0", "default,guidance_frames=1", "default,guidance_frames=4",
-    "default,stage2_steps=0", "default,stage2_steps=2", "default,stage2_steps=9",
-    "default,stride=3", "default,stride=9",
-    "default,score_drop=0.1", "default,score_drop=0.4",
-    "default,judge=latent,channels=all", "default,judge=latent,channels=all,judge_step=10,score_drop=0.03",
-    "default,judge=x0,channels=mean",
+    "lookahead+stage2+tail,tail_signal=0.05", "lookahead+stage2+tail,tail_signal=0.2",
+    "lookahead+stage2+tail,stage2_steps=2", "lookahead+stage2+tail,stage2_steps=9",
+    "lookahead+stage2+tail,stride=4,commit_offset=9", "lookahead+stage2+tail,stride=9,commit_offset=4",
+    "lookahead+stage2+tail,commit_offset=0", "lookahead+stage2+tail,commit_offset=3",
+    "lookahead+stage2+tail,guidance=cfg-zero", "lookahead+stage2+tail,guidance=apg",
+    "lookahead+stage2+tail,guidance_scale_end=1.5",
 )  # fmt: skip
 GROUPS = {
-    "main": (*tuple(METHODS)[:10], WORLD),
-    "alone": tuple(METHODS)[10:],
+    "main": (*tuple(METHODS)[:9], WORLD),
+    "alone": tuple(METHODS)[9:],
     "sweep": SWEEP,
 }
 
@@ -118,22 +146,24 @@ def method_options(engine: Engine, method: str) -> dict[str, Any]:
         raise ConfigError(f"method is {name!r}: choose {', '.join(METHODS)} or {WORLD}")
     base, options = METHODS[name]
     options = {**options, **dict(_parse_change(method, change) for change in changes)}
-    num_steps = options.pop("num_inference_steps", None)
+    sampling = {name: options.pop(name) for name in SAMPLING.keys() & options.keys()}
     default = engine.preset.miga
     config = {
         "fifo": fifo_config(default, engine.bundle.window_frames),
         "bare": replace_options(default, BARE),
+        "miga": replace_options(default, MIGA),
         "default": default,
     }[base]
-    return {"num_inference_steps": num_steps, "miga": replace_options(config, options)}
+    return {**sampling, "miga": replace_options(config, options)}
 
 
 def _parse_change(method: str, change: str) -> tuple[str, Any]:
     """`stride=3` → ("stride", 3), by the type of the option's default."""
     name, equals, text = change.partition("=")
-    defaults = {field.name: field.default for field in dataclasses.fields(MigaConfig)} | {"num_inference_steps": 0}
+    defaults = {field.name: field.default for field in dataclasses.fields(MigaConfig)} | SAMPLING
     if not equals or name not in defaults:
-        raise ConfigError(f"method {method!r} has {change!r}: give OPTION=VALUE with an option of MigaConfig")
+        raise ConfigError(f"method {method!r} has {change!r}: give OPTION=VALUE with an option of MigaConfig, or "
+                          f"{', '.join(SAMPLING)}")  # fmt: skip
     default = defaults[name]
     try:
         if isinstance(default, bool):

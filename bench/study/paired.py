@@ -20,8 +20,9 @@ COMPARED: Mapping[str, tuple[str, float]] = {
     "colour_drift": ("colour drift, %", 100),
     "subject_jitter": ("subject jitter, px/frame²", 1),
     "accuracy": ("attributes as asked, %", 100),
+    "kept": ("left open, and kept, %", 100),
 }
-"""Measures of the table: their name there, and the factor to its unit."""
+"""Measures of the table: their name there, and the factor to its unit; NaN where a video has none."""
 VideoRow = Mapping[str, Any]
 """A row of the ablation's CSV file: what one video was made with, and its measures."""
 
@@ -36,7 +37,7 @@ def paired_difference(
     values = {_video(row): row[measure] for row in reference}
     by_prompt: dict[int, list[float]] = {}
     for row in rows:
-        if _video(row) in values:
+        if _video(row) in values and not np.isnan(row[measure] - values[_video(row)]):
             by_prompt.setdefault(row["prompt_index"], []).append(row[measure] - values[_video(row)])
     if not by_prompt:
         raise ConfigError("no prompt and seed is common to the two methods: compare methods that share some")
@@ -65,6 +66,11 @@ def _by_method(rows: Sequence[VideoRow]) -> dict[str, list[VideoRow]]:
     return {method: [row for row in rows if row["method"] == method] for method in methods}
 
 
+def _compared(rows: Sequence[VideoRow]) -> list[str]:
+    """Measures that some video has."""
+    return [name for name in COMPARED if not all(np.isnan(row[name]) for row in rows)]
+
+
 def markdown_table(rows: Sequence[VideoRow], reference: str) -> str:
     """A row per method: cost, and every measure as mean ± standard deviation over videos, below it the mean difference
     to the method `reference` over the videos of common prompts and seeds.
@@ -73,7 +79,8 @@ def markdown_table(rows: Sequence[VideoRow], reference: str) -> str:
     """
     by_method = _by_method(rows)
     compared = by_method.get(reference, [])
-    titles = ["method", "videos", "latent frames read per frame", *(title for title, _ in COMPARED.values())]
+    measures = _compared(rows)
+    titles = ["method", "videos", "latent frames read per frame", *(COMPARED[name][0] for name in measures)]
     lines = ["| " + " | ".join(titles) + " |", "| --- " + "| ---: " * (len(titles) - 1) + "|"]
     for method, own in by_method.items():
         cells = [
@@ -81,9 +88,9 @@ def markdown_table(rows: Sequence[VideoRow], reference: str) -> str:
             str(len(own)),
             f"{np.mean([row['window_frames'] / row['num_frames'] for row in own]):.1f}",
         ]
-        for measure, (_, factor) in COMPARED.items():
-            values = np.array([row[measure] for row in own]) * factor
-            cell = f"{values.mean():.2f} ± {values.std():.2f}"
+        for measure in measures:
+            values = np.array([row[measure] for row in own]) * COMPARED[measure][1]
+            cell = f"{np.nanmean(values):.2f} ± {np.nanstd(values):.2f}"
             if compared and method != reference:
                 cell += f"<br>{_difference(own, compared, measure)}"
             cells.append(cell)
@@ -97,7 +104,7 @@ def parts_table(rows: Sequence[VideoRow], parts: Sequence[tuple[str, str, str]])
     Means over the videos of common prompts and seeds, as in `markdown_table`; parts without any are left out, and the
     table is empty where none is left.
     """
-    by_method = _by_method(rows)
+    by_method, measures = _by_method(rows), _compared(rows)
     lines = []
     for name, method, without in parts:
         pairs = [{_video(row): row for row in by_method.get(side, ())} for side in (method, without)]
@@ -108,10 +115,10 @@ def parts_table(rows: Sequence[VideoRow], parts: Sequence[tuple[str, str, str]])
         calls, before = (sum(row["window_frames"] for row in side) for side in (own, other))
         cost = f"{100 * (calls / before - 1):+.0f} %" if before else ""
         cells = [name, f"`{method}` less `{without}`", str(len(both)), cost]
-        lines.append("| " + " | ".join(cells + [_difference(own, other, measure) for measure in COMPARED]) + " |")
+        lines.append("| " + " | ".join(cells + [_difference(own, other, measure) for measure in measures]) + " |")
     if not lines:
         return ""
-    titles = ["part", "difference", "videos", "latent frames read", *(title for title, _ in COMPARED.values())]
+    titles = ["part", "difference", "videos", "latent frames read", *(COMPARED[name][0] for name in measures)]
     head = ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
     return "\n".join(head + lines) + "\n"
 

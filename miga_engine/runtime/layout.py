@@ -65,6 +65,11 @@ class RunLayout:
         """Frames between two windows of a pass."""
         return self.config.stride_of(self.window_frames)
 
+    @cached_property
+    def commit_offset(self) -> int:
+        """First frames of a window that it only reads."""
+        return self.config.commit_offset_of(self.window_frames)
+
     @property
     def padding(self) -> int:
         """Frames before the queue that a trailing commit reads."""
@@ -94,7 +99,7 @@ class RunLayout:
     @property
     def num_remembered(self) -> int:
         """Frames in a row, back from the newest, of which any may be read once more."""
-        return self.capacity + self.config.commit_offset
+        return self.capacity + self.commit_offset
 
     @property
     def num_slots(self) -> int:
@@ -116,7 +121,7 @@ class RunLayout:
     def num_behind(self) -> int:
         """Scratch slots of each unified pass, behind the anchors, for frames as they were before it advanced them: its
         next window still reads the last `commit_offset` of them."""
-        return self.config.commit_offset + self.stride if self.config.commit_offset else 0
+        return self.commit_offset + self.stride if self.commit_offset else 0
 
     def slots_behind(self, level: int, frames: Sequence[int]) -> np.ndarray:
         """Slots of frames as they were before a unified pass advanced them, see `num_behind`."""
@@ -136,7 +141,7 @@ class RunLayout:
             phase = (length - local) % self.stride if length >= local else 0
         else:
             phase = num_passes % self.stride if self.config.moving_phase else 0
-        return head, plan_windows(length, local, self.stride, phase, offset=self.config.commit_offset)
+        return head, plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
 
     def queue_windows(self, head: int, tail: int, num_passes: int | None) -> list[QueueWindow]:
         """The windows of a pass over the queue `head … tail − 1`, guidance frames included; `num_passes` as above."""
@@ -157,7 +162,7 @@ class RunLayout:
         config = self.config
         return UnifiedPasses(
             config.stage2_steps, config.refine_steps, self.window_frames, self.stride, config.moving_phase, self.end,
-            config.commit_offset,
+            self.commit_offset,
         )  # fmt: skip
 
     def num_available(self, head: int) -> int:

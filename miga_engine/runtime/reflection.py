@@ -10,6 +10,7 @@ from miga_engine.config import MigaConfig
 from miga_engine.noise import Purpose
 from miga_engine.runtime.denoise import Denoiser, Window
 from miga_engine.runtime.judges import JUDGES
+from miga_engine.runtime.tail import Tail
 from miga_engine.runtime.window_plan import plan_windows
 
 FIRST_CANDIDATE_SERIES = 0x100
@@ -34,10 +35,12 @@ class Reflection:
         anchor: np.ndarray = _NO_SLOTS,
     ) -> None:
         self.denoiser = denoiser
+        self.tail_noise = Tail(denoiser.store, denoiser.schedule, denoiser.noise, config.tail_signal)
         self.config = config
         self.judge = JUDGES[config.judge]
         self.window_frames = window_frames
         self.stride = stride
+        self.commit_offset = config.commit_offset_of(window_frames)
         self.emit = emit
         self.anchor = anchor
         self.previous_score: float | None = None
@@ -65,9 +68,9 @@ class Reflection:
                 self.previous_score = score
                 then()
             return
-        self._search(reference, judged.start, score, then)
+        self._search(reference, head, judged.start, score, then)
 
-    def _search(self, reference: np.ndarray, first: int, score: float, then: Callable[[], None]) -> None:
+    def _search(self, reference: np.ndarray, head: int, first: int, score: float, then: Callable[[], None]) -> None:
         """Try `candidates` continuations of the reference; C₀ becomes the score of the one that stays.
 
         A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on. With
@@ -82,14 +85,13 @@ class Reflection:
         self.emit("search_started", frame=first, score=score, previous=self.previous_score, search=self.num_searches)
         for step in range(config.judge_step):
             fresh = slice(step * width, (step + 1) * width)
+            rows = store.prompt_row[store.slots(numbers[fresh])]
             for c in range(count):
-                series = self.num_searches * count + c
-                if c < config.candidates:
-                    noise = self.denoiser.noise(Purpose.CANDIDATE, numbers[fresh], series=series)
-                else:
-                    noise = self.denoiser.noise(Purpose.PUSH, numbers[fresh])
+                is_new = c < config.candidates
+                purpose, series = (Purpose.CANDIDATE, self.num_searches * count + c) if is_new else (Purpose.PUSH, 0)
+                noise = self.tail_noise(purpose, numbers[fresh], rows, head=head, series=series)
                 store.put(slots[c, fresh], noise, step_index=0, numbers=numbers[fresh].tolist())
-                store.prompt_row[slots[c, fresh]] = store.prompt_row[store.slots(numbers[fresh])]
+                store.prompt_row[slots[c, fresh]] = rows
             # A stochastic solver draws noise of its own for each candidate; otherwise all share one pass.
             shares = [slots[c : c + 1] for c in range(count)] if self.denoiser.schedule.uses_noise else [slots]
             for c, share in enumerate(shares):
@@ -126,7 +128,7 @@ class Reflection:
         for candidate in candidates:
             sequence = np.concatenate([reference, candidate])
             for start, commit_start, commit_stop in plan_windows(
-                num_frames, window, self.stride, phase, offset=self.config.commit_offset
+                num_frames, window, self.stride, phase, offset=self.commit_offset
             ):
                 first = max(commit_start, num_reference)
                 if first >= commit_stop:

@@ -23,6 +23,7 @@ from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.reflection import Reflection
+from miga_engine.runtime.tail import Tail
 from miga_engine.runtime.wavefront import Block
 from miga_engine.schedule import Schedule, add_noise
 
@@ -92,6 +93,7 @@ class VideoRun:
             guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
             guidance=guidance, guidance_scale_end=guidance_scale_end, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
+        self._tail_noise = Tail(self.store, schedule, noise, config.tail_signal)
         self.reflection = None
         if config.self_reflection:
             self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, self._anchor)
@@ -228,6 +230,7 @@ class VideoRun:
             self.store.put(slots, before, step_index=self.schedule.num_steps, numbers=padding)
             self.store.prompt_row[slots] = self.prompt_row(0)
             self._push(range(head, head + num_groups * width), noised, step_index=steps, then=then)
+            self.store.x0[self.store.index(self.store.slots(numbers))] = clip[sources]
             self.head, self.stage = head, stage
 
     def _fill_queue(self) -> None:
@@ -302,7 +305,8 @@ class VideoRun:
 
     def _push_noise(self, stage: str) -> None:
         numbers = range(self.tail, self.tail + self.config.zigzag_width)
-        noise = self.noise(Purpose.PUSH, np.asarray(numbers))
+        rows = np.array([self.prompt_row(number) for number in numbers])
+        noise = self._tail_noise(Purpose.PUSH, np.asarray(numbers), rows, head=self.head)
         with self.store.changing():
             self._push(numbers, noise, then=QUEUE)
             self.stage = stage
@@ -357,7 +361,7 @@ class VideoRun:
             for slots, noise in zip(refined, noises, strict=True):
                 self._renoise(slots, noise)
 
-        if self.config.commit_offset:
+        if self.unified.commit_offset:
             self._keep_behind(blocks)
         self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=finish)
 

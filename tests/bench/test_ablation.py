@@ -67,7 +67,7 @@ def test_every_named_method_can_run_and_differs_from_every_other(engine: Engine)
     resolved = [
         engine.resolve(methods.PROMPTS[0], num_frames=33, **methods.method_options(engine, method)) for method in names
     ]
-    assert len({(request.num_inference_steps, request.miga) for request in resolved}) == len(names)
+    assert len({json.dumps(request.metadata("tiny")) for request in resolved}) == len(names)
     by_name = dict(zip(names, resolved, strict=True))
     assert by_name["default"].miga == PRESETS["tiny"].miga
     assert by_name["fifo"].miga.commit == "trailing"
@@ -82,6 +82,8 @@ def test_a_method_can_be_changed_in_its_name(engine: Engine) -> None:
     config = changed["miga"]
     assert (config.stride, config.judge, config.score_drop, config.self_reflection) == (3, "latent", 0.5, False)
     assert changed["num_inference_steps"] == 30
+    rule = methods.method_options(engine, "default,guidance=apg,guidance_scale_end=1.5")
+    assert (rule["guidance"], rule["guidance_scale_end"], rule["miga"]) == ("apg", 1.5, PRESETS["tiny"].miga)
     for wrong in ("nothing", "default,stride", "default,strides=3", "default,stride=x", "default,self_reflection=2"):
         with pytest.raises(ConfigError, match=wrong.split(",")[-1].split("=")[0]):
             methods.method_options(engine, wrong)
@@ -245,11 +247,15 @@ def test_parts_are_told_from_the_same_method_without_them() -> None:
 
 def test_every_part_is_a_difference_of_one_part(engine: Engine) -> None:
     options = {
+        "kept end": {"commit_offset"},
         "Stage 1": {"zigzag_width"},
         "Stage 2": {"stage2_steps"},
         "guidance": {"guidance_frames"},
         "anchor": {"guidance_anchor"},
+        "anchored window": {"guidance_anchor", "guidance_frames", "commit_offset"},
+        "tail": {"tail_signal"},
         "reflection": {"self_reflection"},
+        "like with like": {"search_baseline"},
         "refine": {"refine_steps"},
     }
     for part, *pair in methods.PARTS:

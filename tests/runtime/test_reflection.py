@@ -62,7 +62,7 @@ def test_what_is_continued_is_what_the_judged_frames_were_made_of(monkeypatch):
     def of_the_frames(purpose, frames, *, series=0):
         return noise(Purpose.PUSH, frames) if purpose is Purpose.CANDIDATE else noise(purpose, frames, series=series)
 
-    monkeypatch.setattr(run.denoiser, "noise", of_the_frames)
+    monkeypatch.setattr(run.reflection.tail_noise, "noise", of_the_frames)
     collect(run)
     searches = [data for kind, data in events if kind == "search_finished"]
     assert searches

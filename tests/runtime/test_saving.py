@@ -54,6 +54,7 @@ def test_saving_changes_nothing_for_the_run_itself(engine, whole, tmp_path) -> N
         {"window_batch": 3},
         {"guidance_anchor": True},
         {"commit_offset": 2, "refine_steps": 2},
+        {"tail_signal": 0.2},
     ],
     ids=str,
 )

@@ -82,6 +82,7 @@ def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
                                      {"stage2_steps": 0}, {"stage2_steps": 0, "refine_steps": 3},
                                      {"guidance_anchor": True}, {"commit_offset": 3}, {"commit_offset": 1},
                                      {"commit_offset": 2, "refine_steps": 3}, {"guidance_spacing": 3},
+                                     {"tail_signal": 0.1}, {"tail_signal": 0.2, "zigzag_width": 1, "commit_offset": -1},
                                      {"commit_offset": 5, "stride": 2}, {"commit_offset": 2, "guidance_frames": 0},
                                      {"commit_offset": 1, "stage2_steps": 0, "refine_steps": 3}])  # fmt: skip
 def test_streamed_equals_whole_sequence_over_configurations(options):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 
+from miga_engine.config import MigaConfig, fifo_config
 from miga_engine.errors import ConfigError
+from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.window_plan import guidance_indices, iter_windows, next_cut, plan_windows
 
 
@@ -80,3 +85,23 @@ def test_endless_cuts_are_those_of_a_long_finite_sequence():
 def test_plan_refuses(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         plan_windows(*arguments)
+
+
+def test_the_noisier_end_follows_the_other_options() -> None:
+    """`commit_offset` -1 is what the number written out would be, and 0 where a window may leave none."""
+    for window, stride, guidance in itertools.product((9, 13, 21), (None, 1, 4), (0, 1, 4)):
+        config = MigaConfig(stride=stride, guidance_frames=guidance, self_reflection=False, stage2_steps=2)
+        written = dataclasses.replace(config, commit_offset=window - guidance - config.stride_of(window))
+        short = dataclasses.replace(config, commit_offset=-1)
+        layouts = [RunLayout(each, 12, window, 50) for each in (short, written)]
+        assert layouts[0].commit_offset == written.commit_offset == written.commit_offset_of(window)
+        assert layouts[0].num_slots == layouts[1].num_slots
+        for num_passes in range(5):
+            plans = [layout.queue_windows(0, 40, num_passes) for layout in layouts]
+            assert [str(window) for window in plans[0]] == [str(window) for window in plans[1]]
+    bound = MigaConfig(commit_offset=-1, self_reflection=False)
+    for other in ({"window_order": "sequential"}, {"commit": "trailing", "guidance_frames": 0}):
+        config = dataclasses.replace(bound, **other)
+        config.check(54, 21)
+        assert config.commit_offset_of(21) == 0
+    assert fifo_config(bound, 21).commit_offset == 0

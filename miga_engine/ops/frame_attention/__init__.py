@@ -67,10 +67,10 @@ def frame_attention(
     window's tokens).
 
     backend: "auto" takes the fastest exact one installed, timed once on each GPU for each kind of call (dtype, keys,
-    heads, bias), or what `attention_choices` says (on CPUs by rule: oneDNN for many keys where there is AVX-512, else
-    SDPA). Any other of ATTENTION_BACKENDS is obeyed or refused with DeviceError, and never replaced. A backend must
-    agree with the oracle on a sample of its first call's queries before its result is used. Where a gradient is wanted,
-    SDPA alone gives it.
+    heads, bias), or what `attention_choices` says (on CPUs by rule: SDPA, but oneDNN for many keys where there is
+    AVX-512 that MKL has no code for). Any other of ATTENTION_BACKENDS is obeyed or refused with DeviceError, and never
+    replaced. A backend must agree with the oracle on a sample of its first call's queries before its result is used.
+    Where a gradient is wanted, SDPA alone gives it.
     """
     require_tensors("q k v", q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
