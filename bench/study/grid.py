@@ -309,9 +309,9 @@ def read_csv(path: Path) -> list[VideoRow]:
             ]
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is no CSV file of an ablation ({error}): give another --csv") from error
-    if any(not {*CSV_COLUMNS, *COMPARED} <= row.keys() for row in rows):
+    if any(not {*CSV_COLUMNS, *COMPARED} - {"kept"} <= row.keys() for row in rows):
         raise ConfigError(f"{path} is no CSV file of an ablation, for it lacks columns: give another --csv")
-    return rows
+    return [{"kept": kept_share(row), **row} for row in rows]
 
 
 def write_csv(path: Path, rows: Sequence[VideoRow]) -> None:

@@ -73,6 +73,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fifo-equal+tail": ("fifo", {"num_inference_steps": 26, "tail_signal": 0.1}),
     "default": ("default", {}),
     "miga": ("miga", {}),
+    "miga+anchor": ("miga", {"guidance_anchor": True}),
     "paper": ("miga", {"judge": "latent", "channels": "mean", "score_drop": 0.01}),
     "miga+refine": ("miga", {"refine_steps": 5}),
     "bare": ("bare", {}),
