@@ -193,9 +193,7 @@ class DiffusersLoop:
                 "the diffusers loop knows UniPC, one prompt, no padded windows, no reflection, no signal in the tail"
             )
         self.request = request
-        self.stride = config.stride or min(
-            max(1, self.bundle.window_frames // 2), self.bundle.window_frames - config.guidance_frames
-        )
+        self.stride = config.stride_of(self.bundle.window_frames)
         factor = self.bundle.spatial_factor
         self.shape = (self.bundle.latent_channels, request.height // factor, request.width // factor)
         self.noise = CounterNoise(request.seed, self.shape, self.device)

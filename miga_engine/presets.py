@@ -32,13 +32,13 @@ _WAN = MigaConfig(stride=10)
 _OURS = MigaConfig(zigzag_width=1, guidance_frames=1, guidance_anchor=True, commit_offset=-1, judge="x0",
                    channels="all", score_drop=0.2)  # fmt: skip
 _WAN_OURS = dataclasses.replace(_OURS, stride=10)
+_VC2_OURS = dataclasses.replace(_OURS, stage2_steps=9, stride=8, judge_step=13, reference_groups=3, candidates=5)
 _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
 # The release counts DDIM indices: it judges at index 50 of 63 and refines from index 10 on, the identity at 0 included.
 _VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
                                     self_reflection=False, score_drop=0.001)  # fmt: skip
 _TINY_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=24, shift=3.0, guidance_scale=3.0)
-_VC2_OURS = dataclasses.replace(_OURS, stage2_steps=9, stride=8, judge_step=13, reference_groups=3, candidates=5)
 _TINY = dataclasses.replace(_OURS, stage2_steps=5, stride=6, judge_step=8)
 
 PRESETS: Mapping[str, Preset] = {

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained(options.model, preset="tiny")
     request = engine.resolve(prompt="any", num_inference_steps=options.num_inference_steps)
-    compared = patterns(request.miga, engine.bundle.window_frames)
+    compared = patterns(method_options(engine, "miga")["miga"], engine.bundle.window_frames)
     compared |= {name: method_options(engine, name)["miga"] for name in expand_methods(options.methods)}
     with tqdm(total=options.clips, unit="clip", disable=None) as bar:
         shown = clips(options.clips, options.open)

@@ -174,6 +174,8 @@ CSV_COLUMNS = (
     "searches",
     "adopted",
 )
+DERIVED = {"kept"}
+"""Measures that other columns give: in the rows of `run_grid`, not in the file."""
 REFLECTION = ("self_reflection", "score_drop", "judge_step", "reference_groups", "candidates", "judge", "channels")
 """Options that leave a video as it is while no search begins."""
 
@@ -226,7 +228,8 @@ def run_grid(
             print(f"{path} is being made by another process", flush=True)
         if path.exists():
             rows[video_key(job)] = _read_row(job, path, asked)
-    return [rows[video_key(job)] for job in wanted if video_key(job) in rows]
+    made = [rows[video_key(job)] for job in wanted if video_key(job) in rows]
+    return [{**row, "kept": kept_share(row)} for row in made]
 
 
 def video_key(video: Job | VideoRow) -> tuple[str, int, int]:
@@ -278,7 +281,6 @@ def _read_row(job: Job, path: Path, asked: Mapping[str, Any]) -> VideoRow:
     row = {**record, **dataclasses.asdict(job), "prompt": job.prompt, "options": _digest(asked)}
     row["num_frames"] = asked["num_frames"]
     row = {name: row[name] for name in CSV_COLUMNS} | means | {"accuracy": float(np.mean(accuracies))}
-    row["kept"] = kept_share(row)
     return {name: float(_rounded(value)) if isinstance(value, float) else value for name, value in row.items()}
 
 
@@ -309,17 +311,17 @@ def read_csv(path: Path) -> list[VideoRow]:
             ]
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is no CSV file of an ablation ({error}): give another --csv") from error
-    if any(not {*CSV_COLUMNS, *COMPARED} - {"kept"} <= row.keys() for row in rows):
+    if any(not {*CSV_COLUMNS, *COMPARED} - DERIVED <= row.keys() for row in rows):
         raise ConfigError(f"{path} is no CSV file of an ablation, for it lacks columns: give another --csv")
-    return [{"kept": kept_share(row), **row} for row in rows]
+    return rows
 
 
 def write_csv(path: Path, rows: Sequence[VideoRow]) -> None:
     """Write the rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in DERIVED))
     with io.StringIO(newline="") as stream:
-        writer = csv.DictWriter(stream, names, lineterminator="\n")
+        writer = csv.DictWriter(stream, names, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()})

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from bench.command import Parser, run_command
-from bench.study.methods import NUM_PROMPTS, PROMPTS, SCENES
+from bench.study.methods import NUM_PROMPTS, PROMPTS, SCENES, method_options
 from bench.study.paired import pyplot, save_figure
 from miga_engine import ops
-from miga_engine.config import replace_options
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
 from miga_engine.files import write_whole
@@ -106,7 +105,7 @@ class _Probe:
     """A run without self-reflection whose judges are asked from outside, between ticks of Stage 1."""
 
     def __init__(self, engine: Engine, prompt_index: int, *, num_points: int) -> None:
-        config = replace_options(engine.preset.miga, {"self_reflection": False})
+        config = method_options(engine, "zigzag+stage2+guidance+anchor")["miga"]
         num_levels = engine.preset.sampling.num_inference_steps - config.stage2_steps
         self.width, self.reference_groups = config.zigzag_width, config.reference_groups
         self.last_point = FIRST_POINT + (num_points - 1) * POINT_STRIDE
