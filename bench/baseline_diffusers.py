@@ -186,11 +186,14 @@ class DiffusersLoop:
         if (
             config.self_reflection
             or config.tail_signal
+            or config.history_guidance != "off"
+            or config.past_context
             or (config.commit, config.window_order, config.warmup) != ("leading", "parallel", "grow")
             or (request.solver, list(request.prompt)) != ("unipc", [0])
         ):
             raise ValueError(
-                "the diffusers loop knows UniPC, one prompt, no padded windows, no reflection, no signal in the tail"
+                "the diffusers loop knows UniPC, one prompt, no padded windows, no reflection, no signal in the tail, "
+                "no guidance on history"
             )
         self.request = request
         self.stride = config.stride_of(self.bundle.window_frames)

@@ -113,6 +113,11 @@ class MigaConfig(Checked):
         0.0, "share of the queue's cleanest frame, as predicted clean, in the noise that a new frame of its prompt "
         "begins as: what the prompt leaves open, and where things are, no longer change with the noise", most=1,
     )  # fmt: skip
+    history_guidance: str = option(
+        "off", "what the unconditional branch of guidance reads noise in place of, so that guidance_scale pushes "
+        "towards it as towards the prompt: nothing, the guidance frames and the anchor (distant), or all cleaner "
+        "frames before those that a window keeps; without effect at a scale of 1", choices=("off", "distant", "all"),
+    )  # fmt: skip
     moving_phase: bool = option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
     commit: str = option(
         "leading",
@@ -123,6 +128,10 @@ class MigaConfig(Checked):
         0, "first latent frames of a window that it only reads, for the window before keeps them: at 0 (paper) the "
         "cleaner end is kept, at most, window − guidance frames − stride, the noisier end, between them the middle; "
         "-1: as many as the other options allow", least=-1,
+    )  # fmt: skip
+    past_context: bool = option(
+        False, "with a commit_offset: windows at the head of the queue also read that many frames that have left it, "
+        "cleaner than any in it (at the beginning copies of the first frame, as in FIFO)",
     )  # fmt: skip
     window_order: str = option(
         "parallel",
@@ -162,6 +171,10 @@ class MigaConfig(Checked):
     def num_continuations(self) -> int:
         """Continuations that a search makes, that of the judged frames' own noise included."""
         return self.candidates + (self.search_baseline == "continued")
+
+    def history_of(self, num_guidance: int, commit_start: int) -> int:
+        """First frames of a window, of which so many are guidance frames, that guidance by history is about."""
+        return {"off": 0, "distant": num_guidance, "all": commit_start}[self.history_guidance]
 
     def stride_of(self, window_frames: int) -> int:
         """Latent frames between two windows of a pass of a model with this native window."""
@@ -327,7 +340,8 @@ def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
     return dataclasses.replace(
         base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, guidance_anchor=False,
         self_reflection=False, commit="trailing", commit_offset=0, warmup="copies", moving_phase=False,
-        tail_signal=0.0, stride=max(1, window_frames // 2),
+        tail_signal=0.0, history_guidance="off", past_context=False,
+        stride=max(1, window_frames // 2),
     )  # fmt: skip
 
 

@@ -98,13 +98,22 @@ class Oracle:
         history = [state[2][0], *frame.history][:2]
         return Frame(frame.number, state[0][0], frame.step + 1, history, state[1][0])
 
-    def forward(self, frames: list[Frame]) -> tuple[torch.Tensor, torch.Tensor]:
-        latents = torch.stack([f.sample for f in frames], dim=1)[None]
-        t = torch.tensor([[int(self.schedule.timesteps[min(f.step, self.schedule.num_steps - 1)]) for f in frames]])
-        output = self.network(torch.cat([latents] * 2), torch.cat([t] * 2), torch.tensor([1, 0]))
+    def forward(self, frames: list[Frame], first: int, num_guidance: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both branches of a window that commits from its position `first` on."""
+        num_history = {"off": 0, "distant": num_guidance, "all": first}[self.config.history_guidance]
+        unconditional, newer = list(frames), frames[first]
+        for i, f in enumerate(frames[:num_history]):
+            if f.step > newer.step:
+                series = np.array([(newer.step << 16) + i])
+                unconditional[i] = f.fresh(self.noise(Purpose.HISTORY, np.array([newer.number]), series=series)[0], 0)
+        latents = torch.stack([torch.stack([f.sample for f in branch], dim=1) for branch in (frames, unconditional)])
+        last = self.schedule.num_steps - 1
+        t = [[int(self.schedule.timesteps[min(f.step, last)]) for f in branch] for branch in (frames, unconditional)]
+        output = self.network(latents, torch.tensor(t), torch.tensor([1, 0]))
         return output[0].transpose(0, 1), output[1].transpose(0, 1)
 
-    def one_pass(self, frames: list[Frame], window: int, phase: int, *, guided: bool) -> list[Frame]:
+    def one_pass(self, frames: list[Frame], window: int, phase: int, *, guided: bool, num_past: int = 0) -> list[Frame]:
+        """The frames a step on, but for the first `num_past`, which are only read."""
         config, result = self.config, list(frames)
         m = config.guidance_frames if guided else 0
         plan = plan_windows(len(frames), window, self.stride, phase, offset=config.commit_offset_of(self.window))
@@ -114,8 +123,9 @@ class Oracle:
             read = [frames[i] for i in guidance] + frames[start:stop]
             if guidance and config.guidance_anchor:
                 read[0] = self.anchor
-            conditional, unconditional = self.forward(read)
-            for i in range(commit_start, commit_stop):
+            first = max(commit_start, num_past) - start + len(guidance)
+            conditional, unconditional = self.forward(read, first, len(guidance))
+            for i in range(max(commit_start, num_past), commit_stop):
                 at = i - start + len(guidance)
                 result[i] = self.step(frames[i], conditional[at], unconditional[at])
         return result
@@ -145,17 +155,24 @@ class Oracle:
                 Frame(k, share * clean + (1 - share) * self.draw(Purpose.PUSH, k)) for k in range(first, first + width)
             )
 
+        num_past = config.commit_offset_of(self.window) if config.past_context else 0
+        past = [Frame(k, clip[0].sample, self.schedule.num_steps) for k in range(-num_past, 0)]
+
+        def advance(phase: int) -> list[Frame]:
+            return self.one_pass(past + queue, local, phase, guided=True, num_past=num_past)[num_past:]
+
         push()
         while queue[0].step < self.handoff - 1:
-            phase = (len(queue) - local) % self.stride if len(queue) >= local else 0
-            queue = self.one_pass(queue, local, phase, guided=True)
+            length = num_past + len(queue)
+            queue = advance((length - local) % self.stride if length >= local else 0)
             push()
         total = max(num_frames, self.window)
         popped, passes = [], 0
         while len(popped) < total:
-            queue = self.one_pass(queue, local, passes % self.stride, guided=True)
+            queue = advance(passes % self.stride)
             passes += 1
             popped += [f.fresh(f.sample, f.step) for f in queue[:width]]
+            past = (past + popped[-width:])[width:]  # which Stage 2 has not changed where there is none
             del queue[:width]
             push()
         frames = popped[:total]

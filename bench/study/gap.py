@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from tqdm import tqdm
 
 from bench.command import Parser, run_command
 from bench.study.methods import OPEN_ATTRIBUTES, expand_methods, leaving_open, method_options
+from bench.study.paired import pyplot, save_figure
 from miga_engine.engine import Engine
-from miga_engine.measure.gap import Clip, gap_profile, patterns, table
+from miga_engine.measure.gap import Clip, Profile, gap_profile, patterns, table
 from miga_engine.tiny import world
 
 _NUM_FRAMES = 241
@@ -33,6 +35,24 @@ def clips(count: int, left_open: str | None) -> Iterator[Clip]:
         yield Clip(world.render(scene, _FIRST_FRAME, _NUM_FRAMES)[0], caption)
 
 
+def draw(picture: Path, bands: Sequence[tuple[float, float]], profiles: Mapping[str, Profile]) -> None:
+    """A curve for each pattern over the bands of noise levels, with its standard errors."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    where = np.arange(len(bands))
+    for i, (name, profile) in enumerate(profiles.items()):
+        beside = 0.03 * (i - len(profiles) / 2)  # so that error bars are told apart
+        axis.errorbar(where + beside, profile.percent, profile.error, label=name, marker="o", markersize=4, capsize=2)
+    axis.set_xticks(where, [f"{high:.2f} - {low:.2f}" for high, low in bands])
+    axis.set(xlabel="noise level σ, from where a video is decided (left) to its detail", ylabel="error over that of "
+             "ordinary windows, %")  # fmt: skip
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(figure, picture)
+    plt.close(figure)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(prog="python -m bench.study.gap", description=__doc__)
@@ -43,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="of bench.study.ablation, beside the usual patterns")  # fmt: skip
     parser.add_argument("--num-inference-steps", type=int, default=26, metavar="T", help="(default: 26)")
     parser.add_argument("--passes", type=int, default=2, metavar="N", help="of the queue for each clip (default: 2)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="the table as curves over the noise levels")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: 1)")
     return parser
 
@@ -58,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
         shown = clips(options.clips, options.open)
         bands, profiles = gap_profile(engine, shown, compared, request, passes=options.passes, on_clip=bar.update)
     print(table(bands, profiles))
+    if options.picture:
+        draw(options.picture, bands, profiles)
 
 
 if __name__ == "__main__":

@@ -58,20 +58,22 @@ class Job:
 def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str, Any]) -> None:
     """Write the video, lossless, and beside it a record of what was asked, what it cost and what its judge said.
 
-    `window_frames` counts the latent frames that all forwards read, once for both branches of guidance.
+    `window_frames` counts the latent frames that all forwards read, once for both branches of guidance, whether these
+    read the same or not.
     """
     from miga_engine.video.outputs import open_sink
 
     window_frames = 0
+    num_branches = 1 if {request.guidance_scale, request.guidance_scale_end} <= {1.0, None} else 2
 
-    def count(module: object, arguments: tuple[Any, ...], output: object) -> None:
+    def count(module: object, arguments: tuple[Any, ...], options: Mapping[str, Any], output: object) -> None:
         nonlocal window_frames
-        latents = arguments[0]  # [B,C,F,H,W]
-        window_frames += latents.shape[0] * latents.shape[2]
+        num_windows = options["context_index"].shape[0] // num_branches
+        window_frames += num_windows * arguments[0].shape[2]  # [B,C,F,H,W]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     events: list[Event] = []
-    hook = engine.bundle.transformer.register_forward_hook(count)
+    hook = engine.bundle.transformer.register_forward_hook(count, with_kwargs=True)
     started = time.perf_counter()
     try:
         with path_written_whole(path) as partial:

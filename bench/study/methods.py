@@ -43,12 +43,13 @@ PROMPTS = tuple(map(world.caption, SCENES)) + OPEN_PROMPTS
 
 BARE = {
     "zigzag_width": 1, "stage2_steps": 0, "refine_steps": 0, "guidance_frames": 0, "guidance_anchor": False,
-    "commit_offset": 0, "tail_signal": 0.0, "self_reflection": False,
+    "commit_offset": 0, "tail_signal": 0.0, "history_guidance": "off", "past_context": False,
+    "self_reflection": False,
 }  # fmt: skip
 """The method's queue without any of its parts: windows commit their cleaner end, the queue grows behind a clip."""
 MIGA = {
     "zigzag_width": 4, "stage2_steps": 5, "refine_steps": 0, "guidance_frames": 2, "guidance_anchor": False,
-    "commit_offset": 0, "tail_signal": 0.0,
+    "commit_offset": 0, "tail_signal": 0.0, "history_guidance": "off", "past_context": False,
 }  # fmt: skip
 """MIGA as published, in the embedded model's sizes."""
 
@@ -65,12 +66,37 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "bare",
         {"stage2_steps": 5, "commit_offset": 6, "guidance_frames": 1, "guidance_anchor": True},
     ),
+    "lookahead+stage2+past": ("bare", {"stage2_steps": 5, "commit_offset": 7, "past_context": True}),
+    "lookahead+stage2+history": ("bare", {"stage2_steps": 5, "commit_offset": 7, "history_guidance": "all"}),
+    "lookahead+stage2+past+history": (
+        "bare",
+        {
+            "stage2_steps": 5,
+            "commit_offset": 7,
+            "past_context": True,
+            "history_guidance": "all",
+            "guidance_scale": 2.0,
+        },
+    ),
+    "lookahead+stage2+anchor+past+history": (
+        "bare",
+        {
+            "stage2_steps": 5,
+            "commit_offset": 6,
+            "guidance_frames": 1,
+            "guidance_anchor": True,
+            "past_context": True,
+            "history_guidance": "all",
+            "guidance_scale": 2.0,
+        },
+    ),
     "lookahead+stage2+tail": ("bare", {"stage2_steps": 5, "commit_offset": 7, "tail_signal": 0.1}),
     "lookahead+stage2+anchor+tail": (
         "bare",
         {"stage2_steps": 5, "commit_offset": 6, "guidance_frames": 1, "guidance_anchor": True, "tail_signal": 0.1},
     ),
     "fifo-equal+tail": ("fifo", {"num_inference_steps": 26, "tail_signal": 0.1}),
+    "fifo-equal+history": ("fifo", {"num_inference_steps": 26, "history_guidance": "all"}),
     "default": ("default", {}),
     "miga": ("miga", {}),
     "miga+anchor": ("miga", {"guidance_anchor": True}),
@@ -106,6 +132,10 @@ PARTS = (
     ("tail", "lookahead+stage2+tail", "lookahead+stage2"),
     ("tail", "lookahead+stage2+anchor+tail", "lookahead+stage2+anchor"),
     ("anchored window", "lookahead+stage2+anchor+tail", "lookahead+stage2+tail"),
+    ("history", "fifo-equal+history", "fifo-equal"),
+    ("history", "lookahead+stage2+history", "lookahead+stage2"),
+    ("past", "lookahead+stage2+past", "lookahead+stage2"),
+    ("anchored window", "lookahead+stage2+anchor+past+history", "lookahead+stage2+past+history"),
     ("reflection", "reflection", "bare"),
     ("reflection", "miga", "zigzag+stage2+guidance"),
     ("like with like", "miga,search_baseline=continued", "miga"),
@@ -125,8 +155,8 @@ SWEEP = (
     "lookahead+stage2+tail,guidance_scale_end=1.5",
 )  # fmt: skip
 GROUPS = {
-    "main": (*tuple(METHODS)[:9], WORLD),
-    "alone": tuple(METHODS)[9:],
+    "main": (*tuple(METHODS)[:13], WORLD),
+    "alone": tuple(METHODS)[13:],
     "sweep": SWEEP,
 }
 

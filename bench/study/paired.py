@@ -153,14 +153,15 @@ def save_figure(figure: Any, picture: Path) -> None:
 
 
 def draw_measures(rows: Sequence[VideoRow], reference: str, picture: Path) -> None:
-    """What each method differs by from `reference` in its measures, beside what it differs by in motion: means over
+    """What each method differs by from `reference` in four measures, beside what it differs by in motion: means over
     common prompts and seeds with their 95 % intervals. Raises ConfigError without rows of the reference."""
     plt = pyplot()
     by_method = _by_method(rows)
     if reference not in by_method:
         raise ConfigError(f"pictures compare with {reference!r}, of which there is no video: name it in --methods")
     compared = by_method.pop(reference)
-    shown = ("subject_consistency", "background_consistency", "colour_profile_distance", "subject_jitter")
+    wanted = ("kept", "subject_consistency", "background_consistency", "colour_profile_distance", "subject_jitter")
+    shown = [measure for measure in wanted if measure in _compared(rows)][:4]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 5.2), layout="constrained")
     for axis, measure in zip(axes, shown, strict=True):
         title, factor = COMPARED[measure]

@@ -55,9 +55,9 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  *   Of the video: prompt, solver, num_inference_steps, shift, guidance_scale, eta, use_scale_array, num_frames, seed,
  *     height, width, fps, guidance, guidance_scale_end, negative_prompt, method.
  *   Of the method, in an object of the name miga: zigzag_width, stage2_steps, refine_steps, guidance_frames,
- *     guidance_offset, guidance_spacing, guidance_anchor, stride, tail_signal, moving_phase, commit, commit_offset,
- *     window_order, window_batch, warmup, self_reflection, score_drop, judge_step, reference_groups, candidates,
- *     search_baseline, judge, channels, prompt_blend_frames.
+ *     guidance_offset, guidance_spacing, guidance_anchor, stride, tail_signal, history_guidance, moving_phase, commit,
+ *     commit_offset, past_context, window_order, window_batch, warmup, self_reflection, score_drop, judge_step,
+ *     reference_groups, candidates, search_baseline, judge, channels, prompt_blend_frames.
  *   Of the model: device, dtype, preset, attention, vae_dtype, compile, capture.
  *   Of the stream: overlap_decode, stop_on_drift, warn_on_drift.
  *   All mean what they mean in miga_engine.Engine.from_pretrained and Engine.stream; others are refused.

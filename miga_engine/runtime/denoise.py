@@ -33,11 +33,16 @@ class NoiseSource(Protocol):
 
 
 class Window(NamedTuple):
-    """One forward: the slots it reads, and the half-open range of positions whose update is committed."""
+    """One forward: the slots it reads, and the half-open range of positions whose update is committed.
+
+    The first `num_history` positions are read by the conditional branch alone, as far as they are cleaner than the
+    first committed one: the other reads noise there.
+    """
 
     slots: np.ndarray
     commit_start: int
     commit_stop: int
+    num_history: int = 0
 
     @property
     def committed(self) -> np.ndarray:
@@ -58,9 +63,10 @@ class Denoiser:
     """Runs passes over a FrameStore.
 
     `guidance_scale` None or 1 skips the unconditional branch; it, `guidance` and `guidance_scale_end` are those of
-    `guidance.Guidance`. `window_batch` windows go through the network together (twice that with guidance); where memory
-    runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small forwards as
-    CUDA graphs. `ranks` shares the windows of a pass out over processes.
+    `guidance.Guidance`. `num_history` is the most that a window has: history guidance (arXiv 2502.06764) with one scale
+    for history and prompt. `window_batch` windows go through the network together (twice that with guidance); where
+    memory runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small forwards
+    as CUDA graphs. `ranks` shares the windows of a pass out over processes.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Denoiser:
         guidance_scale: float | None,
         guidance: str = "cfg",
         guidance_scale_end: float | None = None,
+        num_history: int = 0,
         window_batch: int = 1,
         order: str = "parallel",
         capture: bool = False,
@@ -92,6 +99,9 @@ class Denoiser:
         self._parts_done = 0
         self._checks: list[_Check] = []
         self._num_branches = 2 if self.guidance.is_on else 1
+        self._blanks: Tensor | None = None
+        if num_history and self.guidance.is_on:
+            self._blanks = store.sample.new_empty(window_batch * num_history, *store.frame_shape)
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
         # No pass commits more frames than there are slots; what else a batch computes lands in the last place.
@@ -230,14 +240,35 @@ class Denoiser:
         _check_table("prompt row", prompts, self.network.num_prompts)
         prompts = self.network.place_prompts(prompts)
         has_prompt_per_frame = bool((prompts != prompts[:, :1]).any())
-        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame)
+        blanks = self._draw_blanks(slots, starts, np.array([[window.num_history] for window in windows]))
+        masks_history = bool((blanks >= 0).any())
+        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame, masks_history)
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
         _check_table("step", steps, self.schedule.num_steps)
-        tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, prompts, keep, target)]))
+        tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, prompts, blanks, keep, target)]))
         if is_small and self._graphs is not None:
             self._graphs.run(self._run_tables, tables, shape)
         else:
             self._run_tables(tables, shape)
+
+    def _draw_blanks(self, slots: np.ndarray, starts: np.ndarray, num_history: np.ndarray) -> np.ndarray:
+        """`[B,F]`: which of `_blanks` the unconditional branch reads at a position of the windows, −1 for none.
+
+        Each is drawn anew in every pass, by the first committed frame, its step and the position: noise that stayed the
+        same would push all frames in one direction.
+        """
+        blanks = np.full(slots.shape, -1)
+        if self._blanks is None:
+            return blanks
+        steps, positions = self.store.step_index[slots], np.arange(slots.shape[1])
+        first = np.take_along_axis(slots, starts, 1)
+        is_history = (positions < num_history) & (steps > self.store.step_index[first])
+        blanks[is_history] = np.arange(is_history.sum())
+        if is_history.any():
+            numbers = np.broadcast_to(self.store.frame_number[first], slots.shape)[is_history]
+            series = ((self.store.step_index[first] << 16) + positions)[is_history]
+            self._blanks[: len(numbers)] = self.noise(Purpose.HISTORY, numbers, series=series)
+        return blanks
 
     def is_small(self, num_windows: int, num_frames: int) -> bool:
         """Whether a forward of so many windows of so many frames is one that a GPU captures."""
@@ -248,20 +279,26 @@ class Denoiser:
         """Gather, forward and scatter, all of whose data are the tables and the state on the device."""
         windows, frames, kept = shape.windows, shape.frames, shape.kept
         per_frame, per_kept = windows * frames, windows * kept
-        slots, steps, prompts, keep, target = tables.split([per_frame, per_frame, per_frame, per_kept, per_kept])
+        slots, steps, prompts, blanks, keep, target = tables.split([per_frame] * 4 + [per_kept] * 2)
         latents = self.store.sample.index_select(0, slots).view(windows, frames, *self.store.frame_shape)
-        prompts = prompts.view(windows, frames)
+        prompts, steps, keep = prompts.view(windows, frames), steps.view(windows, frames), keep.view(windows, kept)
         if not shape.has_prompt_per_frame:
             prompts = prompts[:, 0]
         if self._num_branches == 2:
             prompts = torch.cat([prompts, torch.full_like(prompts, NEGATIVE_ROW)])
+        if self._blanks is not None and shape.masks_history:  # the branches read different windows
+            is_blank = (blanks >= 0).view(windows, frames, 1, 1, 1)
+            noise = self._blanks.index_select(0, blanks.clamp(min=0)).view(latents.shape)
+            latents = torch.cat([latents, torch.where(is_blank, noise, latents)])
+            steps = torch.cat([steps, steps.masked_fill(is_blank.view(steps.shape), 0)])
+            keep = keep.repeat(2, 1)
         output = self.network(
             Batch(
                 latents.transpose(1, 2),
-                self._timesteps.index_select(0, steps).view(windows, frames),
-                steps.view(windows, frames),
+                self._timesteps.index_select(0, steps.flatten()).view(steps.shape),
+                steps,
                 prompts,
-                keep.view(windows, kept),
+                keep,
             )
         )
         output = output.transpose(1, 2).reshape(self._num_branches, per_kept, *self.store.frame_shape)

@@ -72,8 +72,10 @@ class RunLayout:
 
     @property
     def padding(self) -> int:
-        """Frames before the queue that a trailing commit reads."""
-        return self.window_frames - self.stride if self.config.commit == "trailing" else 0
+        """Frames before the queue that its windows read."""
+        if self.config.commit == "trailing":
+            return self.window_frames - self.stride
+        return self.commit_offset if self.config.past_context else 0
 
     @property
     def num_first_groups(self) -> int:
@@ -133,15 +135,16 @@ class RunLayout:
 
         `num_passes` of Stage 1 before it, None in warm-up.
         """
-        length, local = tail - head, self.window_frames - self.config.guidance_frames
+        length, local = tail - head + self.padding, self.window_frames - self.config.guidance_frames
         if self.config.commit == "trailing":
-            plan = plan_windows(length + self.padding, self.window_frames, self.stride, 0, "trailing")
-            return head - self.padding, plan
+            return head - self.padding, plan_windows(length, self.window_frames, self.stride, 0, "trailing")
         if num_passes is None:
             phase = (length - local) % self.stride if length >= local else 0
         else:
             phase = num_passes % self.stride if self.config.moving_phase else 0
-        return head, plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
+        plan = plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
+        committed = ((start, max(first, self.padding), stop) for start, first, stop in plan)
+        return head - self.padding, [window for window in committed if window[1] < window[2]]
 
     def queue_windows(self, head: int, tail: int, num_passes: int | None) -> list[QueueWindow]:
         """The windows of a pass over the queue `head … tail − 1`, guidance frames included; `num_passes` as above."""

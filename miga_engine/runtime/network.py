@@ -19,7 +19,10 @@ NEGATIVE_ROW = 0
 
 
 class Batch(NamedTuple):
-    """Windows that go through the network together: B windows of F frames in G guidance branches (1 or 2)."""
+    """Windows that go through the network together: B windows of F frames in G guidance branches (1 or 2).
+
+    Where the branches read different frames, each has windows of its own, and G is 1.
+    """
 
     latents: Tensor  # [B,C,F,H,W] float32
     timesteps: Tensor  # [B,F] float32

@@ -137,5 +137,6 @@ class Reflection:
                 is_of_its_prompt = num_anchors > 0 and (prompt_row[slots] == prompt_row[self.anchor]).all()
                 anchor = self.anchor if is_of_its_prompt else _NO_SLOTS
                 offset = len(anchor) - start
-                windows.append(Window(np.concatenate([anchor, slots]), first + offset, commit_stop + offset))
+                first, num_history = first + offset, self.config.history_of(len(anchor), first + offset)
+                windows.append(Window(np.concatenate([anchor, slots]), first, commit_stop + offset, num_history))
         return windows

@@ -89,9 +89,9 @@ class VideoRun:
         self.store = FrameStore(layout.capacity, frame_shape, device, scratch=layout.num_slots - layout.capacity)
         self._anchor = self.store.scratch_slots(layout.num_search_slots, layout.num_anchors)
         self.denoiser = Denoiser(
-            network, self.store, schedule, noise,
-            guidance_scale=guidance_scale, window_batch=config.window_batch or 1, order=config.window_order,
-            guidance=guidance, guidance_scale_end=guidance_scale_end, capture=capture, ranks=ranks, emit=emit,
+            network, self.store, schedule, noise, guidance=guidance, guidance_scale=guidance_scale,
+            guidance_scale_end=guidance_scale_end, num_history=config.history_of(config.guidance_frames, window_frames),
+            window_batch=config.window_batch or 1, order=config.window_order, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self._tail_noise = Tail(self.store, schedule, noise, config.tail_signal)
         self.reflection = None
@@ -300,7 +300,7 @@ class VideoRun:
                 prompt_rows = self.store.prompt_row[slots[num_guidance:]]
                 if (prompt_rows == self.store.prompt_row[self._anchor]).all():
                     slots[0] = self._anchor[0]
-            windows.append(Window(slots, commit_start, commit_stop))
+            windows.append(Window(slots, commit_start, commit_stop, self.config.history_of(num_guidance, commit_start)))
         return windows
 
     def _push_noise(self, stage: str) -> None:

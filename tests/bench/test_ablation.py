@@ -254,6 +254,8 @@ def test_every_part_is_a_difference_of_one_part(engine: Engine) -> None:
         "anchor": {"guidance_anchor"},
         "anchored window": {"guidance_anchor", "guidance_frames", "commit_offset"},
         "tail": {"tail_signal"},
+        "history": {"history_guidance"},
+        "past": {"past_context"},
         "reflection": {"self_reflection"},
         "like with like": {"search_baseline"},
         "refine": {"refine_steps"},

@@ -55,6 +55,8 @@ def test_saving_changes_nothing_for_the_run_itself(engine, whole, tmp_path) -> N
         {"guidance_anchor": True},
         {"commit_offset": 2, "refine_steps": 2},
         {"tail_signal": 0.2},
+        {"past_context": True, "commit_offset": 2, "guidance_frames": 0, "history_guidance": "all"},
+        {"history_guidance": "distant", "commit_offset": -1, "guidance_anchor": True, "score_drop": -1.0},
     ],
     ids=str,
 )

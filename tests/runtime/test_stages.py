@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), [
     *((name, {}) for name in PRESETS), *((name, {"refine_steps": 3}) for name in ("tiny", "wan2.1", "videocrafter2")),
-    ("tiny", {"commit_offset": 5}), ("wan2.1", {"commit_offset": 7}),
+    ("tiny", {"commit_offset": 5, "past_context": True}), ("wan2.1", {"commit_offset": 7}),
 ])  # fmt: skip
 def test_until_it_has_parted_a_run_does_what_an_endless_one_does(name, changes, monkeypatch):
     """In integers, over lengths: the state that is kept to be extended is one that any longer run has too."""
@@ -85,7 +85,17 @@ def test_streamed_equals_whole_sequence_bit_for_bit(num_frames, refine_steps):
                                      {"commit_offset": 2, "refine_steps": 3}, {"guidance_spacing": 3},
                                      {"tail_signal": 0.1}, {"tail_signal": 0.2, "zigzag_width": 1, "commit_offset": -1},
                                      {"commit_offset": 5, "stride": 2}, {"commit_offset": 2, "guidance_frames": 0},
-                                     {"commit_offset": 1, "stage2_steps": 0, "refine_steps": 3}])  # fmt: skip
+                                     {"commit_offset": 1, "stage2_steps": 0, "refine_steps": 3},
+                                     {"history_guidance": "distant"},
+                                     {"past_context": True, "commit_offset": -1, "stage2_steps": 0},
+                                     {"past_context": True, "commit_offset": 2, "stage2_steps": 0, "zigzag_width": 1,
+                                      "guidance_anchor": True, "history_guidance": "all"},
+                                     {"history_guidance": "all", "commit_offset": 2, "guidance_frames": 0,
+                                      "zigzag_width": 1, "refine_steps": 3},
+                                     {"history_guidance": "all", "commit_offset": -1,
+                                      "guidance_anchor": True},
+                                     {"history_guidance": "distant", "commit_offset": -1, "zigzag_width": 1,
+                                      "guidance_anchor": True, "guidance_frames": 1}])  # fmt: skip
 def test_streamed_equals_whole_sequence_over_configurations(options):
     config = toy_config(**options)
     oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
