@@ -141,10 +141,12 @@ def test_large_batches_are_not_captured(gpu, monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
-def test_graphs_are_few_whatever_is_committed(gpu, batch: int) -> None:
-    miga = dataclasses.replace(options_of("tiny")["miga"], window_batch=batch, self_reflection=False)
+@pytest.mark.parametrize(("history", "kinds"), [("off", 1), ("all", 2)])  # the branches read the same, or do not
+def test_graphs_are_few_whatever_is_committed(gpu, batch: int, history: str, kinds: int) -> None:
+    changes = {"window_batch": batch, "self_reflection": False, "history_guidance": history}
+    miga = dataclasses.replace(options_of("tiny")["miga"], **changes)
     frames_by(Engine.from_pretrained("tiny", "cuda", "float32"), "tiny", miga=miga, num_frames=121)
-    assert len(gpu.graphs) <= batch
+    assert len(gpu.graphs) <= kinds * batch
 
 
 @pytest.mark.slow
