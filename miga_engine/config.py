@@ -172,8 +172,8 @@ class MigaConfig(Checked):
         """Continuations that a search makes, that of the judged frames' own noise included."""
         return self.candidates + (self.search_baseline == "continued")
 
-    def history_of(self, num_guidance: int, commit_start: int) -> int:
-        """First frames of a window, of which so many are guidance frames, that guidance by history is about."""
+    def num_past(self, num_guidance: int, commit_start: int) -> int:
+        """How many first frames of a window, of which so many are guidance frames, `history_guidance` is about."""
         return {"off": 0, "distant": num_guidance, "all": commit_start}[self.history_guidance]
 
     def stride_of(self, window_frames: int) -> int:

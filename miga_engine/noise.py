@@ -45,7 +45,7 @@ class Purpose(IntEnum):
     CANDIDATE = 3  # series: search and candidate
     REFINE = 4
     SOLVER = 5  # noise that a stochastic solver adds; series: stage and step_index
-    HISTORY = 6  # what the unconditional branch reads in place of cleaner frames; series: step_index and position
+    PAST = 6  # what the unconditional branch reads in place of cleaner frames; series: step_index and position
 
 
 class FrameNoise(NamedTuple):

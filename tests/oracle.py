@@ -100,12 +100,12 @@ class Oracle:
 
     def forward(self, frames: list[Frame], first: int, num_guidance: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both branches of a window that commits from its position `first` on."""
-        num_history = {"off": 0, "distant": num_guidance, "all": first}[self.config.history_guidance]
+        num_masked = {"off": 0, "distant": num_guidance, "all": first}[self.config.history_guidance]
         unconditional, newer = list(frames), frames[first]
-        for i, f in enumerate(frames[:num_history]):
+        for i, f in enumerate(frames[:num_masked]):
             if f.step > newer.step:
                 series = np.array([(newer.step << 16) + i])
-                unconditional[i] = f.fresh(self.noise(Purpose.HISTORY, np.array([newer.number]), series=series)[0], 0)
+                unconditional[i] = f.fresh(self.noise(Purpose.PAST, np.array([newer.number]), series=series)[0], 0)
         latents = torch.stack([torch.stack([f.sample for f in branch], dim=1) for branch in (frames, unconditional)])
         last = self.schedule.num_steps - 1
         t = [[int(self.schedule.timesteps[min(f.step, last)]) for f in branch] for branch in (frames, unconditional)]
@@ -197,11 +197,20 @@ def toy_config(**options) -> MigaConfig:
 
 
 def toy_run(
-    config: MigaConfig, num_frames: int | None, *, steps=16, window=9, seed=5, events=None, network=pseudo_network
+    config: MigaConfig,
+    num_frames: int | None,
+    *,
+    steps=16,
+    window=9,
+    seed=5,
+    events=None,
+    network=pseudo_network,
+    guidance_scale=5.0,
 ):
     return VideoRun(
         PlainNetwork(network), make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
-        noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=5.0, device=torch.device("cpu"),
+        noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=guidance_scale,
+        device=torch.device("cpu"),
         emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
     )  # fmt: skip
 

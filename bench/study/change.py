@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.command import Parser, run_command
-from bench.study.methods import NUM_PROMPTS, PROMPTS, method_options
+from bench.study.methods import PROMPTS, method_options, noise_seed
 from bench.study.paired import pyplot, save_figure
 from miga_engine.config import Request
 from miga_engine.engine import Engine
@@ -45,7 +45,7 @@ def follow(engine: Engine, request: Request) -> Tensor:
             predicted = run.store.x0[run.store.index(slots)]  # [n,C,H,W]
             found.update(zip(keys, predicted.mean(-1).flatten(1), strict=True))
 
-    run.denoiser.run = watched  # type: ignore[method-assign]
+    run.denoiser.run = watched
     num_frames = sum(len(clean.latents) for clean in run)
     steps = range(run.schedule.num_steps)
     nothing = torch.full_like(next(iter(found.values())), float("nan"))
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     plt = pyplot()
     torch.set_num_threads(options.threads)
     engine = Engine.from_pretrained("tiny")
-    prompt, seed = PROMPTS[options.prompt], options.seed * NUM_PROMPTS + options.prompt
+    prompt, seed = PROMPTS[options.prompt], noise_seed(options.prompt, options.seed)
     followed = {
         method: follow(
             engine,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from bench.command import Parser, run_command
 from bench.study.methods import OPEN_ATTRIBUTES, expand_methods, leaving_open, method_options
-from bench.study.paired import pyplot, save_figure
 from miga_engine.engine import Engine
-from miga_engine.measure.gap import Clip, Profile, gap_profile, patterns, table
+from miga_engine.measure.gap import Clip, gap_profile, patterns, table, write_picture
 from miga_engine.tiny import world
 
 _NUM_FRAMES = 241
@@ -33,24 +32,6 @@ def clips(count: int, left_open: str | None) -> Iterator[Clip]:
         scene = world.sample_scene(rng)
         caption = leaving_open(scene, left_open) if left_open else world.caption(scene)
         yield Clip(world.render(scene, _FIRST_FRAME, _NUM_FRAMES)[0], caption)
-
-
-def draw(picture: Path, bands: Sequence[tuple[float, float]], profiles: Mapping[str, Profile]) -> None:
-    """A curve for each pattern over the bands of noise levels, with its standard errors."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
-    axis.axhline(0, color="grey", linewidth=0.8)
-    where = np.arange(len(bands))
-    for i, (name, profile) in enumerate(profiles.items()):
-        beside = 0.03 * (i - len(profiles) / 2)  # so that error bars are told apart
-        axis.errorbar(where + beside, profile.percent, profile.error, label=name, marker="o", markersize=4, capsize=2)
-    axis.set_xticks(where, [f"{high:.2f} - {low:.2f}" for high, low in bands])
-    axis.set(xlabel="noise level σ, from where a video is decided (left) to its detail", ylabel="error over that of "
-             "ordinary windows, %")  # fmt: skip
-    axis.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False)
-    save_figure(figure, picture)
-    plt.close(figure)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         bands, profiles = gap_profile(engine, shown, compared, request, passes=options.passes, on_clip=bar.update)
     print(table(bands, profiles))
     if options.picture:
-        draw(options.picture, bands, profiles)
+        write_picture(options.picture, bands, profiles)
 
 
 if __name__ == "__main__":

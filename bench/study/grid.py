@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.study.methods import NUM_PROMPTS, OPEN_ATTRIBUTES, PROMPTS, SCENES, WORLD, method_options
+from bench.study.methods import NUM_PROMPTS, OPEN_ATTRIBUTES, PROMPTS, SCENES, WORLD, method_options, noise_seed
 from bench.study.paired import COMPARED, VideoRow
 from miga_engine.config import MigaConfig, Request
 from miga_engine.errors import ConfigError
 from miga_engine.files import open_own, path_written_whole, write_whole
+from miga_engine.runtime.network import NEGATIVE_ROW
 from miga_engine.tiny import world
 
 if TYPE_CHECKING:
@@ -64,12 +65,12 @@ def make_video(engine: Engine, request: Request, path: Path, asked: Mapping[str,
     from miga_engine.video.outputs import open_sink
 
     window_frames = 0
-    num_branches = 1 if {request.guidance_scale, request.guidance_scale_end} <= {1.0, None} else 2
 
     def count(module: object, arguments: tuple[Any, ...], options: Mapping[str, Any], output: object) -> None:
         nonlocal window_frames
-        num_windows = options["context_index"].shape[0] // num_branches
-        window_frames += num_windows * arguments[0].shape[2]  # [B,C,F,H,W]
+        prompts = options["context_index"]  # of each window in each branch, or of each of its frames
+        is_conditional = prompts.reshape(len(prompts), -1)[:, 0] != NEGATIVE_ROW
+        window_frames += int(is_conditional.sum()) * arguments[0].shape[2]  # [B,C,F,H,W]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     events: list[Event] = []
@@ -206,9 +207,8 @@ def run_grid(
     videos = [(p, s) for p in prompts for s in range(num_seeds)]
     wanted = [Job(method, *video) for video in videos for method in methods]
     requests = {
-        # each prompt has noise of its own, which the methods share
         job: engine.resolve(
-            job.prompt, num_frames=num_frames, seed=job.seed * NUM_PROMPTS + job.prompt_index, **options[job.method]
+            job.prompt, num_frames=num_frames, seed=noise_seed(job.prompt_index, job.seed), **options[job.method]
         )
         for job in wanted
     }

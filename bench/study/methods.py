@@ -161,6 +161,11 @@ GROUPS = {
 }
 
 
+def noise_seed(prompt_index: int, seed: int) -> int:
+    """The engine's seed: each prompt has noise of its own, which the methods share."""
+    return seed * NUM_PROMPTS + prompt_index
+
+
 def prompt_indices(left_open: str | None) -> list[int]:
     """Indices of the prompts that leave this attribute open (any: whichever), or nothing."""
     if left_open is None:

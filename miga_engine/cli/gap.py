@@ -39,7 +39,6 @@ def _gap(options: argparse.Namespace) -> int:
 
     from miga_engine.files import write_whole
     from miga_engine.measure import gap
-    from miga_engine.measure.report import write_curves
     from miga_engine.video.outputs import suffixes_of
     from miga_engine.video.paths import check_output, reported
 
@@ -66,9 +65,7 @@ def _gap(options: argparse.Namespace) -> int:
         with reported(own["output"]):
             write_whole(Path(own["output"]), json.dumps(gap.to_record(bands, profiles), indent=1) + "\n")
     if own["picture"] is not None:
-        labels = [f"{high:.2f} - {low:.2f}" for high, low in bands]
-        curves = {name: profile.percent for name, profile in profiles.items()}
-        write_curves(own["picture"], "error over that of ordinary windows, %, by sigma", labels, curves)
+        gap.write_picture(own["picture"], bands, profiles)
     return 0
 
 

@@ -9,6 +9,7 @@ true here: what helps by copying from them may copy errors in a run.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ from miga_engine.config import MigaConfig, Request, fifo_config
 from miga_engine.device import own_modes
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
+from miga_engine.measure.report import write_curves
 from miga_engine.prompts import PromptTimeline
 from miga_engine.resolve import schedule_of
 from miga_engine.runtime.layout import RunLayout
@@ -145,6 +147,15 @@ def table(bands: Sequence[tuple[float, float]], profiles: Mapping[str, Profile])
         for row in rows
     ]
     return "\n".join(["error over that of ordinary windows, %", "", *lines])
+
+
+def write_picture(
+    path: str | os.PathLike[str], bands: Sequence[tuple[float, float]], profiles: Mapping[str, Profile]
+) -> None:
+    """Writes a PNG of a curve for each pattern over the bands; OutputError where the file cannot be written."""
+    labels = [f"{high:.2f} - {low:.2f}" for high, low in bands]
+    curves = {name: profile.percent for name, profile in profiles.items()}
+    write_curves(path, "error over that of ordinary windows, %, by sigma", labels, curves)
 
 
 def _bands(schedule: Schedule) -> list[tuple[int, int]]:

@@ -31,7 +31,7 @@ class BatchShape(NamedTuple):
     frames: int
     kept: int
     has_prompt_per_frame: bool
-    masks_history: bool
+    parts_branches: bool
 
 
 _one_capture = threading.Lock()

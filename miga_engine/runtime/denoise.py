@@ -35,14 +35,14 @@ class NoiseSource(Protocol):
 class Window(NamedTuple):
     """One forward: the slots it reads, and the half-open range of positions whose update is committed.
 
-    The first `num_history` positions are read by the conditional branch alone, as far as they are cleaner than the
+    The first `num_past` positions are read by the conditional branch alone, as far as they are cleaner than the
     first committed one: the other reads noise there.
     """
 
     slots: np.ndarray
     commit_start: int
     commit_stop: int
-    num_history: int = 0
+    num_past: int = 0
 
     @property
     def committed(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Denoiser:
     """Runs passes over a FrameStore.
 
     `guidance_scale` None or 1 skips the unconditional branch; it, `guidance` and `guidance_scale_end` are those of
-    `guidance.Guidance`. `num_history` is the most that a window has: history guidance (arXiv 2502.06764) with one scale
+    `guidance.Guidance`. `num_past` is the most that a window has: history guidance (arXiv 2502.06764) with one scale
     for history and prompt. `window_batch` windows go through the network together (twice that with guidance); where
     memory runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small forwards
     as CUDA graphs. `ranks` shares the windows of a pass out over processes.
@@ -79,7 +79,7 @@ class Denoiser:
         guidance_scale: float | None,
         guidance: str = "cfg",
         guidance_scale_end: float | None = None,
-        num_history: int = 0,
+        num_past: int = 0,
         window_batch: int = 1,
         order: str = "parallel",
         capture: bool = False,
@@ -100,8 +100,8 @@ class Denoiser:
         self._checks: list[_Check] = []
         self._num_branches = 2 if self.guidance.is_on else 1
         self._blanks: Tensor | None = None
-        if num_history and self.guidance.is_on:
-            self._blanks = store.sample.new_empty(window_batch * num_history, *store.frame_shape)
+        if num_past and self.guidance.is_on:
+            self._blanks = store.sample.new_empty(window_batch * num_past, *store.frame_shape)
         self._coefficients = schedule.coefficients.rows.to(store.device)
         self._timesteps = schedule.timesteps.to(store.device)
         # No pass commits more frames than there are slots; what else a batch computes lands in the last place.
@@ -240,9 +240,9 @@ class Denoiser:
         _check_table("prompt row", prompts, self.network.num_prompts)
         prompts = self.network.place_prompts(prompts)
         has_prompt_per_frame = bool((prompts != prompts[:, :1]).any())
-        blanks = self._draw_blanks(slots, starts, np.array([[window.num_history] for window in windows]))
-        masks_history = bool((blanks >= 0).any())
-        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame, masks_history)
+        blanks = self._draw_blanks(slots, starts, np.array([[window.num_past] for window in windows]))
+        parts_branches = bool((blanks >= 0).any())
+        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame, parts_branches)
         steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
         _check_table("step", steps, self.schedule.num_steps)
         tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, prompts, blanks, keep, target)]))
@@ -251,7 +251,7 @@ class Denoiser:
         else:
             self._run_tables(tables, shape)
 
-    def _draw_blanks(self, slots: np.ndarray, starts: np.ndarray, num_history: np.ndarray) -> np.ndarray:
+    def _draw_blanks(self, slots: np.ndarray, starts: np.ndarray, num_past: np.ndarray) -> np.ndarray:
         """`[B,F]`: which of `_blanks` the unconditional branch reads at a position of the windows, −1 for none.
 
         Each is drawn anew in every pass, by the first committed frame, its step and the position: noise that stayed the
@@ -262,12 +262,12 @@ class Denoiser:
             return blanks
         steps, positions = self.store.step_index[slots], np.arange(slots.shape[1])
         first = np.take_along_axis(slots, starts, 1)
-        is_history = (positions < num_history) & (steps > self.store.step_index[first])
-        blanks[is_history] = np.arange(is_history.sum())
-        if is_history.any():
-            numbers = np.broadcast_to(self.store.frame_number[first], slots.shape)[is_history]
-            series = ((self.store.step_index[first] << 16) + positions)[is_history]
-            self._blanks[: len(numbers)] = self.noise(Purpose.HISTORY, numbers, series=series)
+        is_past = (positions < num_past) & (steps > self.store.step_index[first])
+        blanks[is_past] = np.arange(is_past.sum())
+        if is_past.any():
+            numbers = np.broadcast_to(self.store.frame_number[first], slots.shape)[is_past]
+            series = ((self.store.step_index[first] << 16) + positions)[is_past]
+            self._blanks[: len(numbers)] = self.noise(Purpose.PAST, numbers, series=series)
         return blanks
 
     def is_small(self, num_windows: int, num_frames: int) -> bool:
@@ -286,7 +286,7 @@ class Denoiser:
             prompts = prompts[:, 0]
         if self._num_branches == 2:
             prompts = torch.cat([prompts, torch.full_like(prompts, NEGATIVE_ROW)])
-        if self._blanks is not None and shape.masks_history:  # the branches read different windows
+        if self._blanks is not None and shape.parts_branches:  # the branches read different windows
             is_blank = (blanks >= 0).view(windows, frames, 1, 1, 1)
             noise = self._blanks.index_select(0, blanks.clamp(min=0)).view(latents.shape)
             latents = torch.cat([latents, torch.where(is_blank, noise, latents)])

@@ -143,8 +143,8 @@ class RunLayout:
         else:
             phase = num_passes % self.stride if self.config.moving_phase else 0
         plan = plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
-        committed = ((start, max(first, self.padding), stop) for start, first, stop in plan)
-        return head - self.padding, [window for window in committed if window[1] < window[2]]
+        start, _, commit_stop = plan[0]  # the only one that would commit padding: others begin `commit_offset` later
+        return head - self.padding, [(start, self.padding, commit_stop), *plan[1:]]
 
     def queue_windows(self, head: int, tail: int, num_passes: int | None) -> list[QueueWindow]:
         """The windows of a pass over the queue `head … tail − 1`, guidance frames included; `num_passes` as above."""

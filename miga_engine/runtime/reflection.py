@@ -137,6 +137,6 @@ class Reflection:
                 is_of_its_prompt = num_anchors > 0 and (prompt_row[slots] == prompt_row[self.anchor]).all()
                 anchor = self.anchor if is_of_its_prompt else _NO_SLOTS
                 offset = len(anchor) - start
-                first, num_history = first + offset, self.config.history_of(len(anchor), first + offset)
-                windows.append(Window(np.concatenate([anchor, slots]), first, commit_stop + offset, num_history))
+                first, num_past = first + offset, self.config.num_past(len(anchor), first + offset)
+                windows.append(Window(np.concatenate([anchor, slots]), first, commit_stop + offset, num_past))
         return windows

@@ -90,7 +90,7 @@ class VideoRun:
         self._anchor = self.store.scratch_slots(layout.num_search_slots, layout.num_anchors)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise, guidance=guidance, guidance_scale=guidance_scale,
-            guidance_scale_end=guidance_scale_end, num_history=config.history_of(config.guidance_frames, window_frames),
+            guidance_scale_end=guidance_scale_end, num_past=config.num_past(config.guidance_frames, window_frames),
             window_batch=config.window_batch or 1, order=config.window_order, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self._tail_noise = Tail(self.store, schedule, noise, config.tail_signal)
@@ -300,7 +300,7 @@ class VideoRun:
                 prompt_rows = self.store.prompt_row[slots[num_guidance:]]
                 if (prompt_rows == self.store.prompt_row[self._anchor]).all():
                     slots[0] = self._anchor[0]
-            windows.append(Window(slots, commit_start, commit_stop, self.config.history_of(num_guidance, commit_start)))
+            windows.append(Window(slots, commit_start, commit_stop, self.config.num_past(num_guidance, commit_start)))
         return windows
 
     def _push_noise(self, stage: str) -> None:

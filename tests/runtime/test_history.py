@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from miga_engine.runtime.network import Batch
-from miga_engine.runtime.stages import VideoRun
 from miga_engine.schedule import make_schedule
-from tests.oracle import SHAPE, PlainNetwork, collect, counter_noise, pseudo_network, toy_config, toy_run
+from tests.oracle import PlainNetwork, collect, pseudo_network, toy_config, toy_run
 
 LEVELS = make_schedule("unipc", 16, 5.0).timesteps
 
@@ -27,11 +26,8 @@ class Watched(PlainNetwork):
 
 
 def watched(**options: object) -> list[Batch]:
-    network = Watched()
-    run = VideoRun(
-        network, make_schedule("unipc", 16, 5.0), toy_config(**options), window_frames=9,
-        frame_shape=SHAPE, noise=counter_noise(5, SHAPE), num_frames=40, guidance_scale=5.0, device=torch.device("cpu"),
-    )  # fmt: skip
+    run = toy_run(toy_config(**options), 40)
+    run.denoiser.network = network = Watched()
     collect(run)
     return network.asked
 
@@ -54,11 +50,11 @@ def test_only_what_is_cleaner_and_comes_before_is_changed_for_noise(options: dic
         assert torch.equal(*keep)
         first = keep[0][:, :1]
         bound = first if options["history_guidance"] == "all" else 2  # there are two guidance frames
-        is_history = (torch.arange(level.shape[1]) < bound) & (level < level.gather(1, first))
-        assert torch.equal(told, torch.where(is_history, LEVELS[0].float(), level))
+        is_past = (torch.arange(level.shape[1]) < bound) & (level < level.gather(1, first))
+        assert torch.equal(told, torch.where(is_past, LEVELS[0].float(), level))
         seen, blind = (x.transpose(1, 2) for x in (seen, blind))  # [B,F,C,H,W]
-        assert torch.equal(seen[~is_history], blind[~is_history])
-        for window, mask in zip(blind, is_history, strict=True):
+        assert torch.equal(seen[~is_past], blind[~is_past])
+        for window, mask in zip(blind, is_past, strict=True):
             blanks.append(window[mask])
     drawn = torch.cat(blanks)  # [n,C,H,W], never twice the same
     assert len(drawn) > 100
@@ -81,15 +77,9 @@ def test_without_guidance_it_changes_nothing_and_with_it_the_video() -> None:
     options = {"commit_offset": -1, "guidance_anchor": True}
     for scale, is_same in ((1.0, True), (None, True), (3.0, False)):
         without, with_it = (
-            collect(
-                VideoRun(
-                    PlainNetwork(pseudo_network), make_schedule("unipc", 16, 5.0),
-                    toy_config(history_guidance=history, **options), window_frames=9, frame_shape=SHAPE,
-                    noise=counter_noise(5, SHAPE), num_frames=24, guidance_scale=scale, device=torch.device("cpu"),
-                )
-            )
-            for history in ("off", "distant")
-        )  # fmt: skip
+            collect(toy_run(toy_config(history_guidance=choice, **options), 24, guidance_scale=scale))
+            for choice in ("off", "distant")
+        )
         assert torch.equal(without, with_it) == is_same
 
 
