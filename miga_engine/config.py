@@ -116,7 +116,8 @@ class MigaConfig(Checked):
     history_guidance: str = option(
         "off", "what the unconditional branch of guidance reads noise in place of, so that guidance_scale pushes "
         "towards it as towards the prompt: nothing, the guidance frames and the anchor (distant), or all cleaner "
-        "frames before those that a window keeps; without effect at a scale of 1", choices=("off", "distant", "all"),
+        "frames before those that a window keeps, as far as they are of the same prompt; without effect at a scale "
+        "of 1", choices=("off", "distant", "all"),
     )  # fmt: skip
     moving_phase: bool = option(True, "shift the cuts by one frame a pass, so that no seam stays in one place")
     commit: str = option(

@@ -82,6 +82,7 @@ class Oracle:
     def __init__(self, network, schedule: Schedule, config: MigaConfig, window: int, noise, guidance_scale: float):
         self.network, self.schedule, self.config, self.window = network, schedule, config, window
         self.noise, self.scale = noise, guidance_scale
+        self.told: dict[tuple[int, int], list[Frame]] = {}  # what the windows behind the queue commit
         self.stride = config.stride or window // 2
         self.handoff = schedule.num_steps - config.stage2_steps
 
@@ -130,6 +131,34 @@ class Oracle:
                 result[i] = self.step(frames[i], conditional[at], unconditional[at])
         return result
 
+    def unified(self, popped: list[Frame], total: int) -> list[list[Frame]]:
+        """Frames that have left the queue, before and behind each pass over a video of `total`, as far as they tell."""
+        config, offset = self.config, self.config.commit_offset_of(self.window)
+        numbers = [*range(config.stage2_steps), *range(config.refine_steps)]
+        reached = [popped[:total]]
+        for level, number in enumerate(numbers):
+            if level == config.stage2_steps:
+                reached[-1] = [self.renoised(frame) for frame in reached[-1]]
+            made: list[Frame] = []
+            plan = plan_windows(total, self.window, self.stride, number % self.stride, offset=offset)
+            for start, first, stop in plan:
+                read = reached[-1][start : start + self.window]
+                if len(read) < min(self.window, total - start):
+                    break
+                if (level, start) not in self.told:
+                    conditional, unconditional = self.forward(read, first - start, 0)
+                    self.told[level, start] = [
+                        self.step(read[i], conditional[i], unconditional[i]) for i in range(first - start, stop - start)
+                    ]
+                made += self.told[level, start]
+            reached.append(made)
+        return reached
+
+    def renoised(self, frame: Frame) -> Frame:
+        step = self.schedule.num_steps - self.config.refine_steps
+        noise = self.draw(Purpose.REFINE, frame.number)
+        return frame.fresh(add_noise(self.schedule, frame.sample[None], noise[None], step)[0], step)
+
     def draw(self, purpose: Purpose, number: int) -> torch.Tensor:
         return self.noise(purpose, np.array([number]))[0]
 
@@ -155,10 +184,17 @@ class Oracle:
                 Frame(k, share * clean + (1 - share) * self.draw(Purpose.PUSH, k)) for k in range(first, first + width)
             )
 
+        total = max(num_frames, self.window)
+        popped: list[Frame] = []
         num_past = config.commit_offset_of(self.window) if config.past_context else 0
-        past = [Frame(k, clip[0].sample, self.schedule.num_steps) for k in range(-num_past, 0)]
 
         def advance(phase: int) -> list[Frame]:
+            past = [Frame(k, clip[0].sample, self.schedule.num_steps) for k in range(-num_past, 0)]
+            if num_past:  # as the passes behind the queue have left them so far
+                newest: dict[int, Frame] = {}
+                for frames in self.unified(popped, total):
+                    newest |= dict(enumerate(frames))
+                past = [*past, *newest.values()][-num_past:]
             return self.one_pass(past + queue, local, phase, guided=True, num_past=num_past)[num_past:]
 
         push()
@@ -166,28 +202,14 @@ class Oracle:
             length = num_past + len(queue)
             queue = advance((length - local) % self.stride if length >= local else 0)
             push()
-        total = max(num_frames, self.window)
-        popped, passes = [], 0
+        passes = 0
         while len(popped) < total:
             queue = advance(passes % self.stride)
             passes += 1
             popped += [f.fresh(f.sample, f.step) for f in queue[:width]]
-            past = (past + popped[-width:])[width:]  # which Stage 2 has not changed where there is none
             del queue[:width]
             push()
-        frames = popped[:total]
-        for level in range(config.stage2_steps):
-            frames = self.one_pass(frames, self.window, level % self.stride, guided=False)
-        if config.refine_steps:
-            step = self.schedule.num_steps - config.refine_steps
-            noises = [self.draw(Purpose.REFINE, f.number) for f in frames]
-            samples = [
-                add_noise(self.schedule, f.sample[None], n[None], step)[0] for f, n in zip(frames, noises, strict=True)
-            ]
-            frames = [f.fresh(s, step) for f, s in zip(frames, samples, strict=True)]
-            for level in range(config.refine_steps):
-                frames = self.one_pass(frames, self.window, level % self.stride, guided=False)
-        return torch.stack([f.sample for f in frames[:num_frames]])
+        return torch.stack([f.sample for f in self.unified(popped, total)[-1][:num_frames]])
 
 
 def toy_config(**options) -> MigaConfig:

@@ -35,8 +35,8 @@ class NoiseSource(Protocol):
 class Window(NamedTuple):
     """One forward: the slots it reads, and the half-open range of positions whose update is committed.
 
-    The first `num_past` positions are read by the conditional branch alone, as far as they are cleaner than the
-    first committed one: the other reads noise there.
+    The first `num_past` positions are read by the conditional branch alone, as far as they are cleaner than the first
+    committed one and of its prompt: the other reads noise there.
     """
 
     slots: np.ndarray
@@ -263,6 +263,7 @@ class Denoiser:
         steps, positions = self.store.step_index[slots], np.arange(slots.shape[1])
         first = np.take_along_axis(slots, starts, 1)
         is_past = (positions < num_past) & (steps > self.store.step_index[first])
+        is_past &= self.store.prompt_row[slots] == self.store.prompt_row[first]
         blanks[is_past] = np.arange(is_past.sum())
         if is_past.any():
             numbers = np.broadcast_to(self.store.frame_number[first], slots.shape)[is_past]

@@ -25,8 +25,10 @@ class Watched(PlainNetwork):
         return super().__call__(batch)
 
 
-def watched(**options: object) -> list[Batch]:
+def watched(changed_at: int = 40, **options: object) -> list[Batch]:
+    """What the network is asked in a run of 40 latent frames whose prompt changes at one of them."""
     run = toy_run(toy_config(**options), 40)
+    run.prompt_row = lambda frame: 1 if frame < changed_at else 2
     run.denoiser.network = network = Watched()
     collect(run)
     return network.asked
@@ -37,20 +39,24 @@ def watched(**options: object) -> list[Batch]:
     {"history_guidance": "all", "commit": "trailing", "warmup": "copies", "zigzag_width": 1, "guidance_frames": 0},
     {"history_guidance": "distant", "commit_offset": 2, "guidance_anchor": True}, {"history_guidance": "distant"},
 ], ids=str)  # fmt: skip
-def test_only_what_is_cleaner_and_comes_before_is_changed_for_noise(options: dict[str, object]) -> None:
-    parted = [batch for batch in watched(**options) if len(batch.latents) == len(batch.prompt_rows)]
+def test_only_what_is_cleaner_of_the_same_prompt_and_before_is_changed_for_noise(options: dict[str, object]) -> None:
+    batches = watched(changed_at=20, **options)
+    parted = [batch for batch in batches if len(batch.latents) == len(batch.prompt_rows)]
     assert len(parted) > 50
+    assert any(len(batch.prompt_rows.unique()) == 3 for batch in parted)
     blanks = []
     for batch in parted:
         (seen, blind), (level, told), (rows, none), keep = (
             x.chunk(2) for x in (batch.latents, batch.timesteps, batch.prompt_rows, batch.keep)
         )
-        assert (rows == 1).all()
+        rows = rows.reshape(len(rows), -1).expand(level.shape)
+        assert ((rows == 1) | (rows == 2)).all()
         assert (none == 0).all()
         assert torch.equal(*keep)
         first = keep[0][:, :1]
         bound = first if options["history_guidance"] == "all" else 2  # there are two guidance frames
         is_past = (torch.arange(level.shape[1]) < bound) & (level < level.gather(1, first))
+        is_past &= rows == rows.gather(1, first)
         assert torch.equal(told, torch.where(is_past, LEVELS[0].float(), level))
         seen, blind = (x.transpose(1, 2) for x in (seen, blind))  # [B,F,C,H,W]
         assert torch.equal(seen[~is_past], blind[~is_past])
