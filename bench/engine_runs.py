@@ -123,12 +123,15 @@ def load(device: str, dtype: str) -> Engine:
 
 
 def resolve(engine: Engine, num_frames: int, window_batch: int = 1, **options: Any) -> Request:
-    """The request of the comparison: the preset without reflection, which the loop does not know.
+    """The request of the comparison: the preset without what the loop does not know.
 
     The batch is given, so that it does not depend on the memory that is free when the engine starts.
     """
     miga = options.pop("miga", engine.preset.miga)
-    miga = dataclasses.replace(miga, self_reflection=False, guidance_anchor=False, window_batch=window_batch)
+    miga = dataclasses.replace(
+        miga, self_reflection=False, guidance_anchor=False, past_context=False, history_guidance="off",
+        window_batch=window_batch,
+    )  # fmt: skip
     sizes = {"height": 32, "width": 48, "num_inference_steps": 8} if result_files.IS_SMALL else {}
     return engine.resolve(PROMPT, num_frames=num_frames, **{**sizes, "miga": miga, **options})
 

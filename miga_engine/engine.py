@@ -154,7 +154,7 @@ class Engine:
         window = bundle.window_frames
         parts = {"transformer": bundle.transformer, "VAE": bundle.vae, "text encoder": bundle.text_encoder}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        sampling = self.preset.sampling
+        sampling = self.preset.sampling_for(self.preset.miga)
         return {
             "model": self.name,
             **{name: f"{count / 1e6:.1f} M parameters" for name, count in counts.items()},

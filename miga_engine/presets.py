@@ -11,13 +11,23 @@ from miga_engine.config import MigaConfig, SamplingConfig, fifo_config
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that has a default: sampling, method, picture."""
+    """Everything that has a default: sampling, method, picture.
+
+    `history_scale` is the default of guidance_scale while history_guidance is "all"; None: the same as without.
+    """
 
     sampling: SamplingConfig
     miga: MigaConfig
     height: int = 480
     width: int = 832
     fps: int = 16
+    history_scale: float | None = None
+
+    def sampling_for(self, miga: MigaConfig) -> SamplingConfig:
+        """The defaults of sampling by this method."""
+        if self.history_scale is None or miga.history_guidance != "all":
+            return self.sampling
+        return dataclasses.replace(self.sampling, guidance_scale=self.history_scale)
 
 
 _UNIPC = SamplingConfig(
@@ -39,7 +49,7 @@ _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, strid
 _VC2_RELEASED = dataclasses.replace(_VC2_PAPER, stage2_steps=10, refine_steps=11, guidance_frames=4,
                                     self_reflection=False, score_drop=0.001)  # fmt: skip
 _TINY_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=24, shift=3.0, guidance_scale=3.0)
-_TINY = dataclasses.replace(_OURS, stage2_steps=5, stride=6, judge_step=8)
+_TINY = dataclasses.replace(_OURS, stage2_steps=5, stride=6, judge_step=8, past_context=True, history_guidance="all")
 
 PRESETS: Mapping[str, Preset] = {
     "wan2.1": Preset(_UNIPC, _WAN),
@@ -51,5 +61,6 @@ PRESETS: Mapping[str, Preset] = {
     "videocrafter2-paper": Preset(_DDIM, _VC2_PAPER, 320, 512, 10),
     "videocrafter2-released": Preset(_DDIM, _VC2_RELEASED, 320, 512, 10),
     "videocrafter2-fifo": Preset(_DDIM, fifo_config(MigaConfig(), 16), 320, 512, 10),
-    "tiny": Preset(_TINY_SAMPLING, _TINY, 64, 96, 12),
+    # Guidance towards the prompt and what has been shown needs a lower scale than towards the prompt (docs/queues.md).
+    "tiny": Preset(_TINY_SAMPLING, _TINY, 64, 96, 12, history_scale=2.0),
 }

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     """The request with every option filled in, known to be one that the model can run; ConfigError otherwise."""
+    miga = method_config(given, preset.miga, bundle.window_frames)
+    sampling = preset.sampling_for(miga)
     filled: dict[str, Any] = {
-        option.name: getattr(preset.sampling, option.name)
+        option.name: getattr(sampling, option.name)
         for option in dataclasses.fields(SamplingConfig)
         if getattr(given, option.name) is None
     }
@@ -34,7 +36,7 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
         fps=rate_text(frame_rate(preset.fps if given.fps is None else given.fps)),
         negative_prompt=bundle.default_negative_prompt if given.negative_prompt is None else given.negative_prompt,
         method=None,
-        miga=method_config(given, preset.miga, bundle.window_frames),
+        miga=miga,
     )
     if given.condition is not None and given.condition.kind not in bundle.facts.conditions:
         taken = " or ".join(bundle.facts.conditions)

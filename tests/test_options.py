@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from places import ROOT
@@ -115,6 +116,17 @@ def test_a_condition_is_refused_by_a_model_that_takes_none() -> None:
 def test_every_preset_decides_everything() -> None:
     for preset in PRESETS.values():
         assert all(value is not None for value in dataclasses.asdict(preset.sampling).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [({}, 2), ({"guidance_scale": 4.5}, 4.5), ({"method": "fifo"}, 3), ({"miga": {"history_guidance": "off"}}, 3),
+     ({"miga": {"history_guidance": "distant"}}, 3), ({"method": "fifo", "miga": {"history_guidance": "all"}}, 2)],
+)  # fmt: skip
+def test_the_scale_is_lower_by_default_where_all_history_is_guided_towards(
+    options: dict[str, Any], scale: float
+) -> None:
+    assert Engine.from_pretrained("tiny", "meta").resolve("a kite", num_frames=9, **options).guidance_scale == scale
 
 
 def test_streams_take_what_is_said_of_them() -> None:

@@ -42,7 +42,7 @@ def draw_drift(jobs: Sequence[Job], folder: Path, picture: Path) -> None:
             values: npt.NDArray[np.float64] = np.array([video[name] for video in videos])
             mean, error = values.mean(0), values.std(0) / max(1, len(values) - 1) ** 0.5
             colour = "black" if method == "fifo-equal" else plt.get_cmap("tab10")(i % 10)
-            is_main = method in ("fifo-equal", "lookahead+stage2+anchor")
+            is_main = method in ("fifo-equal", "lookahead+stage2+anchor+past+history")
             axis.plot(where, mean, color=colour, label=method, linewidth=2.4 if is_main else 1.2)
             if is_main:
                 axis.fill_between(where, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)

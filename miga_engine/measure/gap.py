@@ -65,7 +65,7 @@ class _Window:
 
 def patterns(base: MigaConfig, window_frames: int) -> dict[str, MigaConfig]:
     """What is compared: FIFO-Diffusion, and the queue of `base` with and without guidance, by what a window keeps."""
-    plain = dataclasses.replace(base, guidance_anchor=False, commit="leading", commit_offset=0)
+    plain = dataclasses.replace(base, guidance_anchor=False, commit="leading", commit_offset=0, past_context=False)
     most = base.most_commit_offset(window_frames)
     found = {
         "FIFO, look-ahead": fifo_config(base, window_frames),
