@@ -13,7 +13,7 @@ from miga_engine.config import MigaConfig, SamplingConfig, fifo_config
 class Preset:
     """Everything that has a default: sampling, method, picture.
 
-    `history_scale` is the default of guidance_scale while history_guidance is "all"; None: the same as without.
+    `history_guidance_scale` is the default of guidance_scale while history_guidance is "all"; None: that without it.
     """
 
     sampling: SamplingConfig
@@ -21,13 +21,13 @@ class Preset:
     height: int = 480
     width: int = 832
     fps: int = 16
-    history_scale: float | None = None
+    history_guidance_scale: float | None = None
 
     def sampling_for(self, miga: MigaConfig) -> SamplingConfig:
         """The defaults of sampling by this method."""
-        if self.history_scale is None or miga.history_guidance != "all":
+        if self.history_guidance_scale is None or miga.history_guidance != "all":
             return self.sampling
-        return dataclasses.replace(self.sampling, guidance_scale=self.history_scale)
+        return dataclasses.replace(self.sampling, guidance_scale=self.history_guidance_scale)
 
 
 _UNIPC = SamplingConfig(
@@ -62,5 +62,5 @@ PRESETS: Mapping[str, Preset] = {
     "videocrafter2-released": Preset(_DDIM, _VC2_RELEASED, 320, 512, 10),
     "videocrafter2-fifo": Preset(_DDIM, fifo_config(MigaConfig(), 16), 320, 512, 10),
     # Guidance towards the prompt and what has been shown needs a lower scale than towards the prompt (docs/queues.md).
-    "tiny": Preset(_TINY_SAMPLING, _TINY, 64, 96, 12, history_scale=2.0),
+    "tiny": Preset(_TINY_SAMPLING, _TINY, 64, 96, 12, history_guidance_scale=2.0),
 }

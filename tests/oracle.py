@@ -113,22 +113,23 @@ class Oracle:
         output = self.network(latents, torch.tensor(t), torch.tensor([1, 0]))
         return output[0].transpose(0, 1), output[1].transpose(0, 1)
 
-    def one_pass(self, frames: list[Frame], window: int, phase: int, *, guided: bool, num_past: int = 0) -> list[Frame]:
+    def window_step(self, read: list[Frame], first: int, stop: int, num_guidance: int = 0) -> list[Frame]:
+        """The frames at positions `first … stop − 1` of a window, a step on."""
+        conditional, unconditional = self.forward(read, first, num_guidance)
+        return [self.step(read[i], conditional[i], unconditional[i]) for i in range(first, stop)]
+
+    def queue_pass(self, frames: list[Frame], local: int, phase: int, num_past: int) -> list[Frame]:
         """The frames a step on, but for the first `num_past`, which are only read."""
-        config, result = self.config, list(frames)
-        m = config.guidance_frames if guided else 0
-        plan = plan_windows(len(frames), window, self.stride, phase, offset=config.commit_offset_of(self.window))
+        config, result, m = self.config, list(frames), self.config.guidance_frames
+        plan = plan_windows(len(frames), local, self.stride, phase, offset=config.commit_offset_of(self.window))
         for start, commit_start, commit_stop in plan:
             guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset, config.guidance_spacing)
-            stop = start + (window if guidance or not guided else self.window)
+            stop = start + (local if guidance else self.window)
             read = [frames[i] for i in guidance] + frames[start:stop]
             if guidance and config.guidance_anchor:
                 read[0] = self.anchor
-            first = max(commit_start, num_past) - start + len(guidance)
-            conditional, unconditional = self.forward(read, first, len(guidance))
-            for i in range(max(commit_start, num_past), commit_stop):
-                at = i - start + len(guidance)
-                result[i] = self.step(frames[i], conditional[at], unconditional[at])
+            first, offset = max(commit_start, num_past), len(guidance) - start
+            result[first:commit_stop] = self.window_step(read, first + offset, commit_stop + offset, len(guidance))
         return result
 
     def unified(self, popped: list[Frame], total: int) -> list[list[Frame]]:
@@ -146,10 +147,7 @@ class Oracle:
                 if len(read) < min(self.window, total - start):
                     break
                 if (level, start) not in self.told:
-                    conditional, unconditional = self.forward(read, first - start, 0)
-                    self.told[level, start] = [
-                        self.step(read[i], conditional[i], unconditional[i]) for i in range(first - start, stop - start)
-                    ]
+                    self.told[level, start] = self.window_step(read, first - start, stop - start)
                 made += self.told[level, start]
             reached.append(made)
         return reached
@@ -167,7 +165,7 @@ class Oracle:
         config, width, local = self.config, self.config.zigzag_width, self.window - self.config.guidance_frames
         clip = [Frame(k, self.draw(Purpose.SEED_CLIP, k)) for k in range(self.window)]
         for _ in range(self.schedule.num_steps):
-            clip = self.one_pass(clip, self.window, 0, guided=False)
+            clip = self.window_step(clip, 0, self.window)
         self.anchor = clip[0]
         groups = min(self.window // width, self.handoff - 1)
         queue = []
@@ -195,7 +193,7 @@ class Oracle:
                 for frames in self.unified(popped, total):
                     newest |= dict(enumerate(frames))
                 past = [*past, *newest.values()][-num_past:]
-            return self.one_pass(past + queue, local, phase, guided=True, num_past=num_past)[num_past:]
+            return self.queue_pass(past + queue, local, phase, num_past)[num_past:]
 
         push()
         while queue[0].step < self.handoff - 1:
