@@ -47,6 +47,9 @@ class _Keys(Checkpoint):
     def read(self, key: str) -> Tensor:
         raise NotImplementedError("only names are asked for")
 
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return torch.float32
+
 
 def _fill(module: nn.Module, official: Mapping[str, Tensor], layout: Callable[[Checkpoint], Checkpoint]) -> None:
     names = layout(_Keys(module))

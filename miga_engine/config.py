@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import TYPE_CHECKING, Any
 
 from miga_engine._version import __version__
 from miga_engine.errors import ConfigError
-from miga_engine.fields import Checked, FromPreset, option
+from miga_engine.fields import Checked, FromPreset, option, weighted_files
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,8 @@ class LoadOptions(Checked):
     """Which model, where and how it computes."""
 
     model: str | os.PathLike[str] = option(
-        "tiny", "'tiny', the embedded model; a Wan2.1 or VideoCrafter2 folder; or a weights file", metavar="NAME|PATH",
-        is_recorded=False,
+        "tiny", "'tiny', the embedded model; a Wan2.1 or VideoCrafter2 folder; a ComfyUI folder; a weights file; or a "
+        "name on Hugging Face's hub, such as Wan-AI/Wan2.1-T2V-1.3B", metavar="NAME|PATH", is_recorded=False,
     )  # fmt: skip
     device: str | torch.device | None = option(
         None, "cuda, cuda:1 or cpu", shown="cuda where there is one", metavar="DEVICE", is_recorded=False
@@ -47,6 +47,33 @@ class LoadOptions(Checked):
         None, "of the transformer", choices=DTYPES, shown="bfloat16 on GPUs, float32 on CPUs"
     )
     _: KW_ONLY
+    transformer: str | os.PathLike[str] | None = option(
+        None, "the transformer, a file or a folder", shown="in the model", metavar="PATH", is_recorded=False
+    )
+    vae: str | os.PathLike[str] | None = option(
+        None, "the VAE, or what `decoder` names", shown="in the model", metavar="PATH", is_recorded=False
+    )
+    text_encoder: str | os.PathLike[str] | None = option(
+        None, "the text encoder", shown="in the model", metavar="PATH", is_recorded=False
+    )
+    tokenizer: str | os.PathLike[str] | None = option(
+        None, "the tokenizer.json or spiece.model", shown="in the model, or in the text encoder's file", metavar="PATH",
+        is_recorded=False,
+    )  # fmt: skip
+    lora: Any = option(
+        None, "LoRA file to merge into the transformer, and how strongly (default: 1); several act in their order",
+        kind=object, metavar="FILE[:STRENGTH]", is_repeated=True, is_recorded=False,
+    )  # fmt: skip
+    decoder: str = option(
+        "vae", "who makes pictures of latents; tae: TAEW2.1, a tiny decoder for previews, whose pictures differ",
+        choices=("vae", "tae"),
+    )  # fmt: skip
+    download: bool = option(False, "fetch a model of Hugging Face's hub that is not in the local cache",
+                            is_recorded=False)  # fmt: skip
+    revision: str | None = option(None, "branch, tag or commit of a model of the hub", shown="main", metavar="NAME",
+                                  is_recorded=False)  # fmt: skip
+    cache_dir: str | None = option(None, "the hub's cache", shown="HF_HUB_CACHE, or hub in HF_HOME", metavar="FOLDER",
+                                   is_recorded=False)  # fmt: skip
     preset: str | None = option(None, "set of defaults", shown="by model")
     attention: str = option(
         "auto", "who computes self-attention; auto: the fastest exact one installed, timed at the real shape once on "
@@ -62,10 +89,10 @@ class LoadOptions(Checked):
     )
 
     def __post_init__(self) -> None:
-        for name in ("model", "device", "dtype", "vae_dtype"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if isinstance(value, os.PathLike) or type(value).__module__ == "torch":
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
+        object.__setattr__(self, "lora", weighted_files("lora", self.lora))
         super().__post_init__()
 
 
@@ -73,11 +100,20 @@ class LoadOptions(Checked):
 class SamplingConfig(Checked):
     """How one latent frame goes from noise to clean. None: the preset's."""
 
-    solver: FromPreset[str] = option(None, "unipc, dpmpp_2m, euler or ddim", group="sampling", metavar="NAME")
+    solver: FromPreset[str] = option(None, "unipc, dpmpp_2m, euler, lcm or ddim", group="sampling", metavar="NAME")
     num_inference_steps: FromPreset[int] = option(
         None, "denoising steps of a frame", least=1, most=1000, unit="steps", group="sampling", metavar="T"
     )
     shift: FromPreset[float] = option(None, "of the noise levels of flow models", group="sampling", metavar="X")
+    sigmas: FromPreset[Sequence[float] | str] = option(
+        None, "noise levels of the steps in place of evenly spaced ones, such as 1,0.94,0.83,0.62: numbers that "
+        "descend from at most 1; shift has no part in them", kind=tuple, most=1, group="sampling", metavar="LIST",
+    )  # fmt: skip
+    denoising_steps: FromPreset[Sequence[float] | str] = option(
+        None, "timesteps of the steps in place of evenly spaced ones, such as 1000,750,500,250: numbers that descend "
+        "from at most 1000, of which shift makes noise levels; at a shift of 1 they are these, in thousandths",
+        kind=tuple, most=1000, group="sampling", metavar="LIST",
+    )  # fmt: skip
     guidance_scale: FromPreset[float] = option(None, "classifier-free guidance; 1 = off", group="sampling", metavar="W")
     eta: FromPreset[float] = option(None, "ddim only: share of fresh noise in a step", group="sampling", metavar="X")
     use_scale_array: FromPreset[bool] = option(
@@ -197,9 +233,14 @@ class MigaConfig(Checked):
         handoff_step = num_steps - self.stage2_steps
         local_frames = window_frames - self.guidance_frames
         most_offset = self.most_commit_offset(window_frames)
+        judged = self.judge_step + self.reference_groups if self.self_reflection else 0
+        is_judged = judged <= num_steps
         problems = (
+            (num_steps < 2, f"num_inference_steps is {num_steps}, and a queue needs at least 2"),
             (handoff_step < 2, f"stage2_steps {self.stage2_steps} leaves Stage 1 {handoff_step} of {num_steps} steps"
-             f"; use at most {num_steps - 2}"),
+             f"; use at most {num_steps - max(2, judged if is_judged else 0)}" + ("" if is_judged else
+             f" and switch self_reflection off, whose judge_step {self.judge_step} with {self.reference_groups} "
+             f"reference_groups takes {judged} steps")),
             (self.refine_steps > num_steps - 1, f"refine_steps {self.refine_steps} must be less than {num_steps}"),
             (self.zigzag_width > window_frames, f"zigzag_width {self.zigzag_width} exceeds the model's window of "
              f"{window_frames} latent frames"),
@@ -327,7 +368,7 @@ class Request(SamplingConfig):
         return {name: values[name] for name in _RECORDED if not is_left_out[name]}
 
 
-_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end")
+_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end", "sigmas", "denoising_steps")
 """Without them a record is what it was before there were these options, and such a record is understood."""
 _SAMPLING = {option.name for option in dataclasses.fields(SamplingConfig)}
 _RECORDED = sorted(

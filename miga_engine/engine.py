@@ -8,13 +8,11 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from miga_engine import ops
-from miga_engine._version import __version__
 from miga_engine.calls import (
     EstimateCall,
     GenerateCall,
@@ -27,22 +25,23 @@ from miga_engine.calls import (
 )
 from miga_engine.config import LoadOptions, Request
 from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
-from miga_engine.errors import CheckpointError, ConfigError, DeviceError
+from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.models.bundle import ModelBundle
-from miga_engine.models.layers import allows_tf32, set_tf32
-from miga_engine.models.loading import file_bytes, load_bundle
+from miga_engine.models.family import Sources
+from miga_engine.models.layers import set_tf32
+from miga_engine.models.loading import file_bytes, load_bundle, sources_of
 from miga_engine.noise import CounterNoise
 from miga_engine.options import part, takes
 from miga_engine.presets import PRESETS, Preset
 from miga_engine.prompts import PromptTimeline
 from miga_engine.resolve import resolved, schedule_of
-from miga_engine.resuming import attention_choices, differences, request_and_state
+from miga_engine.resuming import attention_choices, differences, identity, request_and_state
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.run_state import check_run_state, check_stream_state
-from miga_engine.runtime.session import State, fingerprint, load_session, taking_apart
+from miga_engine.runtime.session import State, load_session, taking_apart
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.stream import Events, Stream
 from miga_engine.tiny import WEIGHTS_DIR
@@ -76,10 +75,13 @@ MOST_WINDOWS = 8
 class Engine:
     """A loaded model and its defaults. Generating leaves no state behind: two runs never influence each other."""
 
-    def __init__(self, bundle: ModelBundle, preset: Preset, *, name: str, device: torch.device) -> None:
+    def __init__(
+        self, bundle: ModelBundle, preset: Preset, *, name: str, device: torch.device, sources: Sources | None = None
+    ) -> None:
         self.bundle = bundle
         self.preset = preset
         self.name = name
+        self.sources = Sources(bundle.path) if sources is None else sources
         self.device = indexed(device)
         self.preset_name = next((known for known, entry in PRESETS.items() if entry is preset), "")
         self.capture = True
@@ -99,24 +101,23 @@ class Engine:
 
     @classmethod
     def _loaded(cls, given: LoadCall, target: torch.device) -> Engine:
-        name, compute = str(given.model), _compute_dtype(given, target)
+        compute = _compute_dtype(given, target)
+        name = str(given.transformer or "tiny" if given.model == "tiny" else given.model)
         is_tiny = name == "tiny"
-        folder = WEIGHTS_DIR if is_tiny else Path(name)
-        if not os.path.exists(folder):
-            raise CheckpointError(f"there is no model at {name!r}: give 'tiny', a model folder or a file")
+        sources = sources_of(given, WEIGHTS_DIR if is_tiny else None)
         if given.preset is not None and given.preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(given.preset)}")
         is_tf32 = given.vae_dtype == "tf32"
         if is_tf32 and target.type == "cpu":
             raise ConfigError("vae_dtype 'tf32' is for GPUs, and the device is a CPU: use float32")
-        bundle = load_bundle(folder, target, compute, getattr(torch, "float32" if is_tf32 else str(given.vae_dtype)))
+        bundle = load_bundle(sources, target, compute, getattr(torch, "float32" if is_tf32 else str(given.vae_dtype)))
         set_tf32(bundle.vae, is_tf32)
         ops.require_attention(given.attention, target, compute, bundle.transformer.config.head_dim)
         bundle.transformer.attention = given.attention
         if given.compile:
             bundle.transformer.compile()
         defaults = PRESETS[given.preset or ("tiny" if is_tiny else bundle.facts.default_preset)]
-        engine = cls(bundle, defaults, name=name, device=target)
+        engine = cls(bundle, defaults, name=name, device=target, sources=sources)
         engine.capture, engine.ranks = given.capture, given.ranks
         return engine
 
@@ -134,8 +135,9 @@ class Engine:
 
         target = torch.device("cuda") if str(given.device).startswith("cuda") else resolve_device(given.device)
         dtype = str(_compute_dtype(given, target)).removeprefix("torch.")
-        on_meta = LoadCall(str(given.model), "meta", dtype, preset=given.preset, vae_dtype=given.vae_dtype)
-        shapes = cls._loaded(on_meta, torch.device("meta"))
+        asked = dataclasses.asdict(part(given, LoadOptions))
+        here = {"device": "meta", "dtype": dtype, "attention": "auto", "compile": False}
+        shapes = cls._loaded(LoadCall(**asked | here), torch.device("meta"))
         request = shapes._resolve(given)
         if given.window_batch is not None:
             config = dataclasses.replace(request.miga, window_batch=given.window_batch)
@@ -144,8 +146,7 @@ class Engine:
         shapes.bundle = memory.longest_texts(shapes.bundle)
         with memory.counting(target.type) as ledger:
             run = shapes.start(request)
-        stored = file_bytes(WEIGHTS_DIR if shapes.name == "tiny" else Path(str(given.model)))
-        return memory.estimate(run, shapes.bundle, ledger, stored=stored)
+        return memory.estimate(run, shapes.bundle, ledger, stored=file_bytes(shapes.sources))
 
     @own_modes()
     def describe(self) -> dict[str, str]:
@@ -195,7 +196,7 @@ class Engine:
                 progress = Progress(stream.num_frames_out, request.num_frames, chunk)
                 if given.callback is not None and given.callback(progress) is False:
                     break
-        return Video(torch.cat(frames), request.fps, request.metadata(self.name) | stream.metadata())
+        return Video(torch.cat(frames), request.fps, request.metadata("") | self.made_of() | stream.metadata())
 
     @own_modes()
     @takes(ResumeCall)
@@ -248,24 +249,16 @@ class Engine:
             attention=attention,
         )
 
+    def made_of(self) -> dict[str, Any]:
+        """The model as a video's metadata name it: what is said of it, and what is merged or stands in for a part."""
+        merged = [[os.path.basename(file), strength, weights] for file, strength, weights in self.bundle.merged]
+        decoder = {} if self.sources.decoder == "vae" else {"decoder": self.sources.decoder}
+        return {"model": self.name, **decoder, **({"lora": merged} if merged else {})}
+
     @own_modes()
     def identity(self) -> dict[str, Any]:
         """What computes the frames, as session files record it: all of it decides over the last bits."""
-        cpu = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
-        return {
-            "name": self.name if self.name == "tiny" else os.path.abspath(self.name),
-            "preset": self.preset_name,
-            "dtype": str(self.bundle.dtype).removeprefix("torch."),
-            "vae_dtype": "tf32" if allows_tf32(self.bundle.vae) else str(self.bundle.vae.dtype).removeprefix("torch."),
-            "attention": self.bundle.transformer.attention,
-            "compile": self.bundle.transformer._compiled_call_impl is not None,
-            "transformer": fingerprint(self.bundle.transformer),
-            "VAE": fingerprint(self.bundle.vae),
-            "device": self.device.type,
-            **({"CPU": cpu} if self.device.type == "cpu" else {}),
-            "torch": torch.__version__,
-            "miga_engine": __version__,
-        }
+        return identity(self.bundle, self.sources, self.name, self.preset_name, self.device)
 
     def _check_state(self, request: Request, state: State) -> None:
         """SessionError unless a saved state is one of a run of this request."""

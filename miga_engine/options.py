@@ -59,7 +59,7 @@ def fields(record: Record) -> dict[str, dataclasses.Field[Any]]:
 
 def form(records: Iterable[Record] | None = None) -> list[Option]:
     """What a host asks its user for beside the prompt, in order; by default of all of `TITLES`."""
-    kinds = {bool: "true or false", int: "whole number", float: "number", str: "text", object: "text"}
+    kinds = {bool: "true or false", int: "whole number", float: "number", str: "text", tuple: "text", object: "text"}
     shown = []
     for record in TITLES if records is None else records:
         for option in fields(record).values():
@@ -69,7 +69,7 @@ def form(records: Iterable[Record] | None = None) -> list[Option]:
                 Option(
                     option.name, metadata["group"] or TITLES.get(record, "output"), kinds[kind], option.default,
                     _default(option), metadata["help"], metadata["unit"], metadata["least"] if is_number else None,
-                    metadata["most"], _choices(option),
+                    metadata["most"] if is_number else None, _choices(option),
                 )
             )  # fmt: skip
     return shown
@@ -180,6 +180,8 @@ def _flag(option: dataclasses.Field[Any], help: str) -> dict[str, Any]:
         return keywords | {"choices": choices}
     if kind is int or kind is float:
         keywords["type"] = kind
+    if option.metadata["is_repeated"]:
+        keywords["action"] = "append"
     return keywords | {"metavar": option.metadata["metavar"] or "N"}
 
 
@@ -214,7 +216,9 @@ def check_kinds(
 def as_recorded(model: Mapping[str, Any]) -> dict[str, Any]:
     """The options of loading that a session's record of its model holds; a text that is empty stands for None."""
     names = [option.name for option in dataclasses.fields(LoadOptions) if option.metadata["is_recorded"]]
-    return {name: None if model[name] == "" else model[name] for name in names}
+    defaults = LoadOptions()
+    found = {name: model.get(name, getattr(defaults, name)) for name in names}  # older files do not have all
+    return {name: None if value == "" else value for name, value in found.items()}
 
 
 # Documentation ---------------------------------------------------------------------------------------------------

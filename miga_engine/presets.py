@@ -42,6 +42,15 @@ _WAN = MigaConfig(stride=10)
 _OURS = MigaConfig(zigzag_width=1, guidance_frames=1, guidance_anchor=True, commit_offset=-1, judge="x0",
                    channels="all", score_drop=0.2)  # fmt: skip
 _WAN_OURS = dataclasses.replace(_OURS, stride=10)
+# Few steps: all levels of the queue in one window, whose 21 frames the groups fill; no judge, one unified pass (§9).
+_WAN_4_STEPS = MigaConfig(stage2_steps=1, guidance_frames=0, stride=10, self_reflection=False, judge_step=1)
+_WAN_8_STEPS = dataclasses.replace(_WAN_4_STEPS, zigzag_width=3)
+_DISTILLED = dataclasses.replace(
+    _UNIPC, solver="euler", num_inference_steps=4, guidance_scale=1.0, denoising_steps=(1000, 750, 500, 250)
+)
+_DISTILLED_8 = dataclasses.replace(
+    _DISTILLED, num_inference_steps=8, denoising_steps=(1000, 875, 750, 625, 500, 375, 250, 125)
+)
 _VC2_OURS = dataclasses.replace(_OURS, stage2_steps=9, stride=8, judge_step=13, reference_groups=3, candidates=5)
 _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
@@ -56,6 +65,8 @@ PRESETS: Mapping[str, Preset] = {
     "wan2.1-ours": Preset(_UNIPC, _WAN_OURS),
     "wan2.1-paper": Preset(_UNIPC, _WAN_PAPER),
     "wan2.1-released": Preset(_UNIPC, _WAN_RELEASED),
+    "wan2.1-4step": Preset(_DISTILLED, _WAN_4_STEPS),
+    "wan2.1-8step": Preset(_DISTILLED_8, _WAN_8_STEPS),
     "videocrafter2": Preset(_DDIM_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
     "videocrafter2-ours": Preset(_DDIM_SCALED, _VC2_OURS, 320, 512, 10),
     "videocrafter2-paper": Preset(_DDIM, _VC2_PAPER, 320, 512, 10),

@@ -7,10 +7,14 @@ import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from miga_engine.config import MigaConfig, Request, SamplingConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError
 from miga_engine.presets import Preset
 from miga_engine.prompts import check_prompt, check_text
+from miga_engine.runtime.guidance import Guidance
+from miga_engine.runtime.layout import RunLayout
 from miga_engine.schedule import Schedule, make_schedule
 from miga_engine.video.rate import frame_rate, rate_text
 
@@ -21,15 +25,9 @@ if TYPE_CHECKING:
 def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     """The request with every option filled in, known to be one that the model can run; ConfigError otherwise."""
     miga = method_config(given, preset.miga, bundle.window_frames)
-    sampling = preset.sampling_for(miga)
-    filled: dict[str, Any] = {
-        option.name: getattr(sampling, option.name)
-        for option in dataclasses.fields(SamplingConfig)
-        if getattr(given, option.name) is None
-    }
     request = dataclasses.replace(
         given,
-        **filled,
+        **_sampling(given, preset.sampling_for(miga)),
         prompt=check_prompt(given.prompt),
         height=preset.height if given.height is None else given.height,
         width=preset.width if given.width is None else given.width,
@@ -57,6 +55,33 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     return request
 
 
+def _sampling(given: Request, of_preset: SamplingConfig) -> dict[str, Any]:
+    """The options of sampling that are not given, and how many steps a list of levels makes.
+
+    A list of the preset's gives way to one that is given, and to another number of steps.
+    """
+    filled = {
+        option.name: getattr(of_preset, option.name)
+        for option in dataclasses.fields(SamplingConfig)
+        if getattr(given, option.name) is None
+    }
+    asked, names = given.num_inference_steps, ("sigmas", "denoising_steps")
+    lists = {name: getattr(given, name) for name in names if name not in filled}
+    if len(lists) == 2:
+        raise ConfigError("sigmas and denoising_steps are both given: keep one of the two")
+    for name, levels in lists.items():
+        if asked not in (None, len(levels)):
+            raise ConfigError(
+                f"num_inference_steps is {asked} and {name} has {len(levels)} levels: leave num_inference_steps out"
+            )
+    if not lists:
+        of_preset_lists = {name: filled[name] for name in names if filled[name] is not None}
+        lists = {name: levels for name, levels in of_preset_lists.items() if asked in (None, len(levels))}
+    filled |= {name: lists.get(name) for name in names}
+    filled["num_inference_steps"] = next(map(len, lists.values()), asked or of_preset.num_inference_steps)
+    return filled
+
+
 def method_config(given: Request, of_preset: MigaConfig, window_frames: int) -> MigaConfig:
     """The options of the method: those given over the preset's, or over FIFO-Diffusion's for such a window."""
     base, changes = (given.miga, {}) if isinstance(given.miga, MigaConfig) else (of_preset, given.miga or {})
@@ -75,4 +100,20 @@ def schedule_of(request: Request) -> Schedule:
         request.shift,
         eta=request.eta,
         use_scale_array=request.use_scale_array,
+        sigmas=request.sigmas,
+        denoising_steps=request.denoising_steps,
+    )
+
+
+def network_calls(request: Request, window_frames: int) -> str:
+    """What a resolved request asks of a network with this native window, in a line."""
+    layout = RunLayout(request.miga, request.num_inference_steps, window_frames, None)
+    windows, frames = layout.reading
+    guidance = Guidance(
+        schedule_of(request), torch.device("cpu"), request.guidance, request.guidance_scale, request.guidance_scale_end
+    )
+    return (
+        f"{request.num_inference_steps} steps: for each latent frame {windows:.2f} windows of up to {window_frames} "
+        f"latent frames, {frames:.1f} frames read, {'2 branches' if guidance.is_on else '1 branch'}"
+        f"{'; searches come on top' if request.miga.self_reflection else ''}"
     )

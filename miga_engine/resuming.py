@@ -5,13 +5,46 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS, Request
 from miga_engine.errors import SessionError
+from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.family import Sources
+from miga_engine.models.layers import allows_tf32
 from miga_engine.options import as_recorded
-from miga_engine.runtime.session import Session, State
+from miga_engine.runtime.session import Session, State, fingerprint
+from miga_engine.runtime.session_info import weighted
+from miga_engine.weights.hub import is_hub_name
+from miga_engine.weights.untrusted import short
+
+
+def identity(bundle: ModelBundle, sources: Sources, name: str, preset: str, device: torch.device) -> dict[str, Any]:
+    """What computes the frames: see `Engine.identity`."""
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+    apart, merged = sources.apart(), [list(lora) for lora in bundle.merged]
+    return {
+        "name": name if name == "tiny" or is_hub_name(name) else os.path.abspath(name),
+        "preset": preset,
+        "decoder": sources.decoder,
+        "dtype": str(bundle.dtype).removeprefix("torch."),
+        "vae_dtype": "tf32" if allows_tf32(bundle.vae) else str(bundle.vae.dtype).removeprefix("torch."),
+        "attention": bundle.transformer.attention,
+        "compile": bundle.transformer._compiled_call_impl is not None,
+        "transformer": fingerprint(bundle.transformer),
+        "VAE": fingerprint(bundle.vae),
+        "device": device.type,
+        **({"CPU": cpu} if device.type == "cpu" else {}),
+        "torch": torch.__version__,
+        "miga_engine": __version__,
+        **({"files": apart} if apart else {}),
+        **({"hub": dict(sources.hub)} if sources.hub else {}),
+        **({"lora": merged} if merged else {}),
+    }
 
 
 def differences(
@@ -21,7 +54,15 @@ def differences(
 
     saved, here: `Engine.identity` of the session and of the engine, whose model has this name.
     """
+    merged = [[(strength, weights) for _, strength, weights in model.get("lora", [])] for model in (saved, here)]
+    if merged[0] != merged[1]:
+        was, now = (_lora_texts(model.get("lora", [])) for model in (saved, here))
+        raise SessionError(
+            f"the session {path} was made with {was}, and here there is {now}: load the model with the same LoRA, of "
+            "the same strength, or start a new run"
+        )
     networks = ("transformer", "VAE")
+    saved = {"decoder": "vae", **saved}  # which older files do not have
     for field in (*(option for option in as_recorded(here) if option != "preset"), *networks):
         if saved.get(field) != here[field]:
             what = f"other weights of the {field}" if field in networks else f"{field} {reprlib.repr(saved.get(field))}"
@@ -35,6 +76,13 @@ def differences(
         for field in ("device", "CPU", "torch", "miga_engine")
         if field in saved and field in here and saved[field] != here[field]
     ]
+
+
+def _lora_texts(merged: Sequence[tuple[str, float, str]]) -> str:
+    named = [
+        f"{weighted(short(os.path.basename(path)), strength)} ({weights[:16]})" for path, strength, weights in merged
+    ]
+    return f"the LoRA {' and '.join(named)}" if named else "no LoRA"
 
 
 def request_and_state(

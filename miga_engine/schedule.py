@@ -13,7 +13,8 @@ number of consecutive earlier predictions a frame holds (0, 1, or 2 and more). A
 the float32 sigmas that the released samplers store); tables are handed out as float32.
 
 Sources: UniPC (Zhao et al. 2023; B₂(h), order 2, x0 prediction), DPM-Solver++ 2M (Lu et al. 2022), DDIM (Song et al.
-2021), flow matching with resolution shift (Esser et al. 2024).
+2021), flow matching with resolution shift (Esser et al. 2024), multistep sampling of consistency models (Song et al.
+2023), which distribution matching distillation (Yin et al. 2024) samples by too.
 """
 
 import math
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from miga_engine.device import own_modes
 from miga_engine.errors import ConfigError
+from miga_engine.fields import descending
 
 COLUMNS = ("m_x", "m_v", "c_x", "c_y", "c_m", "c_m1", "c_m2", "p_x", "p_v", "p_m", "p_m1", "p_n")
 NUM_COEFFICIENTS = len(COLUMNS)
@@ -38,6 +40,8 @@ _SOLVER_NAMES = {
     "dpm++": "dpmpp_2m",
     "dpmpp": "dpmpp_2m",
     "euler": "euler",
+    "lcm": "lcm",
+    "dmd": "lcm",
     "ddim": "ddim",
 }
 _DDIM_TRAIN_STEPS = 1000
@@ -64,7 +68,8 @@ class Coefficients:
 
 
 class Schedule(NamedTuple):
-    """sigmas [T+1] float32 (last 0), timesteps [T] int64 as the network embeds them, and the coefficient table."""
+    """sigmas [T+1] float32 (last 0), timesteps [T] as the network embeds them (int64; of explicit levels float32), and
+    the coefficient table."""
 
     sigmas: Tensor
     timesteps: Tensor
@@ -94,11 +99,15 @@ def make_schedule(
     eta: float = 1.0,
     use_scale_array: bool = False,
     prediction_type: str | None = None,
+    sigmas: Sequence[float] | str | None = None,
+    denoising_steps: Sequence[float] | str | None = None,
 ) -> Schedule:
-    """Tables of a solver: unipc | dpmpp_2m (dpm++, dpmpp) | euler for flow models, ddim for VideoCrafter2.
+    """Tables of a solver: unipc | dpmpp_2m (dpm++, dpmpp) | euler | lcm (dmd) for flow models, ddim for VideoCrafter2.
 
-    Flow: u evenly spaced from 0.999 (unipc) or 1 (dpmpp_2m, euler) to 0, sigma = shift·u/(1 + (shift − 1)·u),
+    Flow: u evenly spaced from 0.999 (unipc) or 1 (the others) to 0, sigma = shift·u/(1 + (shift − 1)·u),
     x = (1 − σ)x0 + σε, v = ε − x0, timestep = trunc(1000σ). `eta` and `use_scale_array` concern DDIM only.
+    Explicit levels, as few-step weights have them, take the place of `num_steps` evenly spaced ones: `sigmas` as they
+    are, or `denoising_steps` u in thousandths, which `shift` warps as above; timestep = 1000σ, not truncated.
     DDIM: timesteps = round(linspace(0, 999, num_steps)) from the noisiest down, sigma = sqrt(1 − ᾱ), alpha = sqrt(ᾱ);
     prediction_type "epsilon" (default) or "v"; `shift` is not used. As in the releases ᾱ_prev at t = 0 is ᾱ itself, so
     the last step is an identity; sigmas[num_steps] is 0 by contract. `use_scale_array`: x0 is divided by the level's
@@ -113,11 +122,27 @@ def make_schedule(
     prediction = allowed[0] if prediction_type is None else prediction_type
     if prediction not in allowed:
         raise ConfigError(f"prediction_type {prediction!r} does not fit solver {name!r}: choose {' or '.join(allowed)}")
+    lists = {"sigmas": (sigmas, 1), "denoising_steps": (denoising_steps, 1000)}
+    given = {key: descending(key, value, most) for key, (value, most) in lists.items() if value is not None}
+    if len(given) > (name != "ddim"):
+        reason = "they belong to flow models, leave them out" if name == "ddim" else "keep one of the two"
+        raise ConfigError(f"{' and '.join(given)} are given for solver {name!r}: {reason}")
     if name == "ddim":
         return _ddim_schedule(num_steps, eta, use_scale_array, prediction)
     if use_scale_array:
         raise ConfigError(f"use_scale_array is set for solver {name!r}: it belongs to ddim only, leave it off")
-    return _flow_schedule(name, num_steps, shift)
+    if not (math.isfinite(shift) and shift > 0):
+        raise ConfigError(f"shift is {shift}: give a positive number (Wan uses 5)")
+    if "sigmas" in given:
+        return _flow_schedule(name, torch.tensor([*given["sigmas"], 0.0], dtype=torch.float64), is_explicit=True)
+    if "denoising_steps" in given:
+        u = torch.tensor([*given["denoising_steps"], 0.0], dtype=torch.float64) / 1000
+        return _flow_schedule(name, _shifted(u, shift), is_explicit=True)
+    first = 0.999 if name == "unipc" else 1.0
+    # start + k·step, as numpy.linspace rounds: torch.linspace differs in the last bit, and trunc() shows it.
+    u = first + torch.arange(num_steps + 1, dtype=torch.float64) * (-first / num_steps)
+    u[-1] = 0.0
+    return _flow_schedule(name, _shifted(u, shift), is_explicit=False)
 
 
 def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, step_index: Tensor | int) -> Tensor:
@@ -145,21 +170,20 @@ def add_signal(schedule: Schedule, x0: Tensor, noise: Tensor, share: float) -> T
     return share * x0 + (1 - share if is_flow else math.sqrt(1 - share * share)) * noise
 
 
-def _flow_schedule(solver: str, num_steps: int, shift: float) -> Schedule:
-    if not (math.isfinite(shift) and shift > 0):
-        raise ConfigError(f"shift is {shift}: give a positive number (Wan uses 5)")
-    first = 0.999 if solver == "unipc" else 1.0
-    # start + k·step, as numpy.linspace rounds: torch.linspace differs in the last bit, and trunc() shows it.
-    u = first + torch.arange(num_steps + 1, dtype=torch.float64) * (-first / num_steps)
-    u[-1] = 0.0
-    sigmas64 = shift * u / (1 + (shift - 1) * u)
+def _shifted(u: Tensor, shift: float) -> Tensor:
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def _flow_schedule(solver: str, sigmas64: Tensor, *, is_explicit: bool) -> Schedule:
+    """Of levels `[T+1]` float64, the last 0."""
     sigmas = sigmas64.to(torch.float32)
+    num_steps = len(sigmas) - 1
     if not (sigmas[:-1] > sigmas[1:]).all():
+        remedy = "move the levels apart" if is_explicit else "lower num_steps"
         raise ConfigError(
-            f"shift {shift} with num_steps {num_steps} makes neighbouring sigmas equal in float32: "
-            "bring shift nearer to 1 or lower num_steps"
+            f"neighbouring sigmas of these {num_steps} steps are equal in float32: bring shift nearer to 1, or {remedy}"
         )
-    timesteps = (sigmas64[:-1] * 1000).to(torch.int64)
+    timesteps = (sigmas64[:-1] * 1000).to(torch.float32 if is_explicit else torch.int64)
     rows64 = _fill_table(num_steps, sigmas.tolist(), _FLOW_ROWS[solver])
     return _assemble(sigmas, 1 - sigmas, timesteps, rows64, solver, "flow")
 
@@ -223,6 +247,12 @@ def _euler_row(sigmas: Sequence[float], step_index: int, history_length: int) ->
     return {**_flow_x0(sigma), "p_x": 1.0, "p_v": sigma_next - sigma}
 
 
+def _lcm_row(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
+    """x' = (1 − σ_{s+1})·m + σ_{s+1}·noise: the prediction, noised anew to the next level."""
+    sigma, sigma_next = sigmas[step_index : step_index + 2]
+    return {**_flow_x0(sigma), "p_m": 1 - sigma_next, "p_n": sigma_next}
+
+
 def _exponential_predictor(sigmas: Sequence[float], step_index: int, history_length: int) -> CoefficientRow:
     """x' = (σ'/σ)·xc − α'·φ·(m + (m − m1)/(2q)), φ = e^{−h} − 1, h = λ_{s+1} − λ_s, q = (λ_s − λ_{s−1})/h.
 
@@ -279,6 +309,7 @@ _FLOW_ROWS: dict[str, Callable[[Sequence[float], int, int], CoefficientRow]] = {
     "unipc": _unipc_row,
     "dpmpp_2m": _dpmpp_row,
     "euler": _euler_row,
+    "lcm": _lcm_row,
 }
 
 

@@ -1,8 +1,9 @@
-"""A model's files broken: safetensors, indexes, pickles, merges of a tokenizer."""
+"""A model's files broken: safetensors, GGUF, indexes, pickles, merges of a tokenizer."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gzip
 import io
 import json
@@ -81,6 +82,93 @@ def break_safetensors(data: bytes, rng: Random) -> bytes:
         )
         return join_safetensors(text, body)
     return join_safetensors(dump(header), body)
+
+
+@dataclasses.dataclass
+class GgufTensor:
+    """A line of the table of a GGUF file."""
+
+    name: bytes
+    dims: list[int]
+    kind: int
+    offset: int
+
+
+def gguf_text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def split_gguf(data: bytes) -> tuple[list[bytes], list[GgufTensor], bytes]:
+    """Key-value pairs, table and numbers of a file whose values are strings and integers of 32 bits."""
+    stream = io.BytesIO(data)
+
+    def number(code: str) -> int:
+        return struct.unpack("<" + code, stream.read(struct.calcsize("<" + code)))[0]
+
+    stream.seek(8)
+    num_tensors, num_pairs = number("Q"), number("Q")
+    pairs, tensors = [], []
+    for _ in range(num_pairs):
+        start = stream.tell()
+        stream.seek(number("Q"), 1)
+        stream.seek(number("Q") if number("I") == 8 else 4, 1)
+        pairs.append(data[start : stream.tell()])
+    for _ in range(num_tensors):
+        name = stream.read(number("Q"))
+        dims = [number("Q") for _ in range(number("I"))]
+        tensors.append(GgufTensor(name, dims, number("I"), number("Q")))
+    return pairs, tensors, data[-(-stream.tell() // 32) * 32 :]
+
+
+def join_gguf(
+    pairs: list[bytes], tensors: list[GgufTensor], body: bytes, counts: tuple[int, int] | None = None
+) -> bytes:
+    head = b"GGUF\3\0\0\0" + struct.pack("<QQ", *(counts or (len(tensors), len(pairs)))) + b"".join(pairs)
+    for tensor in tensors:
+        head += gguf_text(tensor.name) + struct.pack(f"<I{len(tensor.dims)}Q", len(tensor.dims), *tensor.dims)
+        head += struct.pack("<IQ", tensor.kind, tensor.offset)
+    return head + b"\0" * (-len(head) % 32) + body
+
+
+def break_gguf(data: bytes, rng: Random) -> bytes:
+    pairs, tensors, body = split_gguf(data)
+    tensor, other = rng.choice(tensors), rng.choice(tensors)
+    huge = rng.choice((0, 1, 32, 2**16, 2**32, 2**60, 2**63, 2**64 - 1, rng.randrange(2**24)))
+    kind = rng.randrange(12)
+    if kind == 0:
+        return break_bytes(data[: rng.choice((200, 5000, len(data)))], rng)
+    if kind == 1:
+        counts = (huge, len(pairs)) if rng.random() < 0.5 else (len(tensors), huge)
+        return join_gguf(pairs, tensors, body, counts)
+    if kind == 2:
+        tensor.dims = [huge if rng.random() < 0.5 else n for n in tensor.dims]
+    elif kind == 3:  # a product beyond 64 bits, or one that wraps around to the right size
+        tensor.dims = rng.choice(
+            ([2**32, 2**32], [2**62, 4], [32, 2**62], [2**63, 0], [1] * 5000, [], tensor.dims[::-1])
+        )
+    elif kind == 4:
+        tensor.kind = rng.choice((*range(42), 77, 2**32 - 1))
+    elif kind == 5:
+        tensor.offset = rng.choice((other.offset, tensor.offset + 4, huge & ~31, huge))
+    elif kind == 6:
+        number = rng.choice((b"10", b"999999", b"9" * 30, b"-1", b"\xd9\xa3", b""))
+        digits = b"".join(bytes([c]) if not 48 <= c < 58 else number for c in tensor.name)
+        tensor.name = rng.choice((digits, b"a\nb", b"\x1b[31m", b"\0", b"", b"x" * 100_000, b"\xff", other.name))
+    elif kind == 7:  # the shape that it once had
+        shape = rng.choice(([0], [-1, -1], tensor.dims, [2**31 - 1] * 3, [1] * 70, [*tensor.dims, 1], []))
+        value = struct.pack(f"<IQ{len(shape)}i", 5, len(shape), *(n % 2**31 for n in shape))
+        pairs.append(gguf_text(b"comfy.gguf.orig_shape." + tensor.name) + struct.pack("<I", 9) + value)
+    elif kind == 8:
+        pairs.append(gguf_text(b"general.alignment") + struct.pack("<II", rng.choice((4, 5, 6)), huge % 2**32))
+    elif kind == 9:  # arrays that are longer than the file, of arrays, of nothing
+        value = struct.pack("<IIQ", 9, rng.choice((0, 4, 7, 8, 9, 12, 13)), huge)
+        pairs.append(gguf_text(rng.choice((b"x", b"tokenizer.ggml.tokens"))) + value + rng.randbytes(64))
+    elif kind == 10:
+        pairs.insert(0, struct.pack("<Q", huge) + rng.randbytes(rng.choice((0, 8, 300))))
+    else:  # any bits as numbers and scales
+        start = rng.randrange(len(body))
+        body = body[:start] + rng.randbytes(min(3000, len(body) - start)) + body[start + 3000 :]
+    return join_gguf(pairs, tensors, body)
 
 
 def break_index(data: bytes, rng: Random) -> bytes:

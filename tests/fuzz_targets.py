@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzz_models import break_index, break_merges, break_pickle, break_safetensors
+from fuzz_models import break_gguf, break_index, break_merges, break_pickle, break_safetensors
 from fuzz_runs import break_request, break_session, break_values, break_video, break_yaml
-from fuzz_values import CACHE, Folder, Random, break_json
+from fuzz_values import CACHE, Folder, Random, break_bytes, break_json
 
 
 def load_options(folder: Folder) -> None:
@@ -57,6 +57,41 @@ def load_transformer(folder: Folder) -> None:
     from miga_engine import models
 
     models.load_transformer(folder)
+
+
+def load_gguf(folder: Folder) -> None:
+    from miga_engine import models
+
+    models.load_transformer(folder / "wan.gguf")
+
+
+def load_scaled(folder: Folder) -> None:
+    from miga_engine import models
+
+    models.load_transformer(folder / "scaled.safetensors")
+
+
+def load_merged(folder: Folder) -> None:
+    from miga_engine import models
+
+    models.load_transformer(folder / "wan.safetensors", loras=[(folder / "adapter_model.safetensors", 0.7)])
+
+
+def load_spiece(folder: Folder) -> None:
+    from miga_engine.models.loading import load_tokenizer
+
+    load_tokenizer(folder / "spiece.model")(["", "A red  balloon over é 木 ❤ ﬁ 12 hills </s> <pad>"])
+
+
+def load_comfy(folder: Folder) -> None:
+    """A whole ComfyUI folder, whose files are told by their keys, with what stands in the VAE's place."""
+    from miga_engine.models.family import Sources
+    from miga_engine.models.inspecting import describe_file
+    from miga_engine.models.loading import load_bundle
+
+    for file in sorted(folder.rglob("*.safetensors")):
+        describe_file(file)
+    load_bundle(Sources(folder, decoder="tae")).encode_prompts(["a red balloon"])
 
 
 def load_vae(folder: Folder) -> None:
@@ -200,6 +235,15 @@ TARGETS = {
         "tiny", "models_t5_umt5-xxl-enc-bf16.safetensors", break_safetensors, load_text_encoder, 3
     ),
     "safetensors, VideoCrafter2": Target("vc2", "model.safetensors", break_safetensors, load_and_encode, 2),
+    "safetensors, scaled fp8": Target("scaled", "scaled.safetensors", break_safetensors, load_scaled, 3),
+    "LoRA": Target("lora", "adapter_model.safetensors", break_safetensors, load_merged, 4),
+    "LoRA, adapter_config.json": Target("lora", "adapter_config.json", break_json, load_merged),
+    "spiece.model": Target("spiece", "spiece.model", break_bytes, load_spiece, 3),
+    "ComfyUI, text encoder": Target(
+        "comfy", "models/text_encoders/umt5_xxl_fp16.safetensors", break_safetensors, load_comfy, 2
+    ),
+    "ComfyUI, tiny decoder": Target("comfy", "models/vae_approx/taew2_1.safetensors", break_safetensors, load_comfy, 2),
+    "GGUF": Target("gguf", "wan.gguf", break_gguf, load_gguf, 6),
     "index": Target("shards", DIT + ".index.json", break_index, load_transformer, 3),
     "config.json": Target("wan", "config.json", break_json, load_transformer, 4),
     "config.json (tiny)": Target("tiny", "config.json", break_json, load_transformer),
@@ -225,15 +269,36 @@ TARGETS = {
 }
 
 
+def sentencepiece_model() -> bytes:
+    """A small vocabulary as SentencePiece stores one, with the ids of umt5's special pieces."""
+    from miga_engine.models.wan.spiece import spiece_of_gguf
+
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁red", "ball", "oon", "é", "木"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    start = "tokenizer.ggml."
+    return spiece_of_gguf(
+        {
+            start + "model": "t5",
+            start + "tokens": ["<pad>", "</s>", "<unk>", *bytes_, *letters],
+            start + "scores": [0.0] * 259 + [-float(i) for i in range(len(letters))],
+            start + "token_type": [3, 3, 2] + [6] * 256 + [1] * len(letters),
+        },
+        "fuzz",
+    )
+
+
 def build_pristine(root: Path) -> None:
     """One good folder for each layout, small but for the embedded model's."""
+    import gguf
     import golden_model
     import numpy as np
+    import random_wan
     import torch
     import yaml
     from safetensors.torch import load_file, save_file
 
     from miga_engine.engine import Engine
+    from miga_engine.models.wan.tae import TinyDecoder, TinyDecoderConfig
     from miga_engine.tiny import WEIGHTS_DIR
     from miga_engine.video.outputs import open_sink
 
@@ -242,6 +307,10 @@ def build_pristine(root: Path) -> None:
         "wan",
         "vc2",
         "shards",
+        "gguf",
+        "scaled",
+        "lora",
+        "spiece",
         "pth",
         "ckpt",
         "clip",
@@ -261,6 +330,41 @@ def build_pristine(root: Path) -> None:
     shutil.copytree(goldens / "wan_vae" / "diffusers", root / "diffusers" / "vae")
     torch.save(load_file(goldens / "wan_vae" / "official" / VAE), root / "pth" / "Wan2.1_VAE.pth")
     torch.save({"state_dict": {"a": torch.ones(3), "b": torch.zeros(2, 2).half()}}, root / "ckpt" / "model.ckpt")
+
+    spiece = sentencepiece_model()
+    (root / "spiece" / "spiece.model").write_bytes(spiece)
+    random_wan.comfy(root / "comfy")
+    inside = {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
+    save_file(
+        random_wan.text_encoder("hf") | inside,
+        root / "comfy" / "models" / "text_encoders" / "umt5_xxl_fp16.safetensors",
+    )
+    decoder = TinyDecoder(TinyDecoderConfig(widths=(16, 12, 8, 8))).state_dict()
+    save_file(decoder, root / "comfy" / "models" / "vae_approx" / "taew2_1.safetensors")
+    save_file(random_wan.scaled_fp8(random_wan.transformer()), root / "scaled" / "scaled.safetensors")
+    save_file(random_wan.transformer(), root / "lora" / "wan.safetensors")
+    pairs = {
+        f"base_model.model.blocks.{i}.{module}.lora_{part}.weight": torch.ones(shape)
+        for i in range(2)
+        for module, wide, out in (("self_attn.q", 128, 128), ("ffn.0", 128, 256), ("cross_attn.o", 128, 128))
+        for part, shape in (("A", (4, wide)), ("B", (out, 4)))
+    }
+    pairs["base_model.model.blocks.0.self_attn.q.lora_magnitude_vector"] = torch.ones(128)
+    save_file(pairs, root / "lora" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"ffn.0": 2}}
+    (root / "lora" / "adapter_config.json").write_text(json.dumps(said))
+
+    writer, q8 = gguf.GGUFWriter(root / "gguf" / "wan.gguf", "wan"), gguf.GGMLQuantizationType.Q8_0
+    for i, (key, tensor) in enumerate(load_file(root / "wan" / DIT).items()):
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            writer.add_tensor(key, gguf.quants.quantize(tensor.float().numpy(), q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(key, tensor.half().numpy() if i % 2 else tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shutil.copy(root / "wan" / "config.json", root / "gguf")
 
     tensors, weight_map = load_file(root / "wan" / DIT), {}
     for i in range(2):

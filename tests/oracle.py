@@ -85,16 +85,21 @@ class Oracle:
         self.told: dict[tuple[int, int], list[Frame]] = {}  # what the windows behind the queue commit
         self.stride = config.stride or window // 2
         self.handoff = schedule.num_steps - config.stage2_steps
+        self.series = 0  # of the solver's noise: seed clip 0, warm-up 1, Stage 1 2, Stage 2 3, refine 4
 
     def step(self, frame: Frame, conditional: torch.Tensor, unconditional: torch.Tensor) -> Frame:
         state = [frame.sample[None].clone()]
         state += [torch.zeros_like(state[0]) if t is None else t[None].clone() for t in (frame.last,)]
         state += [h[None].clone() for h in frame.history] + [torch.zeros_like(state[0])] * (2 - len(frame.history))
+        noise = None
+        if self.schedule.uses_noise:
+            series = np.array([(self.series << 16) + frame.step])
+            noise = self.noise(Purpose.SOLVER, np.array([frame.number]), series=series)
         ops.sampler_update(
             state[0], state[1], state[2], state[3].clone(), conditional[None], unconditional[None],
             slots=torch.tensor([0]), coefficients=self.schedule.coefficients.rows,
             step_index=torch.tensor([frame.step]), history_length=torch.tensor([len(frame.history)]),
-            guidance_scale=self.scale,
+            guidance_scale=self.scale, noise=noise,
         )  # fmt: skip
         history = [state[2][0], *frame.history][:2]
         return Frame(frame.number, state[0][0], frame.step + 1, history, state[1][0])
@@ -109,7 +114,7 @@ class Oracle:
                 unconditional[i] = f.fresh(self.noise(Purpose.PAST, np.array([newer.number]), series=series)[0], 0)
         latents = torch.stack([torch.stack([f.sample for f in branch], dim=1) for branch in (frames, unconditional)])
         last = self.schedule.num_steps - 1
-        t = [[int(self.schedule.timesteps[min(f.step, last)]) for f in branch] for branch in (frames, unconditional)]
+        t = [[self.schedule.timesteps[min(f.step, last)].item() for f in branch] for branch in (frames, unconditional)]
         output = self.network(latents, torch.tensor(t), torch.tensor([1, 0]))
         return output[0].transpose(0, 1), output[1].transpose(0, 1)
 
@@ -136,8 +141,9 @@ class Oracle:
         """Frames that have left the queue, before and behind each pass over a video of `total`, as far as they tell."""
         config, offset = self.config, self.config.commit_offset_of(self.window)
         numbers = [*range(config.stage2_steps), *range(config.refine_steps)]
-        reached = [popped[:total]]
+        reached, before = [popped[:total]], self.series
         for level, number in enumerate(numbers):
+            self.series = 3 + (level >= config.stage2_steps)
             if level == config.stage2_steps:
                 reached[-1] = [self.renoised(frame) for frame in reached[-1]]
             made: list[Frame] = []
@@ -150,6 +156,7 @@ class Oracle:
                     self.told[level, start] = self.window_step(read, first - start, stop - start)
                 made += self.told[level, start]
             reached.append(made)
+        self.series = before
         return reached
 
     def renoised(self, frame: Frame) -> Frame:
@@ -164,6 +171,7 @@ class Oracle:
         """Clean latents [num_frames, C, H, W] (no reflection)."""
         config, width, local = self.config, self.config.zigzag_width, self.window - self.config.guidance_frames
         clip = [Frame(k, self.draw(Purpose.SEED_CLIP, k)) for k in range(self.window)]
+        self.series = 0
         for _ in range(self.schedule.num_steps):
             clip = self.window_step(clip, 0, self.window)
         self.anchor = clip[0]
@@ -196,11 +204,12 @@ class Oracle:
             return self.queue_pass(past + queue, local, phase, num_past)[num_past:]
 
         push()
+        self.series = 1
         while queue[0].step < self.handoff - 1:
             length = num_past + len(queue)
             queue = advance((length - local) % self.stride if length >= local else 0)
             push()
-        passes = 0
+        passes, self.series = 0, 2
         while len(popped) < total:
             queue = advance(passes % self.stride)
             passes += 1
@@ -226,10 +235,11 @@ def toy_run(
     events=None,
     network=pseudo_network,
     guidance_scale=5.0,
+    schedule=None,
 ):
     return VideoRun(
-        PlainNetwork(network), make_schedule("unipc", steps, 5.0), config, window_frames=window, frame_shape=SHAPE,
-        noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=guidance_scale,
+        PlainNetwork(network), schedule or make_schedule("unipc", steps, 5.0), config, window_frames=window,
+        frame_shape=SHAPE, noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=guidance_scale,
         device=torch.device("cpu"),
         emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
     )  # fmt: skip

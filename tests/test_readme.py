@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from typing import Any
 
 import golden_model
 import pytest
+import random_wan
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from miga_engine.cli import main, render
 from miga_engine.cli.main import _build_parser
@@ -37,12 +39,17 @@ PAGES = sorted([ROOT / "README.md", ROOT / "THIRD_PARTY.md", *ROOT.glob("docs/*.
 PROGRAMS = ("miga", "make", "torchrun", "python", "python3", "pip", "bash")
 
 # Of README's blocks: what is there → what is run. Each must be found, so that none outlives its line.
+SMALL = (
+    "--num-frames 9 --height 32 --width 48 --num-inference-steps 8 --zigzag-width 2 --stage2-steps 2 "
+    "--guidance-frames 1 --stride 2 --judge-step 2"
+)
 SHORTER_SHELL = {
     "--num-frames 480": "--num-frames 129",
     "--prompt-at 160": "--num-frames 25 --prompt-at 9",
     "--prompt-blend-frames 32": "--prompt-blend-frames 8",
-    "--num-frames 1000 --height 480 --width 832": "--num-frames 9 --height 32 --width 48 --num-inference-steps 8 "
-    "--zigzag-width 2 --stage2-steps 2 --guidance-frames 1 --stride 2 --judge-step 2",
+    "--num-frames 1000 --height 480 --width 832": SMALL,
+    "--model ComfyUI": f"--model ComfyUI {SMALL}",
+    "--download": f"--download {SMALL}",
     "--num-frames 2000": "--num-frames 145",
     "--window-batch 4": "--window-batch 4 --zigzag-width 2 --guidance-frames 1 --stride 2",
     "torchrun --nproc-per-node 2": "torchrun --standalone --nproc-per-node 2",
@@ -194,6 +201,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for size in ("1.3B", "14B"):
         (folder / f"Wan2.1-T2V-{size}").symlink_to(model)
     torch.save({"state_dict": load_file(weights)}, folder / "model.ckpt")
+    shutil.copy(random_wan.TOKENIZER, random_wan.comfy(folder / "ComfyUI"))
+    pair = {"A": torch.ones(2, 128), "B": torch.ones(128, 2)}
+    module = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{module}.lora_{part}.weight": value for part, value in pair.items()}, folder / "style.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(model))
     monkeypatch.chdir(folder)
     preset = PRESETS["tiny"]
     sampling = dataclasses.replace(preset.sampling, num_inference_steps=8)
@@ -233,8 +245,8 @@ def test_the_shell_block_is_run_line_for_line(scratch: Path, monkeypatch, capsys
             wanted = 145 if "--num-frames" in words else 129
             assert len(read_video("kite.mp4")) == wanted, line
             assert load_session("kite.session.safetensors").request["num_frames"] == wanted
-    for name, num_frames in (("balloon.mp4", 25), ("wan.mp4", 9), ("fifo.mp4", 9), ("miga.mp4", 9)):
-        assert len(read_video(name)) == num_frames
+    for name in ("balloon", "wan", "fifo", "style", "hub", "miga"):
+        assert len(read_video(f"{name}.mp4")) == (25 if name == "balloon" else 9)
     assert (scratch / "VideoCrafter2.safetensors").exists()
     assert (scratch / "eval.png").exists()
 

@@ -11,7 +11,11 @@ from miga_engine.errors import ConfigError
 from miga_engine.schedule import COLUMNS, NUM_COEFFICIENTS, add_noise, make_schedule
 
 GOLDENS = Path(__file__).parent / "goldens" / "samplers"
-FLOW_SOLVERS = ("unipc", "dpmpp_2m", "euler")
+NO_LEVELS = (
+    (), "", "1,a", (0.5, 0.9), (0.5, 0.5), (1.5, 1), (1, float("nan")), (1, -0.5), (0,), 1, "nan", (1, 0.5, 0, 0),
+    (True, 0.5), {1: 2}, b"1", [1, [0.5]], [10**400], [1 - i / 1e6 for i in range(1001)], "inf 1", (1, None),
+)  # fmt: skip
+FLOW_SOLVERS = ("unipc", "dpmpp_2m", "euler", "lcm")
 
 
 def column(schedule, name):
@@ -55,8 +59,22 @@ def test_ddim_tables_match_golden(num_steps, eta):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 54, 200])
 def test_rows_are_finite_and_keep_a_point_mass(solver, num_steps):
     num_steps += solver == "ddim"  # which starts at two steps
-    schedule = make_schedule(solver, num_steps, eta=0.0)
-    rows = schedule.coefficients.rows64
+    _check_rows(make_schedule(solver, num_steps, eta=0.0), solver)
+
+
+@pytest.mark.parametrize("solver", [*FLOW_SOLVERS, "dmd"])
+@pytest.mark.parametrize(
+    "levels",
+    [{"denoising_steps": (1000, 750, 500, 250)}, {"sigmas": (1, 0.5)}, {"sigmas": (1,)}, {"sigmas": "0.9 0.4 0.3, 0"},
+     {"denoising_steps": (999, 934, 862, 756, 603, 410, 250, 140, 74), "shift": 1.0},
+     {"sigmas": [1 - 1e-6, 0.5, 1e-6]}],
+)  # fmt: skip
+def test_rows_of_explicit_levels_are_finite_and_keep_a_point_mass_from_pure_noise_on(solver, levels):
+    _check_rows(make_schedule(solver, **levels), solver)
+
+
+def _check_rows(schedule, solver):
+    rows, num_steps = schedule.coefficients.rows64, schedule.num_steps
     assert rows.shape == (num_steps, 3, NUM_COEFFICIENTS)
     assert torch.isfinite(schedule.coefficients.rows).all()
     assert schedule.sigmas.shape == (num_steps + 1,)
@@ -78,7 +96,22 @@ def test_rows_are_finite_and_keep_a_point_mass(solver, num_steps):
             assert m == pytest.approx(sample, abs=2e-6)
             assert corrected == pytest.approx(x, abs=1e-6)
             received = row["p_x"] * corrected + row["p_v"] * v + row["p_m"] * m + row["p_m1"] * sample
+            received += row["p_n"] * noise
             assert received == pytest.approx(expected.item(), abs=2e-6)
+
+
+def test_explicit_levels_are_those_that_are_given_and_the_network_is_told_them_whole():
+    warped = make_schedule("euler", 54, 5.0, denoising_steps=(1000, 750, 500, 250))
+    assert warped.sigmas.tolist() == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0], abs=1e-7)
+    assert warped.timesteps.dtype == torch.float32
+    assert warped.timesteps.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625], abs=1e-4)
+    evenly = make_schedule("euler", 4, 5.0)
+    assert torch.equal(evenly.coefficients.rows64, warped.coefficients.rows64)
+    assert evenly.timesteps.dtype == torch.int64
+    for same in ("1000,757,522", " 1000, 757 522 0 ", [1000, 757.0, 522, 0], ["1000", "757", "522"]):
+        plain = make_schedule("lcm", shift=1.0, denoising_steps=same)
+        assert plain.sigmas.tolist() == pytest.approx([1, 0.757, 0.522, 0], abs=1e-7)
+        assert torch.equal(plain.sigmas, make_schedule("dmd", shift=9.0, sigmas=(1, 0.757, 0.522)).sigmas)
 
 
 def test_v_prediction_equals_epsilon_prediction():
@@ -117,7 +150,13 @@ def test_add_noise_matches_golden_and_takes_mixed_levels():
         ({"num_steps": 2.5}, r"num_steps is 2.5"),
         ({"shift": 0.0}, r"shift is 0.0: give a positive"),
         ({"shift": float("nan")}, r"shift is nan"),
-        ({"shift": 1e12}, r"neighbouring sigmas equal"),
+        ({"shift": 1e12}, r"neighbouring sigmas of these 54 steps are equal in float32: bring .* lower num_steps"),
+        ({"sigmas": (0.5, 0.5 - 1e-12)}, r"neighbouring sigmas of these 2 steps are equal .*, or move the levels"),
+        ({"sigmas": (0.5, 1e-60)}, r"neighbouring sigmas of these 2 steps are equal"),
+        ({"sigmas": (1, 0.5), "denoising_steps": (1000,)}, r"sigmas and denoising_steps are given for solver 'unipc'"),
+        ({"solver": "ddim", "sigmas": (1, 0.5)}, r"sigmas are given for solver 'ddim': they belong to flow models"),
+        *(({"sigmas": value}, r"sigmas must be up to 1000 numbers that descend, from") for value in NO_LEVELS),
+        ({"denoising_steps": (1001, 500)}, r"denoising_steps must be up to 1000 numbers .* at most 1000 to above 0"),
         ({"use_scale_array": True}, r"use_scale_array is set for solver 'unipc'"),
         ({"prediction_type": "epsilon"}, r"prediction_type 'epsilon' does not fit solver 'unipc'"),
         ({"solver": "ddim", "num_steps": 1001}, r"num_steps is 1001: ddim needs"),

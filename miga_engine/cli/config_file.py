@@ -42,8 +42,9 @@ RELEASED_NAMES = {
     "resample_threshold": "score_drop",
     "unconditional_guidance_scale": "guidance_scale",
     "ddim_eta": "eta",
+    "denoising_step_list": "denoising_steps",
 }
-"""Option names of the Wan2.1, FIFO-Diffusion and MIGA releases, understood in a --config file and as flags."""
+"""Option names of Wan2.1, FIFO-Diffusion, MIGA and few-step releases, understood in a --config file and as flags."""
 
 _CHANGED = ("task", "size", "video_length", "num_partitions", "long_iter_nums")  # their values become other options
 IGNORED_NAMES = (

@@ -30,6 +30,7 @@ def generate(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     prompt, writing = prompt_timeline(settings), WriteOptions(**picked(settings, WriteOptions))
     from miga_engine.cli.render import Outputs
+    from miga_engine.resolve import network_calls
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.weights.files import opened_once
 
@@ -40,6 +41,8 @@ def generate(options: argparse.Namespace) -> int:
         _refuse_the_impossible(estimate)
         engine = load_engine(settings, ranks)
         request = engine.resolve(prompt, **asked)
+        if outputs is not None and not writing.quiet:
+            say(network_calls(request, engine.bundle.window_frames))
         batches: list[int] = []
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
@@ -64,7 +67,7 @@ def resume(options: argparse.Namespace) -> int:
     from miga_engine.engine import Engine
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.runtime.session import load_session
-    from miga_engine.runtime.session_info import model_of_session, video_of_session
+    from miga_engine.runtime.session_info import model_of_session, parts_of_session, video_of_session
     from miga_engine.video.outputs import suffixes_of
     from miga_engine.video.paths import check_output
 
@@ -73,10 +76,11 @@ def resume(options: argparse.Namespace) -> int:
     path = Path(settings["session"])
     session = load_session(path)
     video = settings.get("output") or video_of_session(path, session)
-    model = settings.get("model") or model_of_session(path, session)
-    saved: dict[str, Any] = as_recorded(session.model)
+    loading = picked(settings, LoadOptions)
+    loading["model"] = loading.get("model") or model_of_session(path, session)
+    loading = parts_of_session(path, session, {**as_recorded(session.model), **loading})
     with Ranks.from_environment(settings.get("device")) as ranks:
-        engine = Engine.from_pretrained(model, settings.get("device"), **saved, ranks=ranks)
+        engine = Engine.from_pretrained(**loading, ranks=ranks)
         every = writing.checkpoint_every
         outputs = Outputs(
             str(video),
@@ -141,7 +145,7 @@ def _write(
     else:
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
-        code = render(open_stream, outputs, model=engine.name, quiet=quiet)
+        code = render(open_stream, outputs, model=engine.made_of(), quiet=quiet)
         say(_peak_memory(engine.device, expected))
     return code
 

@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from miga_engine._version import __version__
+from miga_engine.cli.settings import PLACES
 from miga_engine.cli.terminal import say
-from miga_engine.errors import CheckpointError, printable
+from miga_engine.errors import CheckpointError, ConfigError, printable
 
 
 def info(options: argparse.Namespace) -> int:
@@ -36,6 +37,10 @@ def info(options: argparse.Namespace) -> int:
         rows += [(key, value) for key, value in read_metadata(options.path).items()]
     elif options.path and options.path.endswith(".safetensors") and is_session(options.path):
         rows += describe_session(load_session(options.path))
+    elif options.path and os.path.isfile(options.path):
+        from miga_engine.models.inspecting import describe_file
+
+        rows += describe_file(Path(options.path))
     elif options.path:
         from miga_engine.engine import Engine
 
@@ -51,14 +56,34 @@ def convert(options: argparse.Namespace) -> int:
     """The command: a weights file as safetensors."""
     import torch
 
+    from miga_engine.config import LoadOptions
     from miga_engine.models import convert as conversion
+    from miga_engine.models.loading import sources_of
+    from miga_engine.options import picked
+    from miga_engine.tiny import WEIGHTS_DIR
     from miga_engine.video.paths import check_output
+    from miga_engine.weights.files import FORMATS
 
-    source, target = Path(options.model), check_output(options.output, (".safetensors",), overwrite=options.overwrite)
-    if not source.is_file():
-        raise CheckpointError(f"{source} is not a file: give a weights file such as model.ckpt")
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    num_tensors, num_bytes = conversion.convert(source, target, dtype)
+    given = vars(options)
+    dtype = getattr(torch, given["dtype"]) if given.get("dtype") else None
+    if Path(options.output).suffix.lower() in {suffix for form in FORMATS for suffix in form.suffixes}:
+        if named := next((option for option in PLACES if given.get(option)), None):
+            raise ConfigError(
+                f"--{named.replace('_', '-')} is for a whole model, and {options.output} is one file: name a folder to "
+                "write into"
+            )
+        target = check_output(options.output, (".safetensors",), overwrite=options.overwrite)
+        source = Path(options.model)
+        if not source.is_file():
+            raise CheckpointError(
+                f"{source} is not a file: give a weights file such as model.ckpt, or write a whole model into a folder"
+            )
+        num_tensors, num_bytes = conversion.convert(source, target, dtype)
+    else:
+        target = Path(options.output)
+        asked = LoadOptions(**picked(given, LoadOptions) | {"dtype": None})
+        sources = sources_of(asked, WEIGHTS_DIR if asked.model == "tiny" else None)
+        num_tensors, num_bytes = conversion.convert_model(sources, target, dtype)
     say(f"{target}: {num_tensors} tensors, {num_bytes / 1e9:.2f} GB")
     return 0
 

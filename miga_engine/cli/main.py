@@ -12,6 +12,7 @@ from typing import Any
 from miga_engine._version import __version__
 from miga_engine.cli import gap, generate, info, measure
 from miga_engine.cli.config_file import FLAG_NAMES, FLAGS_ALONE
+from miga_engine.cli.settings import PLACES
 from miga_engine.cli.terminal import say
 from miga_engine.cli.write_options import WriteOptions
 from miga_engine.config import DTYPES, NUM_FRAMES, LoadOptions, MigaConfig, Request, StreamOptions
@@ -113,8 +114,10 @@ def _build_parser() -> argparse.ArgumentParser:
          "overwrite": "replace a video that is not this run's",
          "events": "scores, searches and chunks as JSON lines, appended"},
     )  # fmt: skip
-    add_flags(resuming, LoadOptions, ["model", "device"], {"model": "where the model lies (default: the embedded one, "
-                                                           "or one beside or below the session file)"})  # fmt: skip
+    add_flags(
+        resuming, LoadOptions, ["model", "device", *PLACES],
+        {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
+    )  # fmt: skip
     add_flags(resuming, StreamOptions)
 
     estimating = commands.add_parser(
@@ -124,22 +127,27 @@ def _build_parser() -> argparse.ArgumentParser:
     estimating.set_defaults(run=generate.estimate)
 
     converting = commands.add_parser(
-        "convert", help="rewrite a weights file as safetensors",
-        description="Rewrite a weights file, such as VideoCrafter2's model.ckpt, as safetensors with the same keys.",
+        "convert", help="rewrite a weights file or a model as plain safetensors",
+        argument_default=argparse.SUPPRESS,
+        description="Rewrite a weights file, such as VideoCrafter2's model.ckpt, as safetensors with the same keys; or "
+        "a model with all its parts, whatever their formats, LoRAs merged, as a folder in the layout of its makers.",
     )  # fmt: skip
     converting.set_defaults(run=info.convert)
-    converting.add_argument("model", metavar="MODEL", help="the weights file")
-    converting.add_argument("output", metavar="OUT.safetensors")
-    converting.add_argument("--dtype", choices=DTYPES, help="of the UNet and the text encoder (default: as they are)")
-    converting.add_argument("-y", "--overwrite", action="store_true", help="replace a file that exists")
+    converting.add_argument("model", metavar="MODEL", help="the weights file; for a folder any model that `generate` "
+                            "takes")  # fmt: skip
+    converting.add_argument("output", metavar="OUT.safetensors|FOLDER")
+    converting.add_argument("--dtype", choices=DTYPES, help="of the transformer and the text encoder (default: as they "
+                            "are, bfloat16 where they are in eight bits or packed)")  # fmt: skip
+    add_flags(converting, LoadOptions, PLACES)
+    converting.add_argument("-y", "--overwrite", action="store_true", default=False, help="replace a file that exists")
 
     measure.add_parsers(commands, run)
     gap.add_parser(commands, run)
 
-    informing = commands.add_parser("info", help="show versions, devices, kernels, and what a model is")
+    informing = commands.add_parser("info", help="show versions, devices, kernels, and what a model or a file is")
     informing.set_defaults(run=info.info)
-    informing.add_argument("path", nargs="?", metavar="MODEL|VIDEO|SESSION", help="'tiny', a model folder, or a "
-                           "video or session file made by miga")  # fmt: skip
+    informing.add_argument("path", nargs="?", metavar="MODEL|FILE", help="'tiny', a model folder, a weights or "
+                           "LoRA file, or a video or session file made by miga")  # fmt: skip
     return parser
 
 

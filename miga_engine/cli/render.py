@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ from miga_engine.cli.terminal import Screen, say
 from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.errors import ConfigError, MigaError, OutputError
 from miga_engine.runtime.session import SUFFIX, Session, check_session_path, load_session, locked, remove_session
-from miga_engine.runtime.session_info import model_of_session, video_of_session
+from miga_engine.runtime.session_info import model_of_session, parts_of_session, video_of_session, weighted
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.contact_sheet import ContactSheet
 from miga_engine.video.encoder_thread import EncoderThread
@@ -75,17 +75,17 @@ def session_beside(video: str) -> Path | None:
     return path.with_name(f"{path.stem}.session{SUFFIX}")
 
 
-def render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool = False) -> int:
+def render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, Any], quiet: bool = False) -> int:
     """Write a stream's chunks as they come. The exit code: 0 complete, 2 failed, 128 + signal where interrupted.
 
     At the first Ctrl-C, SIGTERM or SIGHUP the pass at hand is finished, files are closed and the session is saved; a
-    second Ctrl-C stops at once. The session file is locked meanwhile.
+    second Ctrl-C stops at once. The session file is locked meanwhile. `model` is what the video's metadata say of it.
     """
     with contextlib.nullcontext() if outputs.session is None else locked(outputs.session):
         return _render(open_stream, outputs, model=model, quiet=quiet)
 
 
-def _render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: bool) -> int:
+def _render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, Any], quiet: bool) -> int:
     from tqdm import tqdm
 
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: str, quiet: boo
         start = num_out = stream.num_frames_out
         bar.total, bar.n = request.num_frames, num_out
         bar.refresh()
-        metadata = request.metadata(model)  # completed before the sink's first frame, which writes it
+        metadata = request.metadata("") | dict(model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
         try:
@@ -171,6 +171,15 @@ def _resume_command(outputs: Outputs, session: Session) -> str:
             find(outputs.session, session)
         except ConfigError:
             words += [option, value]
+    try:
+        parts_of_session(outputs.session, session, {})
+    except ConfigError:
+        for part, path in session.model.get("files", {}).items():
+            words += ["--" + part.replace("_", "-"), path]
+        for path, strength, _ in session.model.get("lora", []):
+            words += ["--lora", weighted(path, strength)]
+    for option, value in session.model.get("hub", {}).items():
+        words += ["--" + option.replace("_", "-"), value]
     position = session.state.numbers["output"] or {}
     if outputs.overwrite and not position.get("num_frames") and is_sequence(str(position.get("path"))):
         words.append("--overwrite")  # the older pictures are there until the first frame is

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from miga_engine.runtime.ranks import Ranks
 
 
+PLACES = ("transformer", "vae", "text_encoder", "tokenizer", "lora", "download", "revision", "cache_dir")
+"""Options of loading that say where weights are, beside the model's own, and that a session leaves open."""
+
+
 def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the --config file says, overridden by the flags."""
     given = vars(options)

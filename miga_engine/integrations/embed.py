@@ -18,7 +18,7 @@ from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.options import as_recorded, check_kinds, fields
 from miga_engine.runtime.session import load_session
-from miga_engine.runtime.session_info import model_of_session
+from miga_engine.runtime.session_info import model_of_session, parts_of_session
 from miga_engine.runtime.stream import Stream
 
 ABI = 1
@@ -122,7 +122,8 @@ def resume_run(path: bytes, options: bytes) -> Run:
     if model is None:
         model = saved["name"] if saved["name"] in _named_models else model_of_session(file, session)
     _named_models.add(os.path.abspath(model))
-    engine = Engine.from_pretrained(model, **{**as_saved, **_take(given, _OF_MODEL)})
+    loading = parts_of_session(file, session, {**as_saved, **_take(given, _OF_MODEL)})
+    engine = Engine.from_pretrained(model, **loading)
     return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
 
 

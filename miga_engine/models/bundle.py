@@ -61,6 +61,8 @@ class ModelBundle:
     rehearse: Callable[[], None] = field(repr=False)
     """Runs networks of the family in small, after which the libraries hold what a run needs of them."""
     extra: dict[str, Any] = field(default_factory=dict)
+    merged: tuple[tuple[str, float, str], ...] = ()
+    """LoRAs in the transformer: path, strength, fingerprint."""
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property

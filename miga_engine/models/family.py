@@ -13,9 +13,11 @@ Families import nothing of each other. What more kinds of model will need has it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,26 +26,69 @@ from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transforme
 from miga_engine.weights.checkpoint import Checkpoint
 
 Device = torch.device | str | None
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+"""What may lie apart from a model, by the names of the options that say where."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a model lie, and what is merged into them.
+
+    `root` is the model's folder, or the weights file of its transformer; a part that is named lies there instead: a
+    folder or a file each.
+    """
+
+    root: Path
+    transformer: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    """LoRA files and their strengths, merged into the transformer in this order."""
+    decoder: str = "vae"
+    """"vae", or "tae" for a tiny decoder in the place of the VAE, which then has the `vae` path."""
+    hub: tuple[tuple[str, str], ...] = ()
+    """Options by which the root was found in the cache of a hub."""
+
+    @property
+    def leading(self) -> Path:
+        """By which the family is told: the transformer."""
+        return self.transformer or self.root
+
+    @property
+    def folder(self) -> Path:
+        """That which messages name, and miga.json lies in."""
+        return self.root.parent if self.root.is_file() else self.root
+
+    def apart(self) -> dict[str, str]:
+        """Absolute paths of the parts that are named, by their options."""
+        paths = {name: getattr(self, name) for name in PARTS}
+        return {name: os.path.abspath(path) for name, path in paths.items() if path is not None}
 
 
 @dataclass(frozen=True)
 class Family:
-    """Every path is a model's folder, a component's, or a weights file. Each failure is a CheckpointError."""
+    """What it answers of a path (a model's folder, a component's, or a weights file) or of the sources of a model. Each
+    failure is a CheckpointError."""
 
     name: str
     window_bound: int
     """Latent frames that a window may have at most, whatever the model's miga.json says."""
     recognises: Callable[[Path], bool]
     """Whether the names or the keys under a path are this family's. No weights are read."""
-    open_bundle: Callable[[Path, Device, torch.dtype | None, torch.dtype], ModelBundle]
+    open_bundle: Callable[[Sources, Device, torch.dtype | None, torch.dtype], ModelBundle]
     """All networks on a device: dtype of the transformer and the text encoder, then that of the VAE."""
-    load_transformer: Callable[[Path, Device, torch.dtype | None], Transformer]
-    load_vae: Callable[[Path, Device, torch.dtype], VAE]
-    load_text_encoder: Callable[[Path, Device, torch.dtype | None], TextEncoder]
-    load_tokenizer: Callable[[Path, int | None], Tokenizer]
+    load_transformer: Callable[[Sources, Device, torch.dtype | None], Transformer]
+    load_vae: Callable[[Sources, Device, torch.dtype], VAE]
+    load_text_encoder: Callable[[Sources, Device, torch.dtype | None], TextEncoder]
+    load_tokenizer: Callable[[Sources, int | None], Tokenizer]
     """With the number of tokens that a prompt is cut to, None for the family's own."""
-    network_bytes: Callable[[Path], dict[str, int]]
+    network_bytes: Callable[[Sources], dict[str, int]]
     """Bytes that each network takes of its files, in the order in which they are read."""
     kept_dtypes: Callable[[Checkpoint], Callable[[str], bool] | None]
     """Of a file's own keys those whose tensors stay as they are when it is stored in another dtype; None where the file
     is not this family's."""
+    plain_files: Callable[[Sources], dict[str, Checkpoint | dict[str, Any] | bytes]]
+    """A model as its makers lay it out in a folder: tensors, JSON and bytes by file name, LoRAs merged."""
+    describe: Callable[[Checkpoint], tuple[str, str] | None] = lambda checkpoint: None
+    """What a weights file is, and what it takes to use it or why it is of no use; None for another family's."""

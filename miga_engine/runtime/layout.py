@@ -24,6 +24,14 @@ class QueueWindow(NamedTuple):
     commit_stop: int
 
 
+class Reading(NamedTuple):
+    """Windows that go through the network for each latent frame made, and the latent frames in them; both branches of
+    guidance count once."""
+
+    windows: float
+    frames: float
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """Where the frames of a run lie, in integers that follow from its options alone.
@@ -159,6 +167,22 @@ class RunLayout:
             offset = len(guidance) - start
             windows.append(QueueWindow(frames, len(guidance), commit_start + offset, commit_stop + offset))
         return windows
+
+    @cached_property
+    def reading(self) -> Reading:
+        """Of a long run between its beginning and its end, without searches.
+
+        In so many passes as the cuts take to come back, each pass makes a group, and each level of the unified passes a
+        window of every `stride` frames.
+        """
+        config, length = self.config, self.config.zigzag_width * self.handoff_step
+        num_passes = self.stride if config.moving_phase else 1
+        passes = [self.queue_windows(0, length, number) for number in range(num_passes)]
+        in_queue = [len(window.frames) for windows in passes for window in windows]
+        num_made, in_unified = num_passes * config.zigzag_width, self.num_levels / self.stride
+        return Reading(
+            len(in_queue) / num_made + in_unified, sum(in_queue) / num_made + in_unified * self.window_frames
+        )
 
     def unified_passes(self) -> UnifiedPasses:
         """Stage 2 and refine, before their first pass."""

@@ -280,6 +280,8 @@ def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
 
 _MOST_CHARACTERS = 4096
 _MOST_NUMBER = 2**53
+_MOST_LORAS = 100
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")  # that may lie apart from the model
 _MODEL_TEXTS = ("name", "preset", "dtype", "vae_dtype", "attention", "transformer", "VAE", "device", "torch",
                 "miga_engine")  # fmt: skip
 _RUN_NUMBERS = ("head", "tail", "first", "num_passes", "emitted", "num_searches", "num_forwards", "parts_done",
@@ -296,6 +298,14 @@ def _check_types(record: dict[str, Any]) -> None:
     for name in _MODEL_TEXTS:
         _require(_is_name(model[name]))
     _require(isinstance(model.get("CPU", ""), str) and isinstance(model["compile"], bool))
+    _require(_is_name(model.get("decoder", "vae")))
+    files, merged = model.get("files", {}), model.get("lora", [])
+    _require(isinstance(files, dict) and set(files) <= set(_PARTS) and all(map(_is_name, files.values())))
+    hub = model.get("hub", {})
+    _require(isinstance(hub, dict) and set(hub) <= {"revision", "cache_dir"} and all(map(_is_name, hub.values())))
+    _require(isinstance(merged, list) and len(merged) <= _MOST_LORAS)
+    for path, strength, weights in merged:
+        _require(_is_name(path) and _is_name(weights) and type(strength) is float and abs(strength) < _MOST_NUMBER)
     _require("attention_choices" in model)
     _check_state_types(record["state"])
     if record["extension"] is not None:

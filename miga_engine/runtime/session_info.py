@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from miga_engine.errors import ConfigError
 from miga_engine.runtime.session import Session
@@ -27,9 +29,17 @@ def describe_session(session: Session) -> list[tuple[str, str]]:
         ("video", f"{output.get('path')}, {request['width']}×{request['height']}, {request['fps']} fps"),
         ("seed", str(request["seed"])),
         ("stage", f"{run['stage']}, latent frames {run['head']} to {run['tail'] - 1} in the queue"),
+        *((part.replace("_", " "), file) for part, file in model.get("files", {}).items()),
+        *(("LoRA", weighted(file, strength)) for file, strength, _ in model.get("lora", [])),
         ("searches", str(run["num_searches"])),
         ("can be extended", "yes" if session.extension or not session.state.has_parted else "no"),
     ]  # fmt: skip
+
+
+def weighted(file: str, strength: float) -> str:
+    """A file and its strength as `--lora` takes them, of which the same number is read."""
+    text = f"{strength:g}"
+    return f"{file}:{text if float(text) == strength else repr(strength)}"
 
 
 def model_of_session(path: str | os.PathLike[str], session: Session) -> str:
@@ -37,17 +47,36 @@ def model_of_session(path: str | os.PathLike[str], session: Session) -> str:
 
     What else the file says may be a stranger's: ConfigError, with what to give.
     """
-    recorded, folder = session.model["name"], os.path.realpath(Path(path).absolute().parent)
-    if recorded == "tiny":
-        return recorded
-    if recorded and os.path.commonpath([folder, os.path.realpath(recorded)]) == folder:
+    recorded = str(session.model["name"])
+    return recorded if recorded == "tiny" else _beside(path, recorded, "model")
+
+
+def parts_of_session(path: str | os.PathLike[str], session: Session, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that lay apart from the model and the LoRAs, by their options: those `given`, and where the caller
+    names none, those of their names beside or below the session file. ConfigError, with what to give."""
+    parts = dict(given)
+    for part, recorded in session.model.get("files", {}).items():
+        if parts.get(part) is None:
+            parts[part] = _beside(path, recorded, part)
+    if parts.get("lora") is None and (merged := session.model.get("lora")):
+        parts["lora"] = [
+            (_beside(path, file, "lora", weighted("", strength)), strength) for file, strength, _ in merged
+        ]
+    return parts
+
+
+def _beside(path: str | os.PathLike[str], recorded: str, part: str, behind: str = "") -> str:
+    """A recorded path that lies beside or below the session file, or one of its name that does. ConfigError."""
+    folder = os.path.realpath(Path(path).absolute().parent)
+    if os.path.isabs(recorded) and os.path.commonpath([folder, os.path.realpath(recorded)]) == folder:
         return recorded
     name = os.path.basename(recorded)
     if name and os.path.exists(beside := os.path.join(folder, name)):
         return beside
+    word, flag = "LoRA" if part == "lora" else part.replace("_", " "), "--" + part.replace("_", "-")
     raise ConfigError(
-        f"the session {path} was made with the model at {recorded}, which does not lie beside it: name the model with "
-        f"--model {shlex.quote(recorded)}"
+        f"the session {path} was made with the {word} at {recorded}, which does not lie beside it: name the {word} "
+        f"with {flag} {shlex.quote(recorded + behind)}"
     )
 
 

@@ -9,27 +9,68 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
 
+PACKED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bits8)
+"""Dtypes of stored weights in which no network runs."""
+
 
 class Checkpoint(ABC):
-    """Tensors of one component: `shapes` by key without reading data, `read(key)` for one tensor on the CPU."""
+    """Tensors of one component: `shapes` by key without reading data, `read(key)` for one tensor on the CPU.
+
+    `metadata` is what the file says beside its tensors: of a safetensors file the `__metadata__` of its header, of a
+    GGUF file its key-value pairs.
+    """
 
     is_closed = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: Mapping[str, Any] = {}
 
     @abstractmethod
     def read(self, key: str) -> Tensor:
         """The tensor under `key`, possibly still mapped from its file."""
+
+    def fill(self, key: str, out: Tensor) -> None:
+        """Write the tensor under `key` into `out`, of any float dtype; a format that unpacks does it part by part."""
+        out.copy_(self.read(key))
+
+    def copy(self, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor under `key` in memory of its own. Raises CheckpointError where it is none of floats."""
+        stored = self.stored_dtype(key)
+        if stored in PACKED and self.read_dtype(key).is_floating_point:
+            out = torch.empty(self.shapes[key], dtype=dtype)
+            self.fill(key, out)
+            return out.to(device)
+        if not stored.is_floating_point:
+            raise CheckpointError(
+                f"{self.path} holds {self.key_in_file(key)} as {self.type_name(key)}, from which no weights follow: "
+                "give float weights"
+            )
+        return self.read(key).to(device=device, dtype=dtype, copy=True)
+
+    def read_dtype(self, key: str) -> torch.dtype:
+        """In which `read` gives the tensor: as it is stored, or float32 of packed blocks."""
+        stored = self.stored_dtype(key)
+        return torch.float32 if stored is torch.bits8 else stored
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """In which the file has the tensor under `key`, found without reading data where the format tells it; bits8
+        where its values lie in packed blocks, of which `read` gives floats."""
+        return self.read(key).dtype
+
+    def type_name(self, key: str) -> str:
+        """How the tensor under `key` is stored, in the format's own words."""
+        return str(self.stored_dtype(key)).removeprefix("torch.")
 
     def key_in_file(self, key: str) -> str:
         """What the file itself calls `key`."""
@@ -52,11 +93,14 @@ def count_numbered(keys: Collection[str], pattern: str, holder: object) -> int:
     return last + 1
 
 
-def stored_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
-    """Dtype a checkpoint's tensors are in, where networks can run in it."""
+def network_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
+    """Dtype for a network where nobody chooses one: that of `key` as it is stored, bfloat16 where weights are in eight
+    bits or packed. CheckpointError where it cannot run in what is stored."""
+    if any(name.endswith(".weight") and checkpoint.stored_dtype(name) in PACKED for name in checkpoint.shapes):
+        return torch.bfloat16
     if key not in checkpoint.shapes:
         return torch.float32  # the missing key will be named when the module is filled
-    dtype = checkpoint.read(key).dtype
+    dtype = checkpoint.stored_dtype(key)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         raise CheckpointError(f"{checkpoint.path} stores {name}, in which it cannot run: choose a dtype like bfloat16")

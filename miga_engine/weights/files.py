@@ -12,10 +12,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
 from miga_engine.weights.checkpoint import Checkpoint
+from miga_engine.weights.gguf import GgufCheckpoint
 from miga_engine.weights.pickle import PICKLE_SUFFIXES, PickleCheckpoint
 from miga_engine.weights.safetensors import SafetensorsCheckpoint
 from miga_engine.weights.untrusted import WeightsFile, read_json, short
@@ -30,8 +32,9 @@ class Format(NamedTuple):
 
 
 FORMATS: tuple[Format, ...] = (
-    Format((".safetensors",), SafetensorsCheckpoint, has_shards=True),
+    Format((".safetensors", ".sft"), SafetensorsCheckpoint, has_shards=True),
     Format(PICKLE_SUFFIXES, PickleCheckpoint),
+    Format((".gguf",), GgufCheckpoint, has_shards=False),
 )
 
 
@@ -49,9 +52,16 @@ class JoinedCheckpoint(Checkpoint):
                     "weights"
                 )
             self.shapes |= part.shapes
+            self.metadata = {**self.metadata, **part.metadata}
 
     def read(self, key: str) -> Tensor:
         return self._part_of[key].read(key)
+
+    def fill(self, key: str, out: Tensor) -> None:
+        self._part_of[key].fill(key, out)
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return self._part_of[key].stored_dtype(key)
 
     def close(self) -> None:
         for part in self._parts:

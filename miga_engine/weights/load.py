@@ -71,17 +71,12 @@ def _filled(module: Module, checkpoint: Checkpoint, device: torch.device, dtypes
 
 def _copied(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Copied off the map: the file may later change, and its alignment would decide how kernels round."""
-    tensor = checkpoint.read(name)
-    key, stored = checkpoint.key_in_file(name), str(tensor.dtype).removeprefix("torch.")
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{checkpoint.path} holds {key} as {stored}, from which no weights follow: give float weights"
-        )
     try:
-        return tensor.to(device=device, dtype=dtype, copy=True)
+        return checkpoint.copy(name, device, dtype)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(
-            f"{checkpoint.path} holds {key} as {stored} {list(tensor.shape)}, which cannot be brought to {device} as "
+            f"{checkpoint.path} holds {checkpoint.key_in_file(name)} as {checkpoint.type_name(name)} "
+            f"{list(checkpoint.shapes[name])}, which cannot be brought to {device} as "
             f"{str(dtype).removeprefix('torch.')} ({first_line(error)}): free memory or choose a smaller dtype"
         ) from error
 

@@ -18,6 +18,9 @@ from miga_engine.weights.untrusted import MAX_TABLE_BYTES, WeightsFile, check_ke
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
+# Where a training left the network among other things, the running average before what was trained.
+_TABLES = ("generator_ema", "generator", "model", "state_dict", "model_state_dict", "module")
+
 # All that the pickles of published weights name; torch alone would also let a few bytes ask for any amount of memory.
 _PICKLE_NAMES = re.compile(
     r"collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor(_v[23])?|parameter)"
@@ -52,8 +55,8 @@ class PickleCheckpoint(Checkpoint):
             if "mmap" in str(error):
                 raise not_mapped(path, error) from error
             raise CheckpointError(f"{path} is cut short or damaged ({first_line(error)}): download it again") from error
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
+        if isinstance(content, dict):
+            content = next((content[name] for name in _TABLES if isinstance(content.get(name), dict)), content)
         is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
         if not is_named or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path} is not a table of named tensors: give the model's weights file")

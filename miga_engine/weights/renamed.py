@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from miga_engine.weights.checkpoint import Checkpoint
@@ -17,9 +18,16 @@ class RenamedCheckpoint(Checkpoint):
         self._source = source
         self._names = {new: old for old in source.shapes if (new := rename(old)) is not None}
         self.shapes = {new: source.shapes[old] for new, old in self._names.items()}
+        self.metadata = source.metadata
 
     def read(self, key: str) -> Tensor:
         return self._source.read(self._names[key])
+
+    def fill(self, key: str, out: Tensor) -> None:
+        self._source.fill(self._names[key], out)
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return self._source.stored_dtype(self._names[key])
 
     def key_in_file(self, key: str) -> str:
         return self._source.key_in_file(self._names[key])

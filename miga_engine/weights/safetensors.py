@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
 from miga_engine.weights.checkpoint import Checkpoint
 from miga_engine.weights.untrusted import MAX_TABLE_BYTES, WeightsFile, check_key, first_line, not_mapped
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -29,6 +36,7 @@ class SafetensorsCheckpoint(Checkpoint):
         except (OSError, RuntimeError, MemoryError) as error:
             raise not_mapped(file.path, error) from error
         self._file = file
+        self.metadata = self._handle.metadata() or {}
         for key in self._handle.keys():  # noqa: SIM118 - the handle is no mapping
             check_key(file.path, key)
             self.shapes[key] = tuple(self._handle.get_slice(key).get_shape())
@@ -42,6 +50,10 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{self.path} holds {key} in a form that cannot be read ({first_line(error)}): download it again"
             ) from error
         return tensor
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        known = _DTYPES.get(self._handle.get_slice(key).get_dtype())
+        return super().stored_dtype(key) if known is None else known
 
     def close(self) -> None:
         super().close()

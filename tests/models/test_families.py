@@ -17,7 +17,7 @@ from miga_engine.engine import Engine
 from miga_engine.models import load_transformer, load_vae, loading
 from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.convert import convert
-from miga_engine.models.family import Family
+from miga_engine.models.family import Family, Sources
 from miga_engine.models.protocols import VAE, TextEncoder, Transformer
 from miga_engine.weights.files import open_checkpoint
 from miga_engine.weights.load import load_module
@@ -123,26 +123,26 @@ def _network(build, path: Path, prefix: str, device, dtype):
     return load_module(build, part, device=device, dtype=dtype or torch.float32)
 
 
-def _load_transformer(path: Path, device=None, dtype=None) -> ToyTransformer:
-    return _network(ToyTransformer, path, "transformer.", device, dtype)
+def _load_transformer(sources: Sources, device=None, dtype=None) -> ToyTransformer:
+    return _network(ToyTransformer, sources.root, "transformer.", device, dtype)
 
 
-def _load_vae(path: Path, device=None, dtype=torch.float32) -> ToyVAE:
-    return _network(ToyVAE, path, "vae.", device, dtype)
+def _load_vae(sources: Sources, device=None, dtype=torch.float32) -> ToyVAE:
+    return _network(ToyVAE, sources.root, "vae.", device, dtype)
 
 
-def _load_text_encoder(path: Path, device=None, dtype=None) -> ToyTextEncoder:
-    return _network(ToyTextEncoder, path, "text.", device, dtype)
+def _load_text_encoder(sources: Sources, device=None, dtype=None) -> ToyTextEncoder:
+    return _network(ToyTextEncoder, sources.root, "text.", device, dtype)
 
 
-def _open(path: Path, device, dtype, vae_dtype) -> ModelBundle:
-    transformer = _load_transformer(path, device, dtype)
+def _open(sources: Sources, device, dtype, vae_dtype) -> ModelBundle:
+    transformer = _load_transformer(sources, device, dtype)
     return ModelBundle(
-        path=path,
+        path=sources.root,
         device=torch.device(device or "cpu"),
         dtype=transformer.dtype,
         transformer=transformer,
-        vae=_load_vae(path, device, vae_dtype),
+        vae=_load_vae(sources, device, vae_dtype),
         facts=ModelFacts(
             window_frames=4,
             size_multiple=2,
@@ -152,7 +152,7 @@ def _open(path: Path, device, dtype, vae_dtype) -> ModelBundle:
             default_negative_prompt="",
             protocol_frames=9,
         ),
-        open_text_encoder=lambda: _load_text_encoder(path, device, dtype),
+        open_text_encoder=lambda: _load_text_encoder(sources, device, dtype),
         open_tokenizer=lambda: toy_tokenizer,
         rehearse=lambda: None,
     )
@@ -166,8 +166,9 @@ TOY = Family(
     load_transformer=_load_transformer,
     load_vae=_load_vae,
     load_text_encoder=_load_text_encoder,
-    load_tokenizer=lambda path, text_len: toy_tokenizer,
-    network_bytes=lambda path: {"transformer": 12, "VAE": 4, "text encoder": 4096},
+    load_tokenizer=lambda sources, text_len: toy_tokenizer,
+    network_bytes=lambda sources: {"transformer": 12, "VAE": 4, "text encoder": 4096},
+    plain_files=lambda sources: {},
     kept_dtypes=lambda checkpoint: (lambda key: key == "vae.gain") if "vae.gain" in checkpoint.shapes else None,
 )
 
@@ -206,8 +207,8 @@ def test_the_families_of_before_are_recognised_beside_a_new_one(toy: Path, tmp_p
         folder = family.build(tmp_path_factory.mktemp(name) / "model")
         known = [family.name for family in loading.FAMILIES if family.recognises(folder)]
         assert known == [names[name]]
-    assert loading.family_of(toy) is TOY
-    assert loading.family_of(Path("nowhere")) is loading.FAMILIES[0]
+    assert loading.family_of(Sources(toy)) is TOY
+    assert loading.family_of(Sources(Path("nowhere"))) is loading.FAMILIES[0]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -57,9 +57,10 @@ def test_a_toy_format_loads_the_embedded_transformer_bit_for_bit(toy: None, tmp_
 
 
 def test_every_format_is_named_where_a_file_is_of_none(toy: None, tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"give a \.safetensors, \.pth, \.pt, \.ckpt, \.bin, \.toy or \.index"):
-        open_checkpoint(tmp_path / "a.gguf")
+    (tmp_path / "a.npz").write_bytes(b"PK")
+    suffixes = r"\.safetensors, \.sft, \.pth, \.pt, \.ckpt, \.bin, \.gguf, \.toy or \.index"
+    with pytest.raises(CheckpointError, match=f"give a {suffixes}"):
+        open_checkpoint(tmp_path / "a.npz")
     (tmp_path / "a.toy").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"a\.toy is empty: download it again$"):
         open_checkpoint(tmp_path / "a.toy")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
-from miga_engine.models.family import Device, Family
+from miga_engine.models.family import Device, Family, Sources
 from miga_engine.models.videocrafter2 import layouts
 from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet, VideoUNetConfig, unet_config
 from miga_engine.models.videocrafter2.vae import KLVAE, KLVAEConfig
-from miga_engine.weights.checkpoint import Checkpoint, check_fit, stored_dtype
+from miga_engine.weights.checkpoint import Checkpoint, check_fit, network_dtype
 from miga_engine.weights.files import format_of, open_checkpoint
 from miga_engine.weights.load import load_module
 
@@ -33,12 +34,12 @@ def recognises(path: Path) -> bool:
     return bool(_models_in(path))
 
 
-def open_bundle(path: Path, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype) -> ModelBundle:
+def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype) -> ModelBundle:
     """All networks of a model; the text encoder and the tokenizer are read when the first prompt is encoded."""
-    load_tokenizer(path)  # read late, but missed at once
-    checkpoint = _open(path)
+    load_tokenizer(sources)  # read late, but missed at once
+    checkpoint = _open(_path(sources))
     root, text = checkpoint.path.parent, layouts.text_encoder_config(layouts.text_encoder(checkpoint))
-    unet, vae = load_unet(path, device, dtype), load_vae(path, device, vae_dtype)
+    unet, vae = load_unet(sources, device, dtype), load_vae(sources, device, vae_dtype)
     config = unet.config
     check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_channels, output=config.out_channels)
     check_fit(root, "widths of a text", text_encoder=text.dim, UNet=config.context_dim)
@@ -58,18 +59,18 @@ def open_bundle(path: Path, device: Device, dtype: torch.dtype | None, vae_dtype
             default_negative_prompt="",
             protocol_frames=PROTOCOL_FRAMES,
         ),
-        open_text_encoder=lambda: load_text_encoder(path, device, dtype),
-        open_tokenizer=lambda: load_tokenizer(path),
+        open_text_encoder=lambda: load_text_encoder(sources, device, dtype),
+        open_tokenizer=lambda: load_tokenizer(sources),
         rehearse=lambda: rehearse(unet.dtype),
     )
 
 
-def network_bytes(path: Path) -> dict[str, int]:
-    """Bytes that each network has in the weights file under `path`, of which no others are read with it.
+def network_bytes(sources: Sources) -> dict[str, int]:
+    """Bytes that each network has in the weights file, of which no others are read with it.
 
     Raises CheckpointError.
     """
-    checkpoint = _open(path)
+    checkpoint = _open(_path(sources))
     networks = {
         "transformer": layouts.network(checkpoint, layouts.UNET),
         "VAE": layouts.network(checkpoint, layouts.VAE),
@@ -78,13 +79,13 @@ def network_bytes(path: Path) -> dict[str, int]:
     return {name: sum(part.read(key).nbytes for key in part.shapes) for name, part in networks.items()}
 
 
-def load_unet(path: Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
-    """The UNet under `path`, a weights file or its folder.
+def load_unet(sources: Sources | Path, device: Device = None, dtype: torch.dtype | None = None) -> VideoUNet:
+    """The UNet of a weights file, or of its folder.
 
     device defaults to the CPU, dtype to the file's own; what the network uses in float32 stays float32.
     Raises CheckpointError, also where the file's noise schedule is not the sampler's.
     """
-    checkpoint = _open(path)
+    checkpoint = _open(_path(sources))
     layouts.check_schedule(checkpoint)
     unet = layouts.network(checkpoint, layouts.UNET)
     config = unet_config(unet.shapes)
@@ -92,38 +93,41 @@ def load_unet(path: Path, device: Device = None, dtype: torch.dtype | None = Non
         lambda: VideoUNet(config),
         unet,
         device=device,
-        dtype=dtype or stored_dtype(unet, "input_blocks.0.0.weight"),
+        dtype=dtype or network_dtype(unet, "input_blocks.0.0.weight"),
         keeps_fp32=VideoUNet.keeps_fp32,
     )
 
 
-def load_vae(path: Path, device: Device = None, dtype: torch.dtype = torch.float32) -> KLVAE:
-    """The image VAE under `path`, a weights file or its folder. device defaults to the CPU. Raises CheckpointError."""
-    vae = layouts.network(_open(path), layouts.VAE)
+def load_vae(sources: Sources | Path, device: Device = None, dtype: torch.dtype = torch.float32) -> KLVAE:
+    """The image VAE of a weights file, or of its folder. device defaults to the CPU. Raises CheckpointError."""
+    vae = layouts.network(_open(_path(sources)), layouts.VAE)
     config = layouts.vae_config(vae)
     module = load_module(lambda: KLVAE(config), vae, device=device, dtype=dtype)
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def load_text_encoder(path: Path, device: Device = None, dtype: torch.dtype | None = None) -> CLIPTextEncoder:
-    """The text encoder under `path`, a weights file or its folder.
+def load_text_encoder(
+    sources: Sources | Path, device: Device = None, dtype: torch.dtype | None = None
+) -> CLIPTextEncoder:
+    """The text encoder of a weights file, or of its folder.
 
     device defaults to the CPU, dtype to the file's own. Raises CheckpointError.
     """
-    text = layouts.text_encoder(_open(path))
+    text = layouts.text_encoder(_open(_path(sources)))
     config = layouts.text_encoder_config(text)
-    dtype = dtype or stored_dtype(text, "ln_final.weight")
+    dtype = dtype or network_dtype(text, "ln_final.weight")
     return load_module(lambda: CLIPTextEncoder(config), text, device=device, dtype=dtype)
 
 
-def load_tokenizer(path: Path, text_len: int | None = None) -> CLIPTokenizer:
-    """The tokenizer under `path`: the model's folder or weights file, beside which it lies, or the tokenizer's file.
+def load_tokenizer(sources: Sources | Path, text_len: int | None = None) -> CLIPTokenizer:
+    """The tokenizer: the model's folder or weights file, beside which it lies, or the tokenizer's file.
 
     Raises CheckpointError, also where the model beside it has embeddings for another number of tokens, and ConfigError
     for any other text_len than the one that the text tower has positions for.
     """
     if text_len not in (None, TEXT_LEN):
         raise ConfigError(f"text_len is {text_len}: VideoCrafter2 takes {TEXT_LEN}, so leave it out")
+    path = (sources.tokenizer if isinstance(sources, Sources) else None) or _path(sources)
     folder = path if format_of(path) is None else path.parent
     tokenizer = CLIPTokenizer.from_file(folder)
     if path != folder or _models_in(path):
@@ -147,12 +151,43 @@ def keeps_dtype(key: str) -> bool:
     return is_fp32 or key.startswith(layouts.VAE) or key in layouts.SCHEDULE_TABLES
 
 
+def describe(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """What a weights file is, and how it is used."""
+    if layouts.is_model(checkpoint.shapes):
+        return "VideoCrafter2: UNet, VAE and text encoder", "give it as the model; it needs the tokenizer of CLIP"
+    return ("a part of VideoCrafter2", "give the whole model.ckpt") if layouts.is_part(checkpoint.shapes) else None
+
+
+def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | bytes]:
+    """Raises CheckpointError: it is a model of one file."""
+    raise CheckpointError(
+        f"{_path(sources)} is a VideoCrafter2 model, which lies in one file: give its model.ckpt, and a "
+        ".safetensors file to write"
+    )
+
+
 def rehearse(dtype: torch.dtype) -> None:
     """A run in small, which makes the libraries load and build what a run needs of them."""
     sizes = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1, "head_dim": 16}
     config = VideoUNetConfig(**sizes, channel_mult=(1,), attention_ratios=(1,), transformer_depth=1, context_dim=8)
     VideoUNet(config).to(dtype)(torch.zeros(1, 4, 5, 16, 16, dtype=dtype), 0.0, torch.zeros(1, 4, 8))
     KLVAE(KLVAEConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1)).decode(torch.zeros(1, 4, 2, 8, 8))
+
+
+def _path(sources: Sources | Path) -> Path:
+    """Where the one file of all networks is. CheckpointError for what only models of several files have."""
+    if isinstance(sources, Path):
+        return sources
+    named = [name for name in sources.apart() if getattr(sources, name) != sources.root and name != "tokenizer"]
+    named += ["lora"] if sources.loras else []
+    named += ["decoder"] if sources.decoder != "vae" else []
+    if named:
+        flag = "--" + named[0].replace("_", "-")
+        raise CheckpointError(
+            f"{sources.leading} is a VideoCrafter2 model, whose networks lie in one file, and for which there is no "
+            f"{flag}: leave {flag} out"
+        )
+    return sources.root
 
 
 def _open(path: Path) -> Checkpoint:
@@ -187,4 +222,6 @@ VIDEOCRAFTER2 = Family(
     load_tokenizer=load_tokenizer,
     network_bytes=network_bytes,
     kept_dtypes=kept_dtypes,
+    plain_files=plain_files,
+    describe=describe,
 )

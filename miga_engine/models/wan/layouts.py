@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+import torch
 
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.umt5 import MAX_DISTANCE, UMT5Config
 from miga_engine.models.wan.vae import WanVAEConfig
 from miga_engine.weights.checkpoint import Checkpoint, count_numbered
+from miga_engine.weights.quantized import dequantized
 from miga_engine.weights.renamed import RenamedCheckpoint
 from miga_engine.weights.untrusted import short
 
@@ -21,14 +24,32 @@ Config = TypeVar("Config")
 HEAD_DIM = 128  # of every published Wan2.1 transformer
 TEXT_LEN = 512
 MAX_TEXT_LEN = 4096  # no tensor tells it
-SINGLE_FILE_PREFIX = "model.diffusion_model."  # under which single-file exports put the official names
+MAX_VOCABULARY = 32 * 2**20  # bytes; of umt5-xxl 4.5 million
 
+# Under which single files put the names of a network, and what stands beside them where all networks are in one file.
+_PREFIXES = {
+    "transformer": ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net."),
+    "vae": ("vae.", "first_stage_model.", "model."),
+    "text_encoder": ("text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl.", "text_encoder.", "model."),
+}
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # of torch, in trainings
+_OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "model.diffusion_model.")
+
+_TRANSFORMER_MARKS = ("patch_embedding.weight",)
 _VAE_MARKS = ("decoder.conv1.weight", "decoder.conv_in.weight")
-_TEXT_ENCODER_MARKS = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
-_MARKS = ("patch_embedding.weight", *_VAE_MARKS, *_TEXT_ENCODER_MARKS)  # keys that the sizes are read from
+_TEXT_ENCODER_MARKS = (
+    "token_embedding.weight",
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "token_embd.weight",
+)
+_MARKS = {"transformer": _TRANSFORMER_MARKS, "vae": _VAE_MARKS, "text_encoder": _TEXT_ENCODER_MARKS}
+"""Keys that the sizes of a network are read from, in any of its layouts."""
+
+_VOCABULARY = "spiece_model"  # the tokenizer, in a file of the text encoder
 
 # (pattern in Diffusers keys, official replacement), applied one after the other.
-_DIT_RULES = (
+DIT_RULES = (
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
     (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
     (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
@@ -73,21 +94,55 @@ _UMT5_RULES = (
     (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
     (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
 )
+_GGUF_UMT5_RULES = (
+    (r"^token_embd\.", "token_embedding."),
+    (r"^enc\.output_norm\.", "norm."),
+    (r"^enc\.blk\.", "blocks."),
+    (r"\.attn_rel_b\.", ".pos_embedding.embedding."),
+    (r"\.attn_([qkvo])\.", r".attn.\1."),
+    (r"\.attn_norm\.", ".norm1."),
+    (r"\.ffn_norm\.", ".norm2."),
+    (r"\.ffn_gate\.", ".ffn.gate.0."),
+    (r"\.ffn_up\.", ".ffn.fc1."),
+    (r"\.ffn_down\.", ".ffn.fc2."),
+)
 
 
 def official_transformer(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official transformer keys. Raises CheckpointError when it holds something else."""
-    if any(key.startswith(SINGLE_FILE_PREFIX) for key in checkpoint.shapes):
-        checkpoint = RenamedCheckpoint(checkpoint, lambda key: key.removeprefix(SINGLE_FILE_PREFIX))
-    _require(checkpoint, "a Wan2.1 transformer", "patch_embedding.weight")
+    checkpoint = without_prefix(checkpoint, "transformer")
+    _require(checkpoint, "a Wan2.1 transformer", *_TRANSFORMER_MARKS)
     if "proj_out.weight" in checkpoint.shapes:
-        checkpoint = RenamedCheckpoint(checkpoint, lambda key: _apply(_DIT_RULES, key))
-    return checkpoint
+        checkpoint = RenamedCheckpoint(checkpoint, lambda key: _apply(DIT_RULES, key))
+    return dequantized(checkpoint)
 
 
-def is_network(keys: Collection[str]) -> bool:
-    """Whether these are the keys of one of Wan's networks, in either layout."""
-    return any(key.removeprefix(SINGLE_FILE_PREFIX) in _MARKS for key in keys)
+def prefix_of(shapes: Mapping[str, tuple[int, ...]], part: str) -> str | None:
+    """What stands before the names of a network ("transformer", "vae", "text_encoder"); None where it is not there."""
+    for prefix in ("", *_PREFIXES[part]):
+        if any(prefix + mark in shapes for mark in _MARKS[part]):
+            is_image = part == "vae" and prefix and len(shapes.get(prefix + "decoder.conv_in.weight", ())) == 4
+            return None if is_image else prefix  # image models have the like
+    return None
+
+
+def without_prefix(checkpoint: Checkpoint, part: str) -> Checkpoint:
+    """One network of a file, under its own names; of a file of all networks nothing but this one."""
+    if any(_WRAPPERS.search(key) for key in checkpoint.shapes):
+        checkpoint = RenamedCheckpoint(checkpoint, lambda key: _WRAPPERS.sub("", key))
+    prefix = prefix_of(checkpoint.shapes, part)
+    if not prefix:
+        return checkpoint
+
+    def rename(key: str) -> str | None:
+        return key[len(prefix) :] if key.startswith(prefix) else None if key.startswith(_OTHER_NETWORKS) else key
+
+    return RenamedCheckpoint(checkpoint, rename)
+
+
+def is_network(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these are the keys of one of Wan's networks, in any layout."""
+    return any(prefix_of(shapes, part) is not None for part in _MARKS)
 
 
 def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
@@ -95,19 +150,20 @@ def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
 
     True of what the transformer uses in float32 whatever its dtype, and of the VAE, which is meant to run in it.
     """
-    if "patch_embedding.weight" in {key.removeprefix(SINGLE_FILE_PREFIX) for key in checkpoint.shapes}:
+    if prefix_of(checkpoint.shapes, "transformer") is not None:
         official = official_transformer(checkpoint)
         kept = {official.key_in_file(key) for key in official.shapes if WanDiT.keeps_fp32(key)}
         return kept.__contains__
-    is_vae = not checkpoint.shapes.keys().isdisjoint(_VAE_MARKS)
+    is_vae = prefix_of(checkpoint.shapes, "vae") is not None
     return lambda key: is_vae
 
 
 def official_vae(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official VAE keys. Raises CheckpointError when it holds something else."""
+    checkpoint = without_prefix(checkpoint, "vae")
     _require(checkpoint, "a Wan2.1 VAE", *_VAE_MARKS)
     if "decoder.conv_in.weight" not in checkpoint.shapes:
-        return checkpoint
+        return dequantized(checkpoint)
     # The residual blocks of a level and the upsampler behind them.
     per_block = (
         max(1, count_numbered(checkpoint.shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", checkpoint.path)) + 1
@@ -121,22 +177,36 @@ def official_vae(checkpoint: Checkpoint) -> Checkpoint:
         )
         return _apply(_VAE_RULES, key)
 
-    return RenamedCheckpoint(checkpoint, rename)
+    return dequantized(RenamedCheckpoint(checkpoint, rename))
 
 
 def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official UMT5 keys. Raises CheckpointError when it holds something else."""
+    checkpoint = without_prefix(checkpoint, "text_encoder")
     _require(checkpoint, "a UMT5 text encoder", *_TEXT_ENCODER_MARKS)
-    if "token_embedding.weight" in checkpoint.shapes:
-        return checkpoint
+    is_official = "token_embedding.weight" in checkpoint.shapes
+    rules = () if is_official else _GGUF_UMT5_RULES if "token_embd.weight" in checkpoint.shapes else _UMT5_RULES
     has_shared = "shared.weight" in checkpoint.shapes
 
     def rename(key: str) -> str | None:
         if key == "encoder.embed_tokens.weight":  # the same table once more
             return None if has_shared else "token_embedding.weight"
-        return _apply(_UMT5_RULES, key)
+        return None if key == _VOCABULARY else _apply(rules, key)
 
-    return RenamedCheckpoint(checkpoint, rename)
+    return dequantized(RenamedCheckpoint(checkpoint, rename))
+
+
+def vocabulary(checkpoint: Checkpoint) -> bytes | None:
+    """The SentencePiece model that lies in a file of the text encoder; None where there is none."""
+    checkpoint = without_prefix(checkpoint, "text_encoder")
+    shape = checkpoint.shapes.get(_VOCABULARY)
+    if shape is None:
+        return None
+    if len(shape) != 1 or shape[0] > MAX_VOCABULARY or checkpoint.stored_dtype(_VOCABULARY) is not torch.uint8:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a {_VOCABULARY} {list(shape)}, which is none: download it again"
+        )
+    return checkpoint.read(_VOCABULARY).numpy().tobytes()
 
 
 def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanDiTConfig:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from miga_engine.errors import CheckpointError
 from miga_engine.models.tokenizing import clean_prompt, encode, reported
+from miga_engine.models.wan.layouts import vocabulary
+from miga_engine.models.wan.spiece import spiece_of_gguf, tokenizer_of_spiece
+from miga_engine.weights.files import format_of, open_checkpoint
 from miga_engine.weights.untrusted import read_bounded, refuse_spoilt
 
 if TYPE_CHECKING:
@@ -25,6 +28,19 @@ WAN_DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
+def spiece_in(path: Path) -> bytes:
+    """A SentencePiece model: the file itself, or what lies in that of a text encoder. Raises CheckpointError."""
+    if format_of(path) is None:
+        return read_bounded(path, MAX_TOKENIZER_BYTES)
+    checkpoint = open_checkpoint(path)
+    if "tokenizer.ggml.tokens" in checkpoint.metadata:
+        return spiece_of_gguf(checkpoint.metadata, str(path))
+    content = vocabulary(checkpoint)
+    if content is None:
+        raise CheckpointError(f"{path} holds no tokenizer: give a tokenizer.json or a spiece.model")
+    return content
+
+
 class UMT5Tokenizer:
     """Wraps a `tokenizer.json`; every prompt ends in </s>, also one cut to `text_len` tokens."""
 
@@ -38,6 +54,13 @@ class UMT5Tokenizer:
             raise CheckpointError("the tokenizer has no </s> token: use the tokenizer.json of google/umt5-xxl")
         self.end_id: int = end_id
         self.pad_id: int = backend.token_to_id("<pad>") or 0
+
+    @classmethod
+    def from_file(cls, path: Path, text_len: int = 512) -> UMT5Tokenizer:
+        """Of a `tokenizer.json`, a SentencePiece model, or a text encoder's file that holds one. CheckpointError."""
+        if path.suffix != ".model" and format_of(path) is None:
+            return cls.from_folder(path, text_len)
+        return cls(tokenizer_of_spiece(spiece_in(path), str(path)), text_len)
 
     @classmethod
     def from_folder(cls, path: str | Path, text_len: int = 512) -> UMT5Tokenizer:
