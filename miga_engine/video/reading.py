@@ -99,8 +99,12 @@ def opened_container(path: str | os.PathLike[str], file: IO[bytes]) -> Iterator[
             file, format=_format(path), options=options, metadata_errors="replace", buffer_size=1 << 18
         ) as container:
             for stream in container.streams.video:
+                if stream.codec_context is None:
+                    raise MigaError(f"cannot read {path}: its video is in a format that FFmpeg does not know")
                 stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             yield container
+    except av.error.MemoryError:  # FFmpeg's word for a table that is longer than it lets any be: it has asked nobody
+        raise MigaError(f"cannot read {path}: it names more than a video can hold; give an undamaged copy") from None
     except (OSError, ValueError, IndexError, MemoryError, av.FFmpegError) as error:
         if isinstance(error, MigaError):
             raise

@@ -51,6 +51,17 @@ def test_info_of_a_broken_video(tmp_path: Path, suffix: str, capsys: pytest.Capt
     assert "carries no metadata of miga_engine" in refusal(lambda: read_metadata(path))
 
 
+def test_a_video_in_no_format_that_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with open_sink(path, 12, 32, 16, metadata={"prompt": "a"}) as sink:
+        sink.write(torch.zeros(3, 16, 32, 3, dtype=torch.uint8))
+    assert b"avc1" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    for read in (read_metadata, read_video):
+        sentence = refusal(lambda read=read: read(path))
+        assert "a.mp4: its video is in a format that FFmpeg does not know" in sentence
+
+
 def test_info_obeys_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Control characters in a video's metadata do not reach the terminal, and pipes are not waited for."""
     path = tmp_path / "a.mkv"
