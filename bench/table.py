@@ -1,4 +1,5 @@
-"""The newest results as a table in README.md, between `<!-- bench -->` and `<!-- /bench -->`: `python bench/table.py`.
+"""The newest results as a table in README.md, between `<!-- bench -->` and `<!-- /bench -->`, and those of the formats
+of weights in docs/weights.md, between `<!-- reading -->` and `<!-- /reading -->`: `python bench/table.py`.
 
 Every line is a ratio within one run, with the device it was measured on; what has no rows yet is left out.
 """
@@ -12,7 +13,10 @@ from pathlib import Path
 import result_files
 
 README = Path(__file__).parent.parent / "README.md"
+WEIGHTS = README.parent / "docs" / "weights.md"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+READING = ("<!-- reading -->", "<!-- /reading -->")
+READING_HEAD = ("format", "GB/s of the file", "of a plain read", "memory", "on")
 HEAD = ("what", "dtype", "measured", "compared with", "times as good", "on")
 
 
@@ -120,13 +124,25 @@ def table(results: Path) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def insert(text: str, block: str) -> str:
+def reading_table(path: Path) -> str:
+    """Markdown, of how fast each format of weights is read."""
+    rows = [row for row in result_files.newest(path, "shape", "implementation") if row["implementation"] == "op"]
+    cells = [READING_HEAD, ("---",) * len(READING_HEAD)]
+    cells += [
+        (row["shape"], f"{float(row['rate']):.2g}", f"{float(row['of_ceiling']):.2f}", row["note"], _device(row))
+        for row in rows
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def insert(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with `block` in place of what stood between the markers. Raises ValueError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    old, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in old:
-        raise ValueError(f"the README holds no {BEGIN} followed by {END}: put both on lines of their own")
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
+    start, stop = markers
+    before, begin, rest = text.partition(start)
+    old, end, after = rest.partition(stop)
+    if not begin or not end or start in old:
+        raise ValueError(f"the page holds no {start} followed by {stop}: put both on lines of their own")
+    return f"{before}{start}\n\n{block}\n\n{stop}{after}"
 
 
 def main() -> None:
@@ -140,6 +156,8 @@ def main() -> None:
             print(block)
         else:
             options.readme.write_text(insert(options.readme.read_text(encoding="utf-8"), block), encoding="utf-8")
+            text, rows = WEIGHTS.read_text(encoding="utf-8"), reading_table(result_files.RESULTS / "formats_cpu.csv")
+            WEIGHTS.write_text(insert(text, rows, READING), encoding="utf-8")
     except ValueError as error:
         parser.error(str(error))
 

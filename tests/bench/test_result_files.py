@@ -70,7 +70,7 @@ def test_table_shows_the_newest_results(tmp_path: Path) -> None:
     assert once == f"before\n{table.BEGIN}\n\n{block}\n\n{table.END}\nafter\n"
     assert table.insert(once, block) == once
     for broken in ("no markers", table.BEGIN, f"{table.END} {table.BEGIN}"):
-        with pytest.raises(ValueError, match="the README holds no <!-- bench --> followed by <!-- /bench -->"):
+        with pytest.raises(ValueError, match="the page holds no <!-- bench --> followed by <!-- /bench -->"):
             table.insert(broken, block)
 
 
