@@ -37,6 +37,7 @@ def identity(bundle: ModelBundle, sources: Sources, name: str, preset: str, devi
         "compile": bundle.transformer._compiled_call_impl is not None,
         "transformer": fingerprint(bundle.transformer),
         "VAE": fingerprint(bundle.vae),
+        **({"text encoder": bundle.texts_form} if bundle.texts_form else {}),
         "device": device.type,
         **({"CPU": cpu} if device.type == "cpu" else {}),
         "torch": torch.__version__,
@@ -61,8 +62,9 @@ def differences(
             f"the session {path} was made with {was}, and here there is {now}: load the model with the same LoRA, of "
             "the same strength, or start a new run"
         )
-    networks = ("transformer", "VAE")
-    saved = {"decoder": "vae", **saved}  # which older files do not have
+    texts = here.get("text encoder")
+    saved = {"decoder": "vae", "text encoder": texts, **saved}  # which older files do not have
+    networks = ("transformer", "VAE", *(["text encoder"] if texts else []))
     for field in (*(option for option in as_recorded(here) if option != "preset"), *networks):
         if saved.get(field) != here[field]:
             what = f"other weights of the {field}" if field in networks else f"{field} {reprlib.repr(saved.get(field))}"

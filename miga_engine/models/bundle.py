@@ -61,6 +61,8 @@ class ModelBundle:
     rehearse: Callable[[], None] = field(repr=False)
     """Runs networks of the family in small, after which the libraries hold what a run needs of them."""
     extra: dict[str, Any] = field(default_factory=dict)
+    texts_form: str = ""
+    """How the text encoder's weights are stored: `weights.checkpoint.form_of`; empty where they lie with all others."""
     merged: tuple[tuple[str, float, str], ...] = ()
     """LoRAs in the transformer: path, strength, fingerprint."""
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)

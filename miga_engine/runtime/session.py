@@ -298,7 +298,7 @@ def _check_types(record: dict[str, Any]) -> None:
     for name in _MODEL_TEXTS:
         _require(_is_name(model[name]))
     _require(isinstance(model.get("CPU", ""), str) and isinstance(model["compile"], bool))
-    _require(_is_name(model.get("decoder", "vae")))
+    _require(_is_name(model.get("decoder", "vae")) and _is_name(model.get("text encoder", "")))
     files, merged = model.get("files", {}), model.get("lora", [])
     _require(isinstance(files, dict) and set(files) <= set(_PARTS) and all(map(_is_name, files.values())))
     hub = model.get("hub", {})

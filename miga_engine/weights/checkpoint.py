@@ -7,6 +7,7 @@ shapes are the trouble, and the remedy.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -105,6 +106,15 @@ def network_dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
         name = str(dtype).removeprefix("torch.")
         raise CheckpointError(f"{checkpoint.path} stores {name}, in which it cannot run: choose a dtype like bfloat16")
     return dtype
+
+
+def form_of(checkpoint: Checkpoint) -> str:
+    """A short name of how weights are stored, from the names, shapes and dtypes of the tensors: other numbers have the
+    same, another format or precision another. No data are read."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, shape in sorted(checkpoint.shapes.items()):
+        digest.update(f"{key} {shape} {checkpoint.type_name(key)}".encode())
+    return digest.hexdigest()
 
 
 def check_fit(root: Path, what: str, **sizes: int) -> None:

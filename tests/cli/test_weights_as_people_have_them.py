@@ -160,6 +160,12 @@ def test_a_session_is_not_gone_on_with_under_another_lora(parts, whole, stopped,
     assert "here there is the LoRA other.safetensors:0.7 (" in refused(f"{parts / 'other.safetensors'}:0.7")
     assert "there is no lora at " in refused(f"{parts / 'gone.safetensors'}:0.7")
 
+    floats = parts / "umt5_floats.safetensors"  # texts would be read with other roundings from here on
+    save_file(random_wan.text_encoder("hf"), floats)
+    said = told(capsys, 2, "resume", stopped, "-q", *model, *flags(parts), "--text-encoder", floats)
+    assert "was made with other weights of the text encoder (" in said
+    assert content(stopped.parent) == before
+
     no_lora = stopped.with_name("plain.mkv")
     assert miga(*small_run.generate(gguf_of(parts), no_lora, 9, *flags(parts, None), "--checkpoint-every", 4)) == 0
     plain = stopped.with_name("plain.session.safetensors")

@@ -25,7 +25,7 @@ from miga_engine.models.wan.tokenizer import (
 )
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
-from miga_engine.weights.checkpoint import Checkpoint, check_fit, network_dtype
+from miga_engine.weights.checkpoint import Checkpoint, check_fit, form_of, network_dtype
 from miga_engine.weights.files import indexed_files, open_checkpoint, open_files
 from miga_engine.weights.load import load_module
 from miga_engine.weights.lora import Lora
@@ -98,6 +98,7 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
     kinds.require(open_files(files), "transformer")
     for part in ("text_encoder", "tae" if sources.decoder == "tae" else "vae"):  # read late, but missed at once
         kinds.require(open_files(places.files_of(sources, part)), part)
+    texts_form = form_of(open_files(places.files_of(sources, "text_encoder")))
     places.tokenizer_file(sources)
     transformer = load_transformer(sources, device, dtype)
     vae = load_vae(sources, device, vae_dtype)
@@ -124,6 +125,7 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
             default_negative_prompt=WAN_DEFAULT_NEGATIVE_PROMPT,
             protocol_frames=PROTOCOL_FRAMES,
         ),
+        texts_form=texts_form,
         open_text_encoder=open_text_encoder,
         open_tokenizer=lambda: load_tokenizer(sources, config.text_len),
         rehearse=lambda: rehearse(transformer.dtype),

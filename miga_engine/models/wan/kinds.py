@@ -78,7 +78,7 @@ def kind_of(checkpoint: Checkpoint) -> Kind | None:
 def describe(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """What a file is, and how it is used or why it is not; None where it is nothing of Wan's."""
     kind = kind_of(checkpoint)
-    return None if kind is None else (kind.name, _REMEDIES.get(kind.part, kind.remedy))
+    return None if kind is None else (kind.name, _REMEDIES.get(kind.part, f"not here: {kind.remedy}"))
 
 
 def require(checkpoint: Checkpoint, part: str) -> None:
