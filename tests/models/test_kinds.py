@@ -205,7 +205,7 @@ def assert_refused(path: Path, name: str, part: str, model: Path, reads: list[st
     assert main(["info", str(path)]) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
     assert rows["what it is"].strip().startswith(name)
-    assert rows["how it is used"].strip().startswith("give ")
+    assert "give " in rows["how it is used"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
