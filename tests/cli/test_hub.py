@@ -21,7 +21,7 @@ import pytest
 import random_wan
 import small_run
 import torch
-from peoples_files import EXTRA, told
+from peoples_files import EXTRA, generate, kill, told, write_lora
 from places import ROOT
 from safetensors.torch import load_file, save_file
 from small_run import miga
@@ -100,6 +100,19 @@ def test_a_model_in_the_cache_is_found_by_its_name_and_revision(cache, whole, tm
     assert all(np.array_equal(videos[revision], whole) for revision in (None, "main", COMMIT))
     assert np.array_equal(videos["second"], videos[OTHER])
     assert not np.array_equal(videos["second"], whole)
+
+
+@pytest.mark.slow
+def test_its_video_goes_on_after_a_kill_with_its_lora_alone(cache, tmp_path, tmp_path_factory, capsys) -> None:
+    style = f"{write_lora(tmp_path_factory.mktemp('loras') / 'style.safetensors', 0)}:0.7"
+    whole, video, session = (tmp_path / name for name in ("whole.mkv", "video.mkv", "video.session.safetensors"))
+    model = ["--cache-dir", cache, "--revision", "second"]
+    assert miga(*generate(NAME, whole, *model, "--lora", style)) == 0
+    kill(*generate(NAME, video, *model, "--lora", style))
+    again = ["resume", session, "-q", "--model", NAME, *model]
+    assert f"name the LoRA with --lora {style}" in told(capsys, 2, *again)
+    assert miga(*again, "--lora", style) == 0
+    assert np.array_equal(read_video(video), read_video(whole))
 
 
 @pytest.mark.slow

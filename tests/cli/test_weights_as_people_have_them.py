@@ -50,11 +50,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_comfyui_folder_makes_a_video_that_goes_on_after_a_kill(comfy, tmp_path) -> None:
-    whole, video = tmp_path / "whole.mkv", tmp_path / "video.mkv"
-    assert miga(*generate(comfy, whole)) == 0
-    kill(*generate(comfy, video))
-    assert miga("resume", tmp_path / "video.session.safetensors", "--model", comfy, "-q") == 0
+def test_a_comfyui_folder_makes_a_video_that_goes_on_after_a_kill(comfy, tmp_path, capsys) -> None:
+    whole, video, session = (tmp_path / name for name in ("whole.mkv", "video.mkv", "video.session.safetensors"))
+    style = ["--lora", f"{write_lora(comfy / 'models' / 'loras' / 'style.safetensors', 0)}:0.7"]
+    assert miga(*generate(comfy, whole, *style)) == 0
+    kill(*generate(comfy, video, *style))
+    assert f"name the LoRA with --lora {style[1]}" in told(capsys, 2, "resume", session, "--model", comfy, "-q")
+    assert miga("resume", session, "--model", comfy, *style, "-q") == 0
     frames = read_video(whole)
     assert frames.shape == (NUM_FRAMES, 32, 48, 3)
     assert np.array_equal(read_video(video), frames)
