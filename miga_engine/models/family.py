@@ -90,5 +90,7 @@ class Family:
     is not this family's."""
     plain_files: Callable[[Sources], dict[str, Checkpoint | dict[str, Any] | bytes]]
     """A model as its makers lay it out in a folder: tensors, JSON and bytes by file name, LoRAs merged."""
+    refuses: Callable[[Path], None] = lambda folder: None
+    """Raises for a folder whose JSON files alone tell that its model is of no use here."""
     describe: Callable[[Checkpoint], tuple[str, str] | None] = lambda checkpoint: None
     """What a weights file is, and what it takes to use it or why it is of no use; None for another family's."""

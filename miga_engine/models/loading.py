@@ -63,8 +63,9 @@ def sources_of(given: LoadOptions, root: Path | None = None) -> Sources:
         if is_hub_name(name):
             hub = tuple((key, value) for key in ("revision", "cache_dir") if (value := getattr(given, key)))
             root = snapshot(
-                name, HUB_FILES, revision=given.revision, cache_dir=given.cache_dir, download=given.download
-            )
+                name, HUB_FILES, check=_check_described, revision=given.revision, cache_dir=given.cache_dir,
+                download=given.download,
+            )  # fmt: skip
         elif not os.path.exists(name):
             raise CheckpointError(
                 f"there is no model at {name!r}: give 'tiny', a model folder, a weights file, or a name on Hugging "
@@ -72,6 +73,11 @@ def sources_of(given: LoadOptions, root: Path | None = None) -> Sources:
             )
         root = root or Path(name)
     return Sources(root, **parts, loras=loras, decoder=given.decoder, hub=hub)  # type: ignore[arg-type]
+
+
+def _check_described(folder: Path) -> None:
+    for family in FAMILIES:
+        family.refuses(folder)
 
 
 def _existing(part: str, path: str | os.PathLike[str] | None) -> Path | None:

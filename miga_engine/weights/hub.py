@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from miga_engine.errors import CheckpointError
 from miga_engine.weights.files import format_of
@@ -24,10 +25,17 @@ def is_hub_name(name: str) -> bool:
 
 
 def snapshot(
-    name: str, patterns: Sequence[str], *, revision: str | None = None, cache_dir: str | None = None, download: bool
+    name: str,
+    patterns: Sequence[str],
+    *,
+    check: Callable[[Path], None],
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    download: bool,
 ) -> Path:
     """The folder of a model in the hub's cache; with `download` its files of the patterns are fetched first.
 
+    `check` is given the folder when only what describes the model has come, and raises where the rest is of no use.
     Raises CheckpointError, which says the command.
     """
     try:
@@ -38,9 +46,12 @@ def snapshot(
             'pip install "miga_engine[download]"'
         ) from error
     try:
-        folder = snapshot_download(
-            name, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns), local_files_only=not download
-        )
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": not download}
+        if download:
+            check(Path(str(snapshot_download(name, allow_patterns=["*.json"], **where))))
+        folder = str(snapshot_download(name, allow_patterns=list(patterns), **where))
+    except CheckpointError:
+        raise
     except errors.LocalEntryNotFoundError as error:
         if download:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -250,14 +251,20 @@ class _Answers(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(published: Path) -> Iterator[_Hub]:
-    with _Hub(published) as server:
+@contextlib.contextmanager
+def _serving(files: Path) -> Iterator[_Hub]:
+    with _Hub(files) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def hub(published: Path) -> Iterator[_Hub]:
+    with _serving(published) as server:
+        yield server
 
 
 def _run(*arguments: object, **environment: str) -> tuple[int, str]:
@@ -288,6 +295,26 @@ def test_a_download_fetches_what_loading_reads_and_nothing_else(hub, published, 
     hub.asked.clear()
     code, said = _run(*_small(), **environment)
     assert (code, hub.asked) == (0, [])  # it is in the cache now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("described", "content", "sentence"),
+    [
+        ("config.json", {"_class_name": "WanModel", "model_type": "i2v"}, "config.json belongs to a i2v model: give a"),
+        ("high_noise_model/config.json", {"model_type": "t2v"}, " holds a Wan2.2 model of two networks, for high and"),
+    ],
+)
+def test_a_model_of_no_use_is_not_downloaded(published, tmp_path, described, content, sentence) -> None:
+    files = shutil.copytree(published, tmp_path / "files")
+    (files / described).parent.mkdir(exist_ok=True)
+    (files / described).write_text(json.dumps(content))
+    with _serving(files) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        code, said = _run(*_small("--download"), **environment)
+        assert code == 2
+        assert sentence in said
+        assert all(name.endswith(".json") for name in hub.fetched())
 
 
 @pytest.mark.slow

@@ -204,5 +204,6 @@ WAN = Family(
     network_bytes=network_bytes,
     kept_dtypes=kept_dtypes,
     plain_files=plain_files,
+    refuses=places.refuse_described,
     describe=kinds.describe,
 )

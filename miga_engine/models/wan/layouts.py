@@ -6,6 +6,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -215,11 +216,7 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
     Raises CheckpointError for other model types, where the number of heads cannot be known, and for sizes that are no
     whole numbers or larger than all the weights together.
     """
-    if str(stored.get("model_type", "t2v")) != "t2v" or stored.get("image_dim") is not None:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to a {short(str(stored.get('model_type', 'image-conditioned')))} model: "
-            "give a Wan2.1 text-to-video model"
-        )
+    refuse_types(checkpoint.path, stored)
     shapes = _Shapes(checkpoint)
     dim, in_dim, *patch = shapes.of("patch_embedding.weight", 5)
     num_weights = sum(math.prod(shape) for shape in checkpoint.shapes.values())
@@ -270,6 +267,15 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
         )
 
     return _checked(checkpoint, build)
+
+
+def refuse_types(path: Path, stored: Mapping[str, Any]) -> None:
+    """CheckpointError where a config.json is that of another kind of model."""
+    if str(stored.get("model_type", "t2v")) != "t2v" or stored.get("image_dim") is not None:
+        raise CheckpointError(
+            f"{path} belongs to a {short(str(stored.get('model_type', 'image-conditioned')))} model: "
+            "give a Wan2.1 text-to-video model"
+        )
 
 
 def vae_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanVAEConfig:

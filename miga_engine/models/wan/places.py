@@ -133,6 +133,14 @@ def refuse_experts(path: Path) -> None:
         )
 
 
+def refuse_described(folder: Path) -> None:
+    """CheckpointError where the JSON files of a model's folder tell that it is another kind of model."""
+    refuse_experts(folder)
+    for config in (folder / "config.json", folder / "transformer" / "config.json"):
+        if config.is_file():
+            layouts.refuse_types(config, read_json(config))
+
+
 def _text_encoders(sources: Sources) -> list[Path]:
     try:
         return [file for file in files_of(sources, "text_encoder") if not file.name.endswith(".json")]
