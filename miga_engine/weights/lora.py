@@ -23,6 +23,7 @@ from miga_engine.weights.lora_changes import Change, Difference, Pair, cast, mag
 from miga_engine.weights.lora_keys import Scaling, parsed_keys, read_alpha, scale_of, scalings
 from miga_engine.weights.untrusted import short
 
+_CHUNK = 2**21  # values that are changed at a time
 _log = logging.getLogger("miga_engine")
 
 
@@ -88,9 +89,21 @@ class MergedCheckpoint(Checkpoint):
             self._base.fill(key, out)
 
     def copy(self, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if self._changes.get(key):
+        changes = self._changes.get(key)
+        if not changes:
+            return self._base.copy(key, device, dtype)
+        if dtype != self._base.read_dtype(key) or not all(change.is_by_row for change in changes):
             return self._changed(key).to(device=device, dtype=dtype, copy=True)
-        return self._base.copy(key, device, dtype)
+        # In that dtype without a rounding, so that few rows at a time need be in float32.
+        out = self._base.copy(key, torch.device("cpu"), dtype)
+        step = max(1, _CHUNK // max(1, math.prod(self.shapes[key][1:])))
+        for i in range(0, len(out), step):
+            rows = slice(i, min(i + step, len(out)))
+            part = out[rows].to(torch.float32, copy=True).contiguous()
+            for change in changes:
+                change.apply(part, rows)
+            out[rows] = part
+        return out.to(device)
 
     def read_dtype(self, key: str) -> torch.dtype:
         return torch.float32 if self._changes.get(key) else self._base.read_dtype(key)

@@ -17,8 +17,12 @@ from miga_engine.weights.untrusted import first_line, short
 class Change(Protocol):
     """A change of one tensor."""
 
-    def apply(self, tensor: Tensor) -> None:
-        """Change the tensor, contiguous and in float32, in place. Raises CheckpointError."""
+    @property
+    def is_by_row(self) -> bool:
+        """Whether rows change each for itself, so that some of them can be changed without the others."""
+
+    def apply(self, tensor: Tensor, rows: slice = slice(None)) -> None:
+        """Change rows of a tensor, by default all, in place: contiguous, in float32. Raises CheckpointError."""
 
 
 class Difference(NamedTuple):
@@ -28,8 +32,12 @@ class Difference(NamedTuple):
     key: str
     factor: float
 
-    def apply(self, tensor: Tensor) -> None:
-        tensor.add_(_floats(self.checkpoint, self.key), alpha=self.factor)
+    @property
+    def is_by_row(self) -> bool:
+        return True
+
+    def apply(self, tensor: Tensor, rows: slice = slice(None)) -> None:
+        tensor.add_(_floats(self.checkpoint, self.key, rows), alpha=self.factor)
 
 
 class Pair(NamedTuple):
@@ -45,10 +53,14 @@ class Pair(NamedTuple):
     scale: float
     strength: float
 
-    def apply(self, tensor: Tensor) -> None:
+    @property
+    def is_by_row(self) -> bool:
+        return self.magnitude is None
+
+    def apply(self, tensor: Tensor, rows: slice = slice(None)) -> None:
         matrix = tensor.flatten(1)
         down = _floats(self.checkpoint, self.down).flatten(1)
-        up = _floats(self.checkpoint, self.up).flatten(1)
+        up = _floats(self.checkpoint, self.up, rows).flatten(1)
         if self.magnitude is None:
             matrix.addmm_(up, down, alpha=self.strength * self.scale)
             return
@@ -84,8 +96,9 @@ def cast(checkpoint: Checkpoint, key: str, tensor: Tensor, dtype: torch.dtype) -
         ) from error
 
 
-def _floats(checkpoint: Checkpoint, key: str) -> Tensor:
-    tensor = cast(checkpoint, key, checkpoint.read(key), torch.float32)
+def _floats(checkpoint: Checkpoint, key: str, rows: slice = slice(None)) -> Tensor:
+    stored = checkpoint.read(key)
+    tensor = cast(checkpoint, key, stored[rows] if stored.ndim else stored, torch.float32)
     if not tensor.isfinite().all():
         raise CheckpointError(f"{checkpoint.path} holds {short(key)} with NaN or infinity: download it again")
     return tensor

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miga_engine.errors import CheckpointError
+from miga_engine.weights import lora as lora_module
 from miga_engine.weights.checkpoint import Checkpoint
 from miga_engine.weights.files import open_checkpoint
 from miga_engine.weights.lora import Lora, MergedCheckpoint, Names, lora_fingerprint, merged
@@ -368,3 +369,20 @@ def test_junk_is_merged_or_refused(write: Callable[..., Lora], junk: dict[str, A
             assert checkpoint.read(key).shape == checkpoint.shapes[key]
 
     passes_or_is_refused(load)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 2**21])
+def test_copies_made_a_few_rows_at_a_time_are_the_whole_ones(write, monkeypatch, chunk: int) -> None:
+    monkeypatch.setattr(lora_module, "_CHUNK", chunk)
+    square = {"square.lora_A.weight": random(2, 4), "square.lora_B.weight": random(4, 2)}
+    rest = {"q.diff_b": random(6), "norm.diff": random(6), "block.diff_m": random(1, 6, 4)}
+    base = Watched()
+    changed = merged(
+        base, [write(PAIR | square | rest, 0.7), write({"q.diff": random(6, 4)}, -0.5, "b.safetensors")], NAMES
+    )
+    for key in changed.shapes:
+        whole = changed.read(key).to(base.stored_dtype(key))
+        copied = changed.copy(key, torch.device("cpu"), base.stored_dtype(key))
+        torch.testing.assert_close(copied, whole, rtol=1e-6, atol=1e-6)
+        assert copied.data_ptr() != WEIGHTS[key].data_ptr()
+    assert torch.equal(changed.copy("conv.weight", torch.device("cpu"), torch.float32), WEIGHTS["conv.weight"])
