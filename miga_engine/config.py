@@ -355,11 +355,11 @@ class Request(SamplingConfig):
             raise KeyError("options of a request are missing, or too many")
         return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"])})
 
-    def metadata(self, model: str) -> dict[str, Any]:
-        """JSON-able record: prompt, seed, configuration, model, version."""
+    def metadata(self, model: str, **made_of: Any) -> dict[str, Any]:
+        """JSON-able record: model and what else it was made of, prompt, seed, configuration, version."""
         prompt = self.timeline
         record = {**self._recorded(), "prompt": prompt[0] if len(prompt) == 1 else prompt}
-        return {"model": model, **record, "miga_engine": __version__}
+        return {"model": model, **made_of, **record, "miga_engine": __version__}
 
     def _recorded(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)

@@ -196,7 +196,7 @@ class Engine:
                 progress = Progress(stream.num_frames_out, request.num_frames, chunk)
                 if given.callback is not None and given.callback(progress) is False:
                     break
-        return Video(torch.cat(frames), request.fps, request.metadata("") | self.made_of() | stream.metadata())
+        return Video(torch.cat(frames), request.fps, request.metadata(**self.made_of()) | stream.metadata())
 
     @own_modes()
     @takes(ResumeCall)

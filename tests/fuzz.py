@@ -22,7 +22,8 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fuzz_targets import TARGETS, Target, build_pristine, watch_writes
+from fuzz_pristine import build_pristine
+from fuzz_targets import TARGETS, Target, watch_writes
 from fuzz_values import CACHE, CANARY, Random
 
 ROOT = Path(__file__).parents[1]

@@ -38,6 +38,15 @@ def build(folder: Path) -> Path:
     return folder
 
 
+def build_diffusers(folder: Path) -> Path:
+    """The same model as a Diffusers folder."""
+    shutil.copytree(GOLDENS / "wan_dit" / "diffusers" / "transformer", folder / "transformer")
+    shutil.copytree(GOLDENS / "wan_vae" / "diffusers", folder / "vae")
+    shutil.copytree(GOLDENS / "umt5" / "hf" / "text_encoder", folder / "text_encoder")
+    shutil.copytree(GOLDENS / "umt5" / "tokenizer", folder / "tokenizer")
+    return folder
+
+
 def build_videocrafter2(folder: Path, window_frames: int = 5) -> Path:
     """VideoCrafter2's keys in one file: the goldens' VAE, a random UNet of their widths and text tower, a small BPE."""
     folder.mkdir(parents=True, exist_ok=True)

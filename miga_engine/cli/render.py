@@ -107,7 +107,7 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, An
         start = num_out = stream.num_frames_out
         bar.total, bar.n = request.num_frames, num_out
         bar.refresh()
-        metadata = request.metadata("") | dict(model)  # completed before the sink's first frame, which writes it
+        metadata = request.metadata(**model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
         sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
         try:

@@ -31,10 +31,10 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> tup
     → (number of tensors, bytes). Raises CheckpointError, OutputError.
     """
     checkpoint = dequantized(open_checkpoint(source))
-    keeps = next((kept for family in loading.FAMILIES if (kept := family.kept_dtypes(checkpoint))), lambda key: False)
+    dtypes = _dtypes(checkpoint, dtype)
     tensors, storages = {}, set()
     for key in checkpoint.shapes:
-        tensor = _cast(checkpoint, key, dtype, keeps(key))
+        tensor = checkpoint.read(key).to(dtypes[key])
         storage = tensor.untyped_storage().data_ptr()
         is_shared = storage in storages  # in safetensors each key has its own bytes
         tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if is_shared else tensor.contiguous()
@@ -67,25 +67,30 @@ def convert_model(sources: Sources, target: Path, dtype: torch.dtype | None = No
     return num_tensors, num_bytes
 
 
-def _cast(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None, is_kept: bool) -> Tensor:
-    tensor = checkpoint.read(key)
-    is_packed = checkpoint.stored_dtype(key) in PACKED
-    if not tensor.is_floating_point() or (is_kept and not is_packed):
-        return tensor
-    if dtype is None and not is_packed:
-        return tensor.to(checkpoint.stored_dtype(key))  # what LoRAs are merged into comes in float32
-    return tensor.to(torch.float32 if is_kept else dtype or torch.bfloat16)
+def _dtypes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """In which each tensor is written: see `convert`."""
+    keeps = next((kept for family in loading.FAMILIES if (kept := family.kept_dtypes(checkpoint))), lambda key: False)
+
+    def of(key: str) -> torch.dtype:
+        stored, read = checkpoint.stored_dtype(key), checkpoint.read_dtype(key)
+        if not read.is_floating_point:
+            return stored
+        if stored in PACKED:
+            return torch.float32 if keeps(key) else dtype or torch.bfloat16
+        return read if keeps(key) else dtype or stored
+
+    return {key: of(key) for key in checkpoint.shapes}
 
 
 def _save_shards(checkpoint: Checkpoint, file: Path, dtype: torch.dtype | None) -> int:
     """Tensors in one file, or in several with an index, as large models are published. → bytes."""
-    keeps = next((kept for family in loading.FAMILIES if (kept := family.kept_dtypes(checkpoint))), lambda key: False)
-    shards = list(_shards(checkpoint, dtype))
+    dtypes = _dtypes(checkpoint, dtype)
+    shards = list(_shards(checkpoint, dtypes))
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for i, keys in enumerate(shards):
         part = file if len(shards) == 1 else file.with_name(f"{file.stem}-{i + 1:05}-of-{len(shards):05}{file.suffix}")
-        tensors = {key: _cast(checkpoint, key, dtype, keeps(key)).clone() for key in keys}
+        tensors = {key: checkpoint.copy(key, torch.device("cpu"), dtypes[key]) for key in keys}
         num_bytes += _save(tensors, part)
         part.chmod(part.parent.stat().st_mode & 0o666)  # as any new file here; safetensors lets its owner alone read it
         weight_map |= dict.fromkeys(keys, part.name)
@@ -95,13 +100,12 @@ def _save_shards(checkpoint: Checkpoint, file: Path, dtype: torch.dtype | None) 
     return num_bytes
 
 
-def _shards(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[list[str]]:
+def _shards(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> Iterator[list[str]]:
     """Keys of each file, by sizes that are known without reading."""
     keys: list[str] = []
     held = 0
     for key, shape in checkpoint.shapes.items():
-        stored = checkpoint.stored_dtype(key)
-        size = torch.Size(shape).numel() * (4 if dtype is None and stored in PACKED else (dtype or stored).itemsize)
+        size = torch.Size(shape).numel() * dtypes[key].itemsize
         if keys and held + size > SHARD_BYTES:
             yield keys
             keys, held = [], 0

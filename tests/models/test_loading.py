@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import golden_model
 import places
 import pytest
 import torch
@@ -40,11 +41,7 @@ def official(tmp_path: Path) -> Path:
 @pytest.fixture
 def diffusers(tmp_path: Path) -> Path:
     """The same model as a Diffusers folder."""
-    root = tmp_path / "Wan2.1-T2V-tiny-Diffusers"
-    shutil.copytree(GOLDENS / "wan_dit" / "diffusers" / "transformer", root / "transformer")
-    shutil.copytree(GOLDENS / "wan_vae" / "diffusers", root / "vae")
-    shutil.copytree(GOLDENS / "umt5" / "hf" / "text_encoder", root / "text_encoder")
-    shutil.copytree(GOLDENS / "umt5" / "tokenizer", root / "tokenizer")
+    root = golden_model.build_diffusers(tmp_path / "Wan2.1-T2V-tiny-Diffusers")
     edit_json(root / "transformer" / "config.json", text_len=16)
     return root
 

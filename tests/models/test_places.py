@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import golden_model
 import pytest
 import random_wan
 import torch
-from places import GOLDENS
 from refusals import refusal
 from runs_code import RunsCode
 from safetensors.torch import load_file, save_file
@@ -236,12 +236,7 @@ def test_a_tree_without_a_transformer_of_use_names_what_is_there(comfy: Path) ->
 @pytest.fixture
 def diffusers(tmp_path: Path) -> Path:
     """A Diffusers folder of the goldens."""
-    root = tmp_path / "Wan2.1-T2V-tiny-Diffusers"
-    shutil.copytree(GOLDENS / "wan_dit" / "diffusers" / "transformer", root / "transformer")
-    shutil.copytree(GOLDENS / "wan_vae" / "diffusers", root / "vae")
-    shutil.copytree(GOLDENS / "umt5" / "hf" / "text_encoder", root / "text_encoder")
-    shutil.copytree(GOLDENS / "umt5" / "tokenizer", root / "tokenizer")
-    return root
+    return golden_model.build_diffusers(tmp_path / "Wan2.1-T2V-tiny-Diffusers")
 
 
 def test_makers_folders_start_as_before_whatever_lies_beside(official: Path, diffusers: Path, tmp_path: Path) -> None:
