@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miga_engine import Engine
-from miga_engine.config import Request
 from miga_engine.models.wan import layouts
 from miga_engine.models.wan.dit import WanDiTConfig
 from miga_engine.models.wan.vae import StreamDecoder
 from miga_engine.noise import CounterNoise, Purpose
+from miga_engine.request import Request
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
 from miga_engine.weights.checkpoint import Checkpoint
 

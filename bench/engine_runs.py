@@ -15,9 +15,9 @@ import result_files
 import torch
 
 from miga_engine import Engine, ops
-from miga_engine.config import Request
 from miga_engine.models.wan.dit import WanDiT
 from miga_engine.models.wan.vae import StreamDecoder
+from miga_engine.request import Request
 from miga_engine.runtime import capture
 from miga_engine.runtime.stages import VideoRun
 

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
 
-from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, Request, StreamOptions
+from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
 from miga_engine.fields import option
 from miga_engine.options import with_default
+from miga_engine.request import Request
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.stream import Chunk, Event
 

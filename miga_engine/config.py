@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, MISSING, dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
-from miga_engine._version import __version__
 from miga_engine.errors import ConfigError
 from miga_engine.fields import Checked, FromPreset, option, weighted_files
 
@@ -132,6 +131,10 @@ class MigaConfig(Checked):
     """
 
     zigzag_width: int = _count(7, "latent frames that share one noise level in Stage 1 [L_zig]", least=1)
+    passes_per_advance: int = _count(
+        1, "passes over the queue for each group that leaves it, which makes neighbouring groups so many noise levels "
+        "apart: 1 is MIGA's zigzag queue, 5 in groups of 5 the asynchronous schedule of SkyReels-V2-DF", least=1,
+    )  # fmt: skip
     stage2_steps: int = _count(10, "unified passes after Stage 1: the hand-off is this many steps before clean [tau_e]")
     refine_steps: int = _count(0, "steps of the release's refine pass, which noises clean latents once more; 0 = off")
     guidance_frames: int = _count(4, "distant cleaner frames put before a Stage-1 window, read only [m_guid]")
@@ -144,6 +147,11 @@ class MigaConfig(Checked):
         "let the farthest guidance frame be the prompt's first frame, clean, "
         "and let searches read it too: it holds what the prompt leaves open",
     )
+    reference_noise: float | None = option(
+        None, "share of noise in the frames that are only read, the anchor and what a video begins with, of which the "
+        "network is told: 0.02 for SkyReels-V2-DF, 0 for models that were trained with a clean first frame",
+        shown="none, and the network is told the last step's", most=1,
+    )  # fmt: skip
     stride: int | None = _count(None, "latent frames between window starts", shown="half the model's window", least=1)
     tail_signal: float = option(
         0.0, "share of the queue's cleanest frame, as predicted clean, in the noise that a new frame of its prompt "
@@ -233,7 +241,8 @@ class MigaConfig(Checked):
         handoff_step = num_steps - self.stage2_steps
         local_frames = window_frames - self.guidance_frames
         most_offset = self.most_commit_offset(window_frames)
-        judged = self.judge_step + self.reference_groups if self.self_reflection else 0
+        apart = self.passes_per_advance
+        judged = self.judge_step + self.reference_groups * apart if self.self_reflection else 0
         is_judged = judged <= num_steps
         problems = (
             (num_steps < 2, f"num_inference_steps is {num_steps}, and a queue needs at least 2"),
@@ -249,7 +258,13 @@ class MigaConfig(Checked):
             (self.stride is not None and self.stride > local_frames, f"stride {self.stride} exceeds the "
              f"{local_frames} local frames of a window (window {window_frames} − guidance_frames "
              f"{self.guidance_frames})"),
-            (self.self_reflection and self.judge_step + self.reference_groups > handoff_step, f"judge_step "
+            (handoff_step % apart > 0, f"passes_per_advance {apart} does not divide the {handoff_step} steps of Stage "
+             f"1 (num_inference_steps {num_steps} − stage2_steps {self.stage2_steps}): change one of them"),
+            (handoff_step < 2 * apart, f"passes_per_advance {apart} leaves one group in the {handoff_step} steps of "
+             f"Stage 1: use at most {handoff_step // 2}"),
+            (self.self_reflection and self.judge_step % apart > 0, f"judge_step {self.judge_step} must be a multiple "
+             f"of passes_per_advance {apart}, at which groups are judged"),
+            (judged > handoff_step, f"judge_step "
              f"{self.judge_step} with {self.reference_groups} reference_groups reaches past the hand-off at step "
              f"{handoff_step}; lower one, or switch self_reflection off"),
             (self.commit == "trailing" and self.guidance_frames > 0, "commit 'trailing' needs guidance_frames 0"),
@@ -287,102 +302,12 @@ class StreamOptions(Checked):
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What a video follows beside its prompts: a kind of `models.bundle.ModelFacts.conditions`, and its tensors."""
-
-    kind: str
-    tensors: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Request(SamplingConfig):
-    """A video, as it is asked for; once resolved, with every option filled in, as metadata and session files record it.
-
-    None: the preset's, or that of the model.
-    """
-
-    prompt: str | Mapping[int, str] = option(MISSING, "what the video shows: a text, or a timeline {first frame: text}",
-                                             kind=object, is_hosted=False)  # fmt: skip
-    num_frames: int | None = option(
-        None, "video frames, exactly", shown="endless", least=1, most=MAX_FRAME, unit="video frames"
-    )
-    _: KW_ONLY
-    seed: int = option(0, "same seed, same video", most=2**64 - 1, phrase="a whole number from 0 to 2^64 − 1")
-    height: FromPreset[int] = option(None, "of the picture", least=1, most=16384, unit="pixels", metavar="PX")
-    width: FromPreset[int] = option(None, "of the picture", least=1, most=16384, unit="pixels", metavar="PX")
-    fps: FromPreset[int | str] = option(
-        None, "frames per second, exact: 24, 29.97, 24000/1001", kind=object, metavar="RATE"
-    )
-    guidance: str = option(
-        "cfg", "how guidance_scale acts: classifier-free guidance; CFG-Zero*, which fits the unconditional branch to "
-        "the other and rests at the first step; adaptive projected guidance, against oversaturation at large scales",
-        choices=("cfg", "cfg-zero", "apg"), group="sampling",
-    )  # fmt: skip
-    guidance_scale_end: float | None = option(
-        None, "the scale at the last step, to which guidance_scale runs linearly in the noise level sigma",
-        shown="guidance_scale", group="sampling", metavar="W",
-    )  # fmt: skip
-    negative_prompt: FromPreset[str] = option(
-        None, "what the video is not to show", shown="that of the model", group="sampling", metavar="TEXT"
-    )
-    method: str | None = option(None, "fifo: FIFO-Diffusion, for comparison", shown="miga", choices=("miga", "fifo"),
-                                group="method", is_recorded=False)  # fmt: skip
-    miga: FromPreset[MigaConfig] = option(
-        None, "options of the method: a MigaConfig, or a mapping of those that differ from the preset's",
-        kind=object, is_hosted=False,
-    )  # fmt: skip
-
-    condition: Condition | None = option(
-        None, "an image or a clip that the video follows, of a kind that the model takes; so far none takes any",
-        kind=object, is_hosted=False, is_recorded=False,
-    )  # fmt: skip
-
-    @property
-    def timeline(self) -> dict[int, str]:
-        """The prompt as texts by their first video frame."""
-        return {0: self.prompt} if isinstance(self.prompt, str) else dict(self.prompt)
-
-    def to_record(self) -> dict[str, Any]:
-        """JSON-able, for `from_record`."""
-        return {**self._recorded(), "prompt": {str(frame): text for frame, text in self.timeline.items()}}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Request:
-        """What `to_record` gave; KeyError, TypeError or ConfigError where it did not."""
-        prompt = {int(frame): text for frame, text in record["prompt"].items()}
-        if not set(_RECORDED) - set(_RECORDED_IF_GIVEN) <= set(record) <= set(_RECORDED):
-            raise KeyError("options of a request are missing, or too many")
-        return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"])})
-
-    def metadata(self, model: str, **made_of: Any) -> dict[str, Any]:
-        """JSON-able record: model and what else it was made of, prompt, seed, configuration, version."""
-        prompt = self.timeline
-        record = {**self._recorded(), "prompt": prompt[0] if len(prompt) == 1 else prompt}
-        return {"model": model, **made_of, **record, "miga_engine": __version__}
-
-    def _recorded(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        is_left_out = {name: name in _RECORDED_IF_GIVEN and values[name] == defaults[name] for name in _RECORDED}
-        return {name: values[name] for name in _RECORDED if not is_left_out[name]}
-
-
-_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end", "sigmas", "denoising_steps")
-"""Without them a record is what it was before there were these options, and such a record is understood."""
-_SAMPLING = {option.name for option in dataclasses.fields(SamplingConfig)}
-_RECORDED = sorted(
-    (option.name for option in dataclasses.fields(Request) if option.metadata["is_recorded"]),
-    key=lambda name: (name == "miga", name in _SAMPLING),
-)
-
-
 def fifo_config(base: MigaConfig, window_frames: int) -> MigaConfig:
     """FIFO-Diffusion (arXiv 2405.11473) as a configuration: one frame a level, look-ahead denoising, nothing else."""
     return dataclasses.replace(
-        base, zigzag_width=1, stage2_steps=0, refine_steps=0, guidance_frames=0, guidance_anchor=False,
-        self_reflection=False, commit="trailing", commit_offset=0, warmup="copies", moving_phase=False,
-        tail_signal=0.0, history_guidance="off", past_context=False,
+        base, zigzag_width=1, passes_per_advance=1, stage2_steps=0, refine_steps=0, guidance_frames=0,
+        guidance_anchor=False, self_reflection=False, commit="trailing", commit_offset=0, warmup="copies",
+        moving_phase=False, tail_signal=0.0, history_guidance="off", past_context=False,
         stride=max(1, window_frames // 2),
     )  # fmt: skip
 

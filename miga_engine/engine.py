@@ -23,7 +23,7 @@ from miga_engine.calls import (
     StreamCall,
     StreamControls,
 )
-from miga_engine.config import LoadOptions, Request
+from miga_engine.config import LoadOptions
 from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.models.bundle import ModelBundle
@@ -34,6 +34,7 @@ from miga_engine.noise import CounterNoise
 from miga_engine.options import part, takes
 from miga_engine.presets import PRESETS, Preset
 from miga_engine.prompts import PromptTimeline
+from miga_engine.request import Request
 from miga_engine.resolve import resolved, schedule_of
 from miga_engine.resuming import attention_choices, differences, identity, request_and_state
 from miga_engine.runtime.frame_store import FrameStore

@@ -344,10 +344,11 @@ def _windows(run: VideoRun) -> list[Window]:
     the unified levels, or of a search."""
     config, layout = run.config, run.layout
     limit = 1 if config.window_order == "sequential" else run.denoiser.window_batch
-    full = config.zigzag_width * (layout.handoff_step + 1)
-    most = max(layout.num_levels, *(len(layout.queue_plan(0, full, phase)[1]) for phase in range(run.stride)))
+    full = config.zigzag_width * (layout.num_groups + 1)
+    most = max(layout.num_levels, *(len(layout.queue_plan(0, full, phase)) for phase in range(run.stride)))
     if config.self_reflection:
-        searched = config.zigzag_width * (config.reference_groups + config.judge_step)
+        groups = config.reference_groups + config.judge_step // config.passes_per_advance
+        searched = config.zigzag_width * groups
         most = max(most, config.num_continuations * (2 + searched // run.stride))
     count = max(1, min(limit, most))
     # A frame before those committed, and cleaner than they, where the branches then read different frames.

@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     REFINE = 4
     SOLVER = 5  # noise that a stochastic solver adds; series: stage and step_index
     PAST = 6  # what the unconditional branch reads in place of cleaner frames; series: step_index and position
+    REFERENCE = 7  # what frames that are only read are shown with
 
 
 class FrameNoise(NamedTuple):

@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions
+from miga_engine.config import LoadOptions, MigaConfig, StreamOptions
 from miga_engine.errors import ConfigError
 from miga_engine.fields import is_wanted, kind_of, wanted
 from miga_engine.presets import PRESETS
+from miga_engine.request import Request
 
 Record = type[Any]
 """One of the dataclasses of `config`, or of a host's own that are written alike."""

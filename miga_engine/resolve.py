@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miga_engine.config import MigaConfig, Request, SamplingConfig, fifo_config, replace_options
+from miga_engine.config import MigaConfig, SamplingConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError
 from miga_engine.presets import Preset
 from miga_engine.prompts import check_prompt, check_text
+from miga_engine.request import Request
 from miga_engine.runtime.guidance import Guidance
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.schedule import Schedule, make_schedule

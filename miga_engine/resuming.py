@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from miga_engine._version import __version__
-from miga_engine.config import ATTENTION_BACKENDS, Request
+from miga_engine.config import ATTENTION_BACKENDS
 from miga_engine.errors import SessionError
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.family import Sources
 from miga_engine.models.layers import allows_tf32
 from miga_engine.options import as_recorded
+from miga_engine.request import Request
 from miga_engine.runtime.session import Session, State, fingerprint
 from miga_engine.runtime.session_info import weighted
 from miga_engine.weights.hub import is_hub_name

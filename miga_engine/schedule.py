@@ -65,6 +65,8 @@ class Coefficients:
     alphas: Tensor
     solver: str
     prediction_type: str
+    reference_sigma: float | None = None
+    """Noise level of frames that are only read, where the network is to be told it."""
 
 
 class Schedule(NamedTuple):
@@ -78,6 +80,18 @@ class Schedule(NamedTuple):
     @property
     def num_steps(self) -> int:
         return self.timesteps.shape[0]
+
+    @property
+    def reference_sigma(self) -> float | None:
+        """Noise level of frames that are only read, where the network is to be told it."""
+        return self.coefficients.reference_sigma
+
+    @property
+    def network_timesteps(self) -> Tensor:
+        """[T], or [T+1] with that of `reference_sigma` behind: what the network is told of a clean frame."""
+        if self.reference_sigma is None:
+            return self.timesteps
+        return torch.cat([self.timesteps.float(), torch.tensor([1000 * self.reference_sigma])])
 
     @property
     def alphas(self) -> Tensor:
@@ -101,6 +115,7 @@ def make_schedule(
     prediction_type: str | None = None,
     sigmas: Sequence[float] | str | None = None,
     denoising_steps: Sequence[float] | str | None = None,
+    reference_sigma: float | None = None,
 ) -> Schedule:
     """Tables of a solver: unipc | dpmpp_2m (dpm++, dpmpp) | euler | lcm (dmd) for flow models, ddim for VideoCrafter2.
 
@@ -108,6 +123,7 @@ def make_schedule(
     x = (1 − σ)x0 + σε, v = ε − x0, timestep = trunc(1000σ). `eta` and `use_scale_array` concern DDIM only.
     Explicit levels, as few-step weights have them, take the place of `num_steps` evenly spaced ones: `sigmas` as they
     are, or `denoising_steps` u in thousandths, which `shift` warps as above; timestep = 1000σ, not truncated.
+    `reference_sigma`: see `Coefficients`; flow only.
     DDIM: timesteps = round(linspace(0, 999, num_steps)) from the noisiest down, sigma = sqrt(1 − ᾱ), alpha = sqrt(ᾱ);
     prediction_type "epsilon" (default) or "v"; `shift` is not used. As in the releases ᾱ_prev at t = 0 is ᾱ itself, so
     the last step is an identity; sigmas[num_steps] is 0 by contract. `use_scale_array`: x0 is divided by the level's
@@ -127,6 +143,10 @@ def make_schedule(
     if len(given) > (name != "ddim"):
         reason = "they belong to flow models, leave them out" if name == "ddim" else "keep one of the two"
         raise ConfigError(f"{' and '.join(given)} are given for solver {name!r}: {reason}")
+    if name == "ddim" and reference_sigma is not None:
+        raise ConfigError(
+            f"reference_noise is {reference_sigma:g} for solver 'ddim': it belongs to flow models, leave it out"
+        )
     if name == "ddim":
         return _ddim_schedule(num_steps, eta, use_scale_array, prediction)
     if use_scale_array:
@@ -134,15 +154,16 @@ def make_schedule(
     if not (math.isfinite(shift) and shift > 0):
         raise ConfigError(f"shift is {shift}: give a positive number (Wan uses 5)")
     if "sigmas" in given:
-        return _flow_schedule(name, torch.tensor([*given["sigmas"], 0.0], dtype=torch.float64), is_explicit=True)
+        levels = torch.tensor([*given["sigmas"], 0.0], dtype=torch.float64)
+        return _flow_schedule(name, levels, reference_sigma, is_explicit=True)
     if "denoising_steps" in given:
         u = torch.tensor([*given["denoising_steps"], 0.0], dtype=torch.float64) / 1000
-        return _flow_schedule(name, _shifted(u, shift), is_explicit=True)
+        return _flow_schedule(name, _shifted(u, shift), reference_sigma, is_explicit=True)
     first = 0.999 if name == "unipc" else 1.0
     # start + k·step, as numpy.linspace rounds: torch.linspace differs in the last bit, and trunc() shows it.
     u = first + torch.arange(num_steps + 1, dtype=torch.float64) * (-first / num_steps)
     u[-1] = 0.0
-    return _flow_schedule(name, _shifted(u, shift), is_explicit=False)
+    return _flow_schedule(name, _shifted(u, shift), reference_sigma, is_explicit=False)
 
 
 def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, step_index: Tensor | int) -> Tensor:
@@ -174,7 +195,7 @@ def _shifted(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def _flow_schedule(solver: str, sigmas64: Tensor, *, is_explicit: bool) -> Schedule:
+def _flow_schedule(solver: str, sigmas64: Tensor, reference_sigma: float | None, *, is_explicit: bool) -> Schedule:
     """Of levels `[T+1]` float64, the last 0."""
     sigmas = sigmas64.to(torch.float32)
     num_steps = len(sigmas) - 1
@@ -185,7 +206,7 @@ def _flow_schedule(solver: str, sigmas64: Tensor, *, is_explicit: bool) -> Sched
         )
     timesteps = (sigmas64[:-1] * 1000).to(torch.float32 if is_explicit else torch.int64)
     rows64 = _fill_table(num_steps, sigmas.tolist(), _FLOW_ROWS[solver])
-    return _assemble(sigmas, 1 - sigmas, timesteps, rows64, solver, "flow")
+    return _assemble(sigmas, 1 - sigmas, timesteps, rows64, solver, "flow", reference_sigma)
 
 
 def _ddim_schedule(num_steps: int, eta: float, use_scale_array: bool, prediction: str) -> Schedule:
@@ -213,9 +234,16 @@ def _ddim_schedule(num_steps: int, eta: float, use_scale_array: bool, prediction
 
 
 def _assemble(
-    sigmas: Tensor, alphas: Tensor, timesteps: Tensor, rows64: Tensor, solver: str, prediction_type: str
+    sigmas: Tensor,
+    alphas: Tensor,
+    timesteps: Tensor,
+    rows64: Tensor,
+    solver: str,
+    prediction_type: str,
+    reference_sigma: float | None = None,
 ) -> Schedule:
-    return Schedule(sigmas, timesteps, Coefficients(rows64.to(torch.float32), rows64, alphas, solver, prediction_type))
+    rows = rows64.to(torch.float32)
+    return Schedule(sigmas, timesteps, Coefficients(rows, rows64, alphas, solver, prediction_type, reference_sigma))
 
 
 def _fill_table(num_steps: int, levels: Sequence, row: Callable[[Sequence, int, int], CoefficientRow]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,13 +73,20 @@ class Frame:
     step: int = 0
     history: list[torch.Tensor] = field(default_factory=list)  # newest first
     last: torch.Tensor | None = None
+    is_given: bool = False
 
     def fresh(self, sample: torch.Tensor, step: int) -> Frame:
         return Frame(self.number, sample, step)
 
 
 class Oracle:
-    def __init__(self, network, schedule: Schedule, config: MigaConfig, window: int, noise, guidance_scale: float):
+    """`given` frames begin the video: no pass changes them, and they are read with the schedule's reference noise."""
+
+    def __init__(
+        self, network, schedule: Schedule, config: MigaConfig, window: int, noise, guidance_scale: float,
+        given: Sequence[torch.Tensor] = (),
+    ):  # fmt: skip
+        self.given = given
         self.network, self.schedule, self.config, self.window = network, schedule, config, window
         self.noise, self.scale = noise, guidance_scale
         self.told: dict[tuple[int, int], list[Frame]] = {}  # what the windows behind the queue commit
@@ -113,13 +120,19 @@ class Oracle:
                 series = np.array([(newer.step << 16) + i])
                 unconditional[i] = f.fresh(self.noise(Purpose.PAST, np.array([newer.number]), series=series)[0], 0)
         latents = torch.stack([torch.stack([f.sample for f in branch], dim=1) for branch in (frames, unconditional)])
-        last = self.schedule.num_steps - 1
-        t = [[self.schedule.timesteps[min(f.step, last)].item() for f in branch] for branch in (frames, unconditional)]
+        told = [*self.schedule.timesteps.tolist(), self.schedule.timesteps[-1].item()]
+        if self.schedule.reference_sigma is not None:
+            told[-1] = 1000 * self.schedule.reference_sigma
+        t = [[told[f.step] for f in branch] for branch in (frames, unconditional)]
         output = self.network(latents, torch.tensor(t), torch.tensor([1, 0]))
         return output[0].transpose(0, 1), output[1].transpose(0, 1)
 
     def window_step(self, read: list[Frame], first: int, stop: int, num_guidance: int = 0) -> list[Frame]:
         """The frames at positions `first … stop − 1` of a window, a step on."""
+        while first < stop and read[first].is_given:
+            return [read[first], *self.window_step(read, first + 1, stop, num_guidance)]
+        if first == stop:
+            return []
         conditional, unconditional = self.forward(read, first, num_guidance)
         return [self.step(read[i], conditional[i], unconditional[i]) for i in range(first, stop)]
 
@@ -160,9 +173,15 @@ class Oracle:
         return reached
 
     def renoised(self, frame: Frame) -> Frame:
+        if frame.is_given:
+            return frame
         step = self.schedule.num_steps - self.config.refine_steps
         noise = self.draw(Purpose.REFINE, frame.number)
         return frame.fresh(add_noise(self.schedule, frame.sample[None], noise[None], step)[0], step)
+
+    def shown(self, clean: torch.Tensor, number: int) -> torch.Tensor:
+        sigma = self.schedule.reference_sigma or 0
+        return (1 - sigma) * clean + sigma * self.draw(Purpose.REFERENCE, number) if sigma else clean
 
     def draw(self, purpose: Purpose, number: int) -> torch.Tensor:
         return self.noise(purpose, np.array([number]))[0]
@@ -170,17 +189,24 @@ class Oracle:
     def run(self, num_frames: int) -> torch.Tensor:
         """Clean latents [num_frames, C, H, W] (no reflection)."""
         config, width, local = self.config, self.config.zigzag_width, self.window - self.config.guidance_frames
-        clip = [Frame(k, self.draw(Purpose.SEED_CLIP, k)) for k in range(self.window)]
+        last = self.schedule.num_steps
+        clip = [Frame(k, self.shown(x, k), last, [x], is_given=True) for k, x in enumerate(self.given)]
+        clip += [Frame(k, self.draw(Purpose.SEED_CLIP, k)) for k in range(len(clip), self.window)]
         self.series = 0
         for _ in range(self.schedule.num_steps):
             clip = self.window_step(clip, 0, self.window)
-        self.anchor = clip[0]
-        groups = min(self.window // width, self.handoff - 1)
+        self.anchor = clip[0] if len(self.given) else clip[0].fresh(self.shown(clip[0].sample, 0), last)
+        apart = config.passes_per_advance
+        groups = min(self.window // width, self.handoff // apart - 1)
         queue = []
         for k in range(groups * width):
-            step = groups - k // width
+            step = (groups - k // width) * apart
             noise = self.draw(Purpose.WARMUP, k)
-            queue.append(Frame(k, add_noise(self.schedule, clip[k].sample[None], noise[None], step)[0], step))
+            queue.append(
+                clip[k]
+                if k < len(self.given)
+                else Frame(k, add_noise(self.schedule, clip[k].sample[None], noise[None], step)[0], step)
+            )
 
         def push() -> None:
             first, head = queue[-1].number + 1, queue[0]
@@ -195,7 +221,8 @@ class Oracle:
         num_past = config.commit_offset_of(self.window) if config.past_context else 0
 
         def advance(phase: int) -> list[Frame]:
-            past = [Frame(k, clip[0].sample, self.schedule.num_steps) for k in range(-num_past, 0)]
+            first = self.given[0] if len(self.given) else clip[0].sample
+            past = [Frame(k, first, self.schedule.num_steps) for k in range(-num_past, 0)]
             if num_past:  # as the passes behind the queue have left them so far
                 newest: dict[int, Frame] = {}
                 for frames in self.unified(popped, total):
@@ -205,18 +232,21 @@ class Oracle:
 
         push()
         self.series = 1
-        while queue[0].step < self.handoff - 1:
+        while len(queue) < self.handoff // apart * width:
             length = num_past + len(queue)
-            queue = advance((length - local) % self.stride if length >= local else 0)
+            for _ in range(apart):
+                queue = advance((length - local) % self.stride if length >= local else 0)
             push()
         passes, self.series = 0, 2
         while len(popped) < total:
-            queue = advance(passes % self.stride)
-            passes += 1
-            popped += [f.fresh(f.sample, f.step) for f in queue[:width]]
+            for _ in range(apart):
+                queue = advance(passes % self.stride)
+                passes += 1
+            popped += [f if f.is_given else f.fresh(f.sample, f.step) for f in queue[:width]]
             del queue[:width]
             push()
-        return torch.stack([f.sample for f in self.unified(popped, total)[-1][:num_frames]])
+        made = self.unified(popped, total)[-1][:num_frames]
+        return torch.stack([*self.given, *(frame.sample for frame in made[len(self.given) :])])
 
 
 def toy_config(**options) -> MigaConfig:
@@ -236,11 +266,12 @@ def toy_run(
     network=pseudo_network,
     guidance_scale=5.0,
     schedule=None,
+    given=None,
 ):
     return VideoRun(
         PlainNetwork(network), schedule or make_schedule("unipc", steps, 5.0), config, window_frames=window,
         frame_shape=SHAPE, noise=counter_noise(seed, SHAPE), num_frames=num_frames, guidance_scale=guidance_scale,
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), num_given=0 if given is None else len(given), given=given,
         emit=lambda kind, **data: events.append((kind, data)) if events is not None else None,
     )  # fmt: skip
 

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from miga_engine import ConfigError, Engine, ops
 from miga_engine.cli import main
 from miga_engine.cli.config_file import read_config
-from miga_engine.config import MigaConfig, Request
+from miga_engine.config import MigaConfig
 from miga_engine.integrations import embed
 from miga_engine.noise import FrameNoise
 from miga_engine.options import form
+from miga_engine.request import Request
 from miga_engine.runtime.stream import Event
 from miga_engine.schedule import make_schedule
 

@@ -13,7 +13,7 @@ LAYERS = [
     ["errors", "_version", "files", "threads", "colour"],
     ["fields"],
     ["config", "device"],
-    ["presets"],
+    ["presets", "request"],
     ["options", "schedule", "noise", "prompts"],
     ["kernels", "_extension"],
     ["ops"],

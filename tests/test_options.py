@@ -16,10 +16,11 @@ from miga_engine import ConfigError, Engine, calls, options
 from miga_engine.cli.config_file import read_config
 from miga_engine.cli.main import _build_parser
 from miga_engine.cli.write_options import RECORDS
-from miga_engine.config import Condition, MigaConfig, Request, StreamOptions
+from miga_engine.config import MigaConfig, StreamOptions
 from miga_engine.fields import option
 from miga_engine.integrations import embed
 from miga_engine.presets import PRESETS
+from miga_engine.request import Condition, Request
 
 CALLS = {
     "from_pretrained": calls.LoadCall,

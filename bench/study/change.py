@@ -20,9 +20,9 @@ from torch import Tensor
 from bench.command import Parser, run_command
 from bench.study.methods import PROMPTS, method_options, noise_seed
 from bench.study.paired import pyplot, save_figure
-from miga_engine.config import Request
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
+from miga_engine.request import Request
 from miga_engine.runtime.denoise import Window
 from miga_engine.runtime.stages import SEED_CLIP
 

@@ -22,9 +22,10 @@ import numpy as np
 
 from bench.study.methods import NUM_PROMPTS, OPEN_ATTRIBUTES, PROMPTS, SCENES, WORLD, method_options, noise_seed
 from bench.study.paired import COMPARED, VideoRow
-from miga_engine.config import MigaConfig, Request
+from miga_engine.config import MigaConfig
 from miga_engine.errors import ConfigError
 from miga_engine.files import open_own, path_written_whole, write_whole
+from miga_engine.request import Request
 from miga_engine.runtime.network import NEGATIVE_ROW
 from miga_engine.tiny import world
 

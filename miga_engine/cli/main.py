@@ -15,9 +15,10 @@ from miga_engine.cli.config_file import FLAG_NAMES, FLAGS_ALONE
 from miga_engine.cli.settings import PLACES
 from miga_engine.cli.terminal import say
 from miga_engine.cli.write_options import WriteOptions
-from miga_engine.config import DTYPES, NUM_FRAMES, LoadOptions, MigaConfig, Request, StreamOptions
+from miga_engine.config import DTYPES, NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.options import add_flags
+from miga_engine.request import Request
 from miga_engine.threads import share_processors
 
 

@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.config_file import RELEASED_NAMES, read_config, read_value, translated
-from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, Request
+from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig
 from miga_engine.errors import ConfigError
 from miga_engine.options import picked
+from miga_engine.request import Request
 
 if TYPE_CHECKING:
     from miga_engine.engine import Engine

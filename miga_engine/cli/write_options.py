@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miga_engine.config import LoadOptions, MigaConfig, Request, StreamOptions
+from miga_engine.config import LoadOptions, MigaConfig, StreamOptions
 from miga_engine.fields import Checked, option
+from miga_engine.request import Request
 
 CHECKPOINT_EVERY = 500
 """Video frames between two session files."""

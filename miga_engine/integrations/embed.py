@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from miga_engine.config import LoadOptions, Request, StreamOptions
+from miga_engine.config import LoadOptions, StreamOptions
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.options import as_recorded, check_kinds, fields
+from miga_engine.request import Request
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.session_info import model_of_session, parts_of_session
 from miga_engine.runtime.stream import Stream

@@ -19,12 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from miga_engine.config import MigaConfig, Request, fifo_config
+from miga_engine.config import MigaConfig, fifo_config
 from miga_engine.device import own_modes
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError
 from miga_engine.measure.report import write_curves
 from miga_engine.prompts import PromptTimeline
+from miga_engine.request import Request
 from miga_engine.resolve import schedule_of
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import Batch, PromptedTransformer
@@ -187,7 +188,7 @@ def _num_windows(layout: RunLayout) -> float:
     """Windows of a pass over the full queue for each frame that leaves it, and of the passes behind it."""
     config = layout.config
     length = config.zigzag_width * layout.handoff_step
-    per_pass = [len(layout.queue_plan(0, length, number)[1]) for number in range(layout.stride)]
+    per_pass = [len(layout.queue_plan(0, length, number)) for number in range(layout.stride)]
     return sum(per_pass) / len(per_pass) / config.zigzag_width + layout.num_levels / layout.stride
 
 

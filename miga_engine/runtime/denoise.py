@@ -103,7 +103,7 @@ class Denoiser:
         if num_past and self.guidance.is_on:
             self._blanks = store.sample.new_empty(window_batch * num_past, *store.frame_shape)
         self._coefficients = schedule.coefficients.rows.to(store.device)
-        self._timesteps = schedule.timesteps.to(store.device)
+        self._timesteps = schedule.network_timesteps.to(store.device)
         # No pass commits more frames than there are slots; what else a batch computes lands in the last place.
         num_outputs = store.capacity + store.scratch + 1
         self._outputs = store.sample.new_empty(self._num_branches, num_outputs, *store.frame_shape)
@@ -243,8 +243,8 @@ class Denoiser:
         blanks = self._draw_blanks(slots, starts, np.array([[window.num_past] for window in windows]))
         parts_branches = bool((blanks >= 0).any())
         shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame, parts_branches)
-        steps = np.minimum(store.step_index[slots], self.schedule.num_steps - 1)
-        _check_table("step", steps, self.schedule.num_steps)
+        steps = np.minimum(store.step_index[slots], len(self._timesteps) - 1)
+        _check_table("step", steps, len(self._timesteps))
         tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, prompts, blanks, keep, target)]))
         if is_small and self._graphs is not None:
             self._graphs.run(self._run_tables, tables, shape)

@@ -14,6 +14,17 @@ from miga_engine.runtime.wavefront import UnifiedPasses
 from miga_engine.runtime.window_plan import guidance_indices, plan_windows
 
 
+class Cut(NamedTuple):
+    """A window of the queue before its guidance frames are chosen: it reads from frame `start` on, commits frames
+    `commit_start … commit_stop − 1`, and reads nothing of the queue outside of `first … end − 1`."""
+
+    first: int
+    end: int
+    start: int
+    commit_start: int
+    commit_stop: int
+
+
 class QueueWindow(NamedTuple):
     """The frames that a window of the queue reads, by number, the first `num_guidance` of them for guidance alone, and
     the half-open range of positions that it commits."""
@@ -37,13 +48,14 @@ class RunLayout:
     """Where the frames of a run lie, in integers that follow from its options alone.
 
     `num_steps` of the schedule, `window_frames` that the network takes at once, `num_frames` latent frames to
-    deliver, None = endless.
+    deliver, None = endless, `num_given` that the video begins with: they are clean from the beginning, and only read.
     """
 
     config: MigaConfig
     num_steps: int
     window_frames: int
     num_frames: int | None
+    num_given: int = 0
 
     @property
     def end(self) -> int | None:
@@ -55,6 +67,11 @@ class RunLayout:
     def handoff_step(self) -> int:
         """Step at which a frame leaves the queue for the unified passes."""
         return self.num_steps - self.config.stage2_steps
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the full queue, neighbours of which are `passes_per_advance` steps apart."""
+        return self.handoff_step // self.config.passes_per_advance
 
     @property
     def num_levels(self) -> int:
@@ -89,8 +106,8 @@ class RunLayout:
     def num_first_groups(self) -> int:
         """Groups of the first queue."""
         if self.config.warmup == "copies":
-            return self.handoff_step
-        return min(self.window_frames // self.config.zigzag_width, self.handoff_step - 1)
+            return self.num_groups
+        return min(self.window_frames // self.config.zigzag_width, self.num_groups - 1)
 
     @property
     def first_head(self) -> int:
@@ -100,11 +117,16 @@ class RunLayout:
         return min(0, self.window_frames - self.num_first_groups * self.config.zigzag_width)
 
     @property
+    def most_given(self) -> int:
+        """Latent frames that a video may begin with: those of the seed clip that the first queue holds."""
+        return min(self.window_frames, self.first_head + self.num_first_groups * self.config.zigzag_width)
+
+    @property
     def capacity(self) -> int:
         """Slots of the ring: the queue, the wavefront behind it, and the padding."""
         width, window = self.config.zigzag_width, self.window_frames
         wavefront = self.num_levels * (window + self.stride) + window + width
-        return width * (self.handoff_step + 1) + wavefront + self.padding
+        return width * (self.num_groups + 1) + wavefront + self.padding
 
     @property
     def num_remembered(self) -> int:
@@ -120,7 +142,8 @@ class RunLayout:
     def num_search_slots(self) -> int:
         """Scratch slots of a reflection search: every candidate ends with judge_step groups."""
         config = self.config
-        return config.num_continuations * config.judge_step * config.zigzag_width if config.self_reflection else 0
+        length = config.judge_step // config.passes_per_advance * config.zigzag_width
+        return config.num_continuations * length if config.self_reflection else 0
 
     @property
     def num_anchors(self) -> int:
@@ -138,32 +161,41 @@ class RunLayout:
         first = self.num_slots - (self.num_levels - level) * self.num_behind
         return first + np.asarray(frames, np.int64) % max(self.num_behind, 1)
 
-    def queue_plan(self, head: int, tail: int, num_passes: int | None) -> tuple[int, list[tuple[int, int, int]]]:
-        """The first frame that a pass over the queue reads, and its `plan_windows` from there on.
+    def queue_plan(self, head: int, tail: int, num_passes: int | None) -> list[Cut]:
+        """How a pass cuts the queue `head … tail − 1` and the padding before it; given frames are not committed.
 
         `num_passes` of Stage 1 before it, None in warm-up.
         """
-        length, local = tail - head + self.padding, self.window_frames - self.config.guidance_frames
+        first = head - self.padding
+        length, local = tail - first, self.window_frames - self.config.guidance_frames
         if self.config.commit == "trailing":
-            return head - self.padding, plan_windows(length, self.window_frames, self.stride, 0, "trailing")
-        if num_passes is None:
-            phase = (length - local) % self.stride if length >= local else 0
+            plan = plan_windows(length, self.window_frames, self.stride, 0, "trailing")
         else:
-            phase = num_passes % self.stride if self.config.moving_phase else 0
-        plan = plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
-        start, _, commit_stop = plan[0]  # the only one that would commit padding: others begin `commit_offset` later
-        return head - self.padding, [(start, self.padding, commit_stop), *plan[1:]]
+            if num_passes is None:
+                phase = (length - local) % self.stride if length >= local else 0
+            else:
+                phase = num_passes % self.stride if self.config.moving_phase else 0
+            plan = plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
+        cuts = [
+            Cut(first, tail, first + start, self.first_changed(max(first + begin, head)), first + stop)
+            for start, begin, stop in plan
+        ]
+        return [cut for cut in cuts if cut.commit_start < cut.commit_stop]
+
+    def first_changed(self, frame: int) -> int:
+        """The first frame from this one on that a pass may change: given ones, and what is before them, are read."""
+        return max(frame, self.num_given) if self.num_given else frame
 
     def queue_windows(self, head: int, tail: int, num_passes: int | None) -> list[QueueWindow]:
         """The windows of a pass over the queue `head … tail − 1`, guidance frames included; `num_passes` as above."""
         config, windows = self.config, []
-        first, plan = self.queue_plan(head, tail, num_passes)
-        for start, commit_start, commit_stop in plan:
+        for first, end, start, commit_start, commit_stop in self.queue_plan(head, tail, num_passes):
             guidance = guidance_indices(
-                start, config.guidance_frames, config.zigzag_width, config.guidance_offset, config.guidance_spacing
-            )
-            stop = min(start + self.window_frames - len(guidance), tail - first)
-            frames = first + np.array([*guidance, *range(start, stop)], np.int64)
+                start - first, config.guidance_frames, config.zigzag_width, config.guidance_offset,
+                config.guidance_spacing,
+            )  # fmt: skip
+            stop = min(start + self.window_frames - len(guidance), end)
+            frames = np.array([*(first + index for index in guidance), *range(start, stop)], np.int64)
             offset = len(guidance) - start
             windows.append(QueueWindow(frames, len(guidance), commit_start + offset, commit_stop + offset))
         return windows
@@ -172,14 +204,17 @@ class RunLayout:
     def reading(self) -> Reading:
         """Of a long run between its beginning and its end, without searches.
 
-        In so many passes as the cuts take to come back, each pass makes a group, and each level of the unified passes a
-        window of every `stride` frames.
+        In so many passes as the cuts take to come back, each advance of the queue makes a group, and each level of the
+        unified passes a window of every `stride` frames.
         """
-        config, length = self.config, self.config.zigzag_width * self.handoff_step
+        config, length = self.config, self.config.zigzag_width * self.num_groups
         num_passes = self.stride if config.moving_phase else 1
-        passes = [self.queue_windows(0, length, number) for number in range(num_passes)]
+        passes = [self.queue_windows(self.num_given, self.num_given + length, number) for number in range(num_passes)]
         in_queue = [len(window.frames) for windows in passes for window in windows]
-        num_made, in_unified = num_passes * config.zigzag_width, self.num_levels / self.stride
+        num_made, in_unified = (
+            num_passes * config.zigzag_width / config.passes_per_advance,
+            self.num_levels / self.stride,
+        )
         return Reading(
             len(in_queue) / num_made + in_unified, sum(in_queue) / num_made + in_unified * self.window_frames
         )

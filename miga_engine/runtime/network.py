@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +28,6 @@ class Batch(NamedTuple):
     steps: Tensor  # int64 [B,F], rows of the schedule
     prompt_rows: Tensor  # int64 [G·B] or, where a window's frames differ, [G·B,F], placed; conditional branch first
     keep: Tensor  # int64 [B,K]: the frames whose output is wanted, the last repeated where a window has fewer
-    condition: Mapping[str, Tensor] | None = None  # what a `config.Condition` adds, by name; None: text alone
 
 
 class WindowNetwork(Protocol):

@@ -33,6 +33,7 @@ class Reflection:
         stride: int,
         emit: Callable[..., None],
         anchor: np.ndarray = _NO_SLOTS,
+        num_given: int = 0,
     ) -> None:
         self.denoiser = denoiser
         self.tail_noise = Tail(denoiser.store, denoiser.schedule, denoiser.noise, config.tail_signal)
@@ -43,6 +44,7 @@ class Reflection:
         self.commit_offset = config.commit_offset_of(window_frames)
         self.emit = emit
         self.anchor = anchor
+        self.num_given = num_given
         self.previous_score: float | None = None
         self.num_searches = 0
 
@@ -53,14 +55,15 @@ class Reflection:
         """
         config, store = self.config, self.denoiser.store
         self.denoiser.forget_parts()
-        width = config.zigzag_width
-        head_step = int(store.step_index[store.slots([head])[0]])
-        group = head_step - config.judge_step
-        judged = range(head + group * width, head + (group + 1) * width)
-        if group < config.reference_groups or judged.stop > tail:
+        width, apart = config.zigzag_width, config.passes_per_advance
+        newest = int(store.step_index[store.slots([tail - 1])[0]])
+        judged = range(tail - config.judge_step // apart * width, tail)[:width]
+        first_reference = judged.start - config.reference_groups * width
+        # Given frames are no noisier than clean, and what is like them is not for a search to replace.
+        if newest != apart or first_reference < max(head, self.num_given):
             then()
             return
-        reference = store.slots(range(judged.start - config.reference_groups * width, judged.start))
+        reference = store.slots(range(first_reference, judged.start))
         score = float(self.judge(store, reference, store.slots(judged)[None], config)[0])
         self.emit("score", frame=judged.start, score=score, previous=self.previous_score)
         if self.previous_score is None or self.previous_score - score <= config.score_drop:
@@ -73,18 +76,19 @@ class Reflection:
     def _search(self, reference: np.ndarray, head: int, first: int, score: float, then: Callable[[], None]) -> None:
         """Try `candidates` continuations of the reference; C₀ becomes the score of the one that stays.
 
-        A continuation ends with groups at steps judge_step … 1, the shape of the queue from the judged group on. With
-        `search_baseline` "continued" the last is of the noise that the judged frames were pushed with, and the others
-        have to exceed its score: it too went on from references that stood still.
+        A continuation ends with groups at steps judge_step … passes_per_advance, the shape of the queue from the judged
+        group on. With `search_baseline` "continued" the last is of the noise that the judged frames were pushed with,
+        and the others have to exceed its score: it too went on from references that stood still.
         """
         config, store = self.config, self.denoiser.store
         width, count = config.zigzag_width, config.num_continuations
-        length = config.judge_step * width
+        apart = config.passes_per_advance
+        length = config.judge_step // apart * width
         numbers = np.arange(first, first + length)
         slots = np.stack([store.scratch_slots(c * length, length) for c in range(count)])  # [K, judge_step·Z]
         self.emit("search_started", frame=first, score=score, previous=self.previous_score, search=self.num_searches)
-        for step in range(config.judge_step):
-            fresh = slice(step * width, (step + 1) * width)
+        for group in range(config.judge_step // apart):
+            fresh = slice(group * width, (group + 1) * width)
             rows = store.prompt_row[store.slots(numbers[fresh])]
             for c in range(count):
                 is_new = c < config.candidates
@@ -94,7 +98,7 @@ class Reflection:
                 store.prompt_row[slots[c, fresh]] = rows
             # A stochastic solver draws noise of its own for each candidate; otherwise all share one pass.
             shares = [slots[c : c + 1] for c in range(count)] if self.denoiser.schedule.uses_noise else [slots]
-            for c, share in enumerate(shares):
+            for c, share in [*enumerate(shares)] * apart:
                 series = FIRST_CANDIDATE_SERIES + self.num_searches * count + c
                 self.denoiser.run(self._windows(reference, share[:, : fresh.stop]), noise_series=series)
         scores = self.judge(store, reference, slots[:, :width], config).tolist()

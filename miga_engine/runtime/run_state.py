@@ -93,15 +93,17 @@ class _Check:
         self.tail = _whole(numbers, "tail", self.head, self.head + layout.capacity)
         self.has_parted = numbers.get("has_parted")
         self.num_passes = _whole(numbers, "num_passes", 0, _MOST_FRAMES)
-        delivered = max(self.head, 0) if layout.num_frames is None else min(max(self.head, 0), layout.num_frames)
+        through = max(self.head, layout.num_given)
+        delivered = through if layout.num_frames is None else min(through, layout.num_frames)
         self.emitted = _whole(numbers, "emitted", 0, delivered)
         self.parts_done = _whole(numbers, "parts_done", 0, MAX_OPTION)
-        self.first = min(self.emitted, self.head - layout.padding)
+        self.done = self._levels(numbers)
+        through = self.done[-1] if self.done else self.head
+        self.first = min(self.emitted, through, self.head - layout.padding)
         _whole(numbers, "first", self.first, self.first)
         _whole(numbers, "num_forwards", 0, _MOST_FORWARDS)
         batch = _whole(numbers, "share_windows", 1, layout.config.window_batch or MAX_OPTION)
         _whole(numbers, "window_batch", 1, batch)
-        self.done = self._levels(numbers)
         self._searches(numbers)
 
     def all_of(
@@ -113,7 +115,8 @@ class _Check:
         self._parting()
         groups = self._num_groups()
         first_head = 0 if self.stage in (SEED_CLIP, WARMUP) else layout.first_head
-        if self.head != first_head + self.num_passes * layout.config.zigzag_width:
+        advances, self.passes_done = divmod(self.num_passes, layout.config.passes_per_advance)
+        if self.head != first_head + advances * layout.config.zigzag_width:
             raise _unfit("num_passes", self.num_passes)
         passes = layout.unified_passes()
         again = [(level, frame) for level, done in enumerate(self.done) for frame in passes.read_again(done)]
@@ -162,7 +165,7 @@ class _Check:
             most = _whole({"unified": done[level]}, "unified", 0, most)
         if self.stage in (SEED_CLIP, WARMUP) and any(done):
             raise _unfit("unified", done)
-        if done and self.emitted > done[-1]:
+        if done and self.emitted > max(done[-1], self.layout.num_given):
             raise _unfit("emitted", self.emitted)
         return done
 
@@ -178,14 +181,14 @@ class _Check:
         """Groups of the queue; SessionError where the stage has other numbers of them."""
         layout, length = self.layout, self.tail - self.head
         if self.stage == SEED_CLIP:
-            if length != (0 if self.next == PUSH else layout.window_frames):
+            if length != (layout.num_given if self.next == PUSH else layout.window_frames):
                 raise _unfit("tail", self.tail)
             return 0
         groups, rest = divmod(length, layout.config.zigzag_width)
         if self.stage == WARMUP:
-            fits = layout.num_first_groups + (self.next != PUSH) <= groups <= layout.handoff_step - 1
+            fits = layout.num_first_groups + (self.next != PUSH) <= groups <= layout.num_groups - 1
         else:
-            fits = groups == layout.handoff_step - (self.next == UNIFIED)
+            fits = groups == layout.num_groups - (self.next == UNIFIED)
         if rest or not fits:
             raise _unfit("tail", self.tail)
         return groups
@@ -195,21 +198,35 @@ class _Check:
         layout = self.layout
         if self.stage == SEED_CLIP:
             clip = steps[known]
+            self._equal("step_index", clip[: layout.num_given], np.full(layout.num_given, layout.num_steps))
+            clip = clip[layout.num_given :]
             if len(clip) and (clip[0] < 0 or clip[0] > layout.num_steps or (clip != clip[0]).any()):
                 raise _unfit("step_index", clip.tolist()[:8])
             if self.parts_done:
                 raise _unfit("parts_done", self.parts_done)
             return
+        lowest = self._lowest(steps)
         levels = sum((np.asarray(frames < done, np.int64) for done in self.done), np.zeros(len(frames), np.int64))
         expected = np.array([layout.step_before(level) for level in range(layout.num_levels + 1)], np.int64)[levels]
         expected[frames < layout.first_head] = layout.num_steps
         is_queued = frames >= self.head
-        lowest = 0 if self.next == QUEUE else 1
         group = (frames - self.head) // layout.config.zigzag_width
-        expected = np.where(is_queued, groups - 1 + lowest - group, expected)
+        expected = np.where(is_queued, (groups - 1 - group) * layout.config.passes_per_advance + lowest, expected)
+        expected[frames < layout.num_given] = layout.num_steps
         if any(np.array_equal(steps, expected + is_ahead) for is_ahead in self._parts_ahead(frames)):
             return
         raise _unfit("step_index", steps.tolist()[:8])
+
+    def _lowest(self, steps: np.ndarray) -> int:
+        """The step of the newest group of the queue."""
+        apart = self.layout.config.passes_per_advance
+        if self.next not in (QUEUE, JUDGE):
+            return apart
+        is_ahead = self.next == JUDGE
+        if self.stage == WARMUP:  # how many passes of an advance are done is told by nothing else
+            newest = int(steps[-1]) if len(steps) else 0
+            return min(max(newest, is_ahead), apart - 1 + is_ahead) if apart > 1 else int(is_ahead)
+        return self.passes_done + is_ahead
 
     def _parts_ahead(self, frames: np.ndarray) -> Iterator[np.ndarray]:
         """Which frames a sequential pass that was broken off has advanced already; several answers may be right."""
@@ -228,17 +245,18 @@ class _Check:
         """The frames that each window of the pass at hand commits, in order."""
         layout = self.layout
         if self.next == QUEUE:
-            first, plan = layout.queue_plan(self.head, self.tail, None if self.stage == WARMUP else self.num_passes)
-            yield [(first + start, first + stop) for _, start, stop in plan]
+            plan = layout.queue_plan(self.head, self.tail, None if self.stage == WARMUP else self.num_passes)
+            yield [(cut.commit_start, cut.commit_stop) for cut in plan]
         elif self.next == JUDGE:  # of a search, which begins anew
             yield [(0, 0)] * (self.parts_done + 1)
         elif self.next == UNIFIED:
             passes = layout.unified_passes()
             passes.done = list(self.done)
             blocks = passes.ready(layout.num_available(self.head))
-            ranges = [(block.commit_start, block.commit_stop) for block in blocks]
+            changed = [(layout.first_changed(block.commit_start), block.commit_stop) for block in blocks]
             num_stage2 = sum(level < layout.config.stage2_steps for level, *_ in blocks)
-            yield from [ranges[:num_stage2], ranges[num_stage2:]] if self.uses_noise else [ranges]
+            for ranges in (changed[:num_stage2], changed[num_stage2:]) if self.uses_noise else (changed,):
+                yield [(start, stop) for start, stop in ranges if start < stop]
 
     def _anchor(self, anchor: Mapping[str, int], prompt_row: Callable[[int], int]) -> None:
         if self.stage == SEED_CLIP:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from miga_engine.config import Request
+from miga_engine.request import Request
 from miga_engine.runtime.pump import Pump
 from miga_engine.runtime.session import Session, State, load_session, save_session
 

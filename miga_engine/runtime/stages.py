@@ -17,22 +17,20 @@ import torch
 from miga_engine.config import MigaConfig
 from miga_engine.errors import SessionError
 from miga_engine.noise import Purpose
+from miga_engine.runtime.behind import NOISE_SERIES, BehindQueue
 from miga_engine.runtime.denoise import Denoiser, NoiseSource, Window
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
+from miga_engine.runtime.references import References, cat_clean
 from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.tail import Tail
-from miga_engine.runtime.wavefront import Block
 from miga_engine.schedule import Schedule, add_noise
 
 SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
 PUSH, QUEUE, JUDGE, POP, UNIFIED = "push", "queue", "judge", "pop", "unified"
 """What a tick does next; it moves on as one with the change of the state that it names."""
-
-_NOISE_SERIES = {SEED_CLIP: 0, WARMUP: 1, STAGE1: 2, FLUSH: 3, "refine": 4}
-"""Of the solver's noise: stages that visit the same (frame, step) twice must not draw the same."""
 
 
 class CleanLatents(NamedTuple):
@@ -49,6 +47,8 @@ class VideoRun:
     window_frames: latent frames the network takes at once (its native clip).
     frame_shape: `(C, H, W)` of a latent frame.
     num_frames: latent frames to deliver; None = endless.
+    num_given: latent frames that the video begins with, and `given` these, clean, `[n,C,H,W]` float32; None in a run
+    whose state is loaded. The first tick gives them as they are.
     guidance_scale, guidance, guidance_scale_end: see `guidance.Guidance`.
     prompt_row: maps a latent frame number to the prompt row the network is given for it.
     emit: receives events as `emit(kind, **fields)`.
@@ -66,6 +66,8 @@ class VideoRun:
         frame_shape: tuple[int, int, int],
         noise: NoiseSource,
         num_frames: int | None,
+        num_given: int = 0,
+        given: torch.Tensor | None = None,
         guidance_scale: float | None,
         device: torch.device,
         prompt_row: Callable[[int], int] = lambda frame: 1,
@@ -76,7 +78,7 @@ class VideoRun:
         ranks: Ranks | None = None,
     ) -> None:
         config.check(schedule.num_steps, window_frames)
-        self.layout = layout = RunLayout(config, schedule.num_steps, window_frames, num_frames)
+        self.layout = layout = RunLayout(config, schedule.num_steps, window_frames, num_frames, num_given)
         self.schedule = schedule
         self.config = config
         self.window_frames = window_frames
@@ -85,18 +87,20 @@ class VideoRun:
         self.emit = emit
         self.num_frames = num_frames
         self.handoff_step, self.stride, self.padding = layout.handoff_step, layout.stride, layout.padding
-        self.unified = layout.unified_passes()
         self.store = FrameStore(layout.capacity, frame_shape, device, scratch=layout.num_slots - layout.capacity)
-        self._anchor = self.store.scratch_slots(layout.num_search_slots, layout.num_anchors)
+        anchor = self.store.scratch_slots(layout.num_search_slots, layout.num_anchors)
+        self.references = References(self.store, schedule, noise, prompt_row, anchor)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise, guidance=guidance, guidance_scale=guidance_scale,
             guidance_scale_end=guidance_scale_end, num_past=config.num_past(config.guidance_frames, window_frames),
             window_batch=config.window_batch or 1, order=config.window_order, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
+        self._behind = BehindQueue(self.denoiser, layout)
+        self.unified = self._behind.passes
         self._tail_noise = Tail(self.store, schedule, noise, config.tail_signal)
         self.reflection = None
         if config.self_reflection:
-            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, self._anchor)
+            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, anchor, num_given)
         self.stage = SEED_CLIP
         self._next = PUSH
         self._announced = ""
@@ -106,6 +110,9 @@ class VideoRun:
         self.emitted = 0
         self.newest: CleanLatents | None = None
         """What the last tick that gave any gave: nothing is lost where its caller was interrupted."""
+        if given is not None:
+            self.references.put(self.store.slots(range(num_given)), given, given, range(num_given))
+            self.tail = num_given
 
     def __iter__(self) -> Iterator[CleanLatents]:
         while self.stage != DONE:
@@ -145,7 +152,8 @@ class VideoRun:
     def parts_next(self) -> bool:
         """Whether the next tick is the first that a longer run, or an endless one, may do otherwise."""
         next_head = self.head + self.config.zigzag_width
-        return self.stage == STAGE1 and not self.has_parted and self.layout.has_parted(next_head)
+        is_popping = (self.num_passes + 1) % self.config.passes_per_advance == 0
+        return self.stage == STAGE1 and is_popping and not self.has_parted and self.layout.has_parted(next_head)
 
     @property
     def has_parted(self) -> bool:
@@ -158,7 +166,7 @@ class VideoRun:
         The tensors are those of `FrameStore` for the frames that are still needed, float32 `[n,C,H,W]` and int64
         `[n]`; the numbers go through JSON unchanged.
         """
-        first = min(self.emitted, self.head - self.padding)
+        first = min(self.emitted, self._num_through, self.head - self.padding)
         reflection = self.reflection
         numbers = {
             "stage": self.stage,
@@ -195,21 +203,26 @@ class VideoRun:
         """Slots whose content a state holds: these frames, the anchor, and what the unified passes read again."""
         again = map(self.unified.read_again, self.unified.done)
         behind = [self.layout.slots_behind(level, frames) for level, frames in enumerate(again)]
-        return np.concatenate([self.store.slots(frames), self._anchor, *behind])
+        return np.concatenate([self.store.slots(frames), self.references.anchor, *behind])
 
     def _denoise_seed_clip(self) -> None:
-        """An ordinary clip of `window_frames` frames; its clean frames then start the queue."""
-        frames = range(self.window_frames)
+        """An ordinary clip of `window_frames` frames, behind those that are given; clean, it starts the queue."""
+        num_given, slots = self.layout.num_given, self.store.slots(range(self.window_frames))
         if self._next == PUSH:
-            self._push(frames, self.noise(Purpose.SEED_CLIP, np.arange(self.window_frames)), then=QUEUE)
-        slots = self.store.slots(frames)
-        if self.store.step_index[slots[0]] < self.schedule.num_steps:
-            self.denoiser.run([Window(slots, 0, len(slots))], noise_series=_NOISE_SERIES[SEED_CLIP])
-        if self.store.step_index[slots[0]] == self.schedule.num_steps:
-            self._start_queue(self.store.sample[self.store.index(slots)])
+            given, fresh = range(num_given), range(num_given, self.window_frames)
+            shown = self.references.shown(self.store.x0[self.store.index(slots[:num_given])], given)
+            noise = self.noise(Purpose.SEED_CLIP, np.asarray(fresh, np.int64))
+            with self.store.changing():
+                self.store.sample[self.store.index(slots[:num_given])] = shown
+                self._push(fresh, noise, then=QUEUE)
+        if self.store.step_index[slots[-1]] < self.schedule.num_steps:
+            window = Window(slots, num_given, len(slots), self.config.num_past(0, num_given))
+            self.denoiser.run([window], noise_series=NOISE_SERIES[SEED_CLIP])
+        if self.store.step_index[slots[-1]] == self.schedule.num_steps:
+            self._start_queue(cat_clean(self.store, slots, num_given))
 
     def _start_queue(self, clip: torch.Tensor) -> None:
-        """Re-noise the seed clip to the noisiest levels, one level a group of zigzag_width frames."""
+        """Re-noise the seed clip to the noisiest levels, one a group of zigzag_width frames; what is given stays."""
         width, head, num_groups = self.config.zigzag_width, self.layout.first_head, self.layout.num_first_groups
         if self.config.warmup == "copies":
             steps = np.arange(num_groups - 1, -1, -1).repeat(width)
@@ -217,18 +230,21 @@ class VideoRun:
         else:
             steps = np.arange(num_groups, 0, -1).repeat(width)
             stage, then = WARMUP, PUSH
+        steps *= self.config.passes_per_advance
         numbers = np.arange(head, head + num_groups * width)
         sources = torch.from_numpy(numbers.clip(0, self.window_frames - 1)).to(clip.device)
         noise = self.noise(Purpose.WARMUP, numbers)
         noised = add_noise(self.schedule, clip[sources], noise, torch.from_numpy(steps))
+        num_given = max(self.layout.num_given - head, 0) if self.layout.num_given else 0
+        noised[:num_given] = self.references.shown(clip[sources[:num_given]], numbers[:num_given])
+        steps[:num_given] = self.schedule.num_steps
+        anchor = self.references.shown(clip[:1], [0])
         padding = range(head - self.padding, head)
         before = clip[torch.from_numpy(np.asarray(padding, dtype=np.int64).clip(0, None)).to(clip.device)]
         with self.store.changing():
             if self.config.guidance_anchor:
-                self._set_anchor(0, clip[:1])
-            slots = self.store.slots(padding)
-            self.store.put(slots, before, step_index=self.schedule.num_steps, numbers=padding)
-            self.store.prompt_row[slots] = self.prompt_row(0)
+                self.references.set_anchor(anchor, 0)
+            self.references.put(self.store.slots(padding), before, before, padding)
             self._push(range(head, head + num_groups * width), noised, step_index=steps, then=then)
             self.store.x0[self.store.index(self.store.slots(numbers))] = clip[sources]
             self.head, self.stage = head, stage
@@ -236,56 +252,66 @@ class VideoRun:
     def _fill_queue(self) -> None:
         """Push one group of noise; unless the queue now holds every level once, advance all of it by one step."""
         if self._next == PUSH:
-            is_full = self.store.step_index[self.store.slots([self.head])[0]] == self.handoff_step - 1
+            is_full = self.tail - self.head == self.config.zigzag_width * (self.layout.num_groups - 1)
             self._push_noise(STAGE1 if is_full else WARMUP)
             if is_full:
                 return
         self._queue_pass(WARMUP, then=PUSH)
 
+    @property
+    def _is_advance(self) -> bool:
+        """Whether the passes over the queue, of which `passes_per_advance` make an advance, have made one."""
+        newest = self.store.step_index[self.store.slots([self.tail - 1])[0]]
+        return bool(newest == self.config.passes_per_advance)
+
     def _advance_queue(self) -> None:
         """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
         if self._next in (QUEUE, JUDGE):
             self._queue_pass(STAGE1, then=POP)
+        if self._next == QUEUE:
+            return
         if self._next == POP:
             self._pop_group()
         if self.stage == FLUSH:
             return
-        while self._unified_pass():
+        while self._behind.advance(self.head):
             pass
         self._push_noise(STAGE1)
 
     def _pop_group(self) -> None:
         """Hand the cleanest group of the queue over to the unified passes."""
-        popped = self.store.slots(range(self.head, self.head + self.config.zigzag_width))
-        noise = self._refine_noise(popped) if self.unified.num_levels and self.unified.stage2_steps == 0 else None
+        frames = range(self.head, self.head + self.config.zigzag_width)
+        popped = self.store.slots(frames)
+        is_refined = self.unified.num_levels and self.unified.stage2_steps == 0
+        refined = self.store.slots(range(self.layout.first_changed(frames.start), frames.stop) if is_refined else ())
+        noise = self._behind.refine_noise(refined)
+        anchor = self.references.newer_anchor(popped)
         with self.store.changing():
-            if self.config.guidance_anchor:
-                is_other = self.store.prompt_row[popped] != self.store.prompt_row[self._anchor]
-                if is_other.any():  # another prompt has come through: its first frame, as predicted clean
-                    first = popped[is_other][:1]
-                    self._set_anchor(int(self.store.frame_number[first[0]]), self.store.x0[self.store.index(first)])
+            if anchor is not None:  # another prompt has come through
+                self.references.set_anchor(*anchor)
             self.store.history_length[popped] = 0
-            if noise is not None:
-                self._renoise(popped, noise)
+            self._behind.renoise(refined, noise)
             self.num_passes += 1
             self.head += self.config.zigzag_width
             self._next = UNIFIED
             if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
                 self.stage = FLUSH
 
-    def _set_anchor(self, number: int, clean: torch.Tensor) -> None:
-        """Keep a clean frame `[1,C,H,W]` as the farthest guidance frame of windows of its prompt."""
-        self.store.put(self._anchor, clean, step_index=self.schedule.num_steps, numbers=[number])
-        self.store.prompt_row[self._anchor] = self.prompt_row(number)
-
     def _queue_pass(self, stage: str, *, then: str) -> None:
         if self._next == QUEUE:
             windows = self._queue_windows(None if stage == WARMUP else self.num_passes)
-            self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=lambda: self._go_to(JUDGE))
+            self.denoiser.run(windows, noise_series=NOISE_SERIES[stage], then=lambda: self._go_to(JUDGE))
         if self.reflection is None:
-            self._go_to(then)
+            self._end_pass(stage, then)
         else:
-            self.reflection.after_pass(self.head, self.tail, then=lambda: self._go_to(then))
+            self.reflection.after_pass(self.head, self.tail, then=lambda: self._end_pass(stage, then))
+
+    def _end_pass(self, stage: str, then: str) -> None:
+        """On to what follows an advance, or to its next pass."""
+        is_advance = self._is_advance
+        with self.store.changing():
+            self.num_passes += stage == STAGE1 and not is_advance
+            self._next = then if is_advance else QUEUE
 
     def _go_to(self, then: str) -> None:
         self._next = then
@@ -297,9 +323,9 @@ class VideoRun:
         ):
             slots = self.store.slots(frames)
             if num_guidance and self.config.guidance_anchor:
-                prompt_rows = self.store.prompt_row[slots[num_guidance:]]
-                if (prompt_rows == self.store.prompt_row[self._anchor]).all():
-                    slots[0] = self._anchor[0]
+                prompt_rows, anchor = self.store.prompt_row[slots[num_guidance:]], self.references.anchor
+                if (prompt_rows == self.store.prompt_row[anchor]).all():
+                    slots[0] = anchor[0]
             windows.append(Window(slots, commit_start, commit_stop, self.config.num_past(num_guidance, commit_start)))
         return windows
 
@@ -321,69 +347,19 @@ class VideoRun:
 
     def _finish(self) -> None:
         """The unified blocks that are ready; the run is done where there are none."""
-        if not self._unified_pass():
+        if not self._behind.advance(self.head):
             self.stage = DONE
 
-    def _unified_pass(self) -> bool:
-        """One pass over the blocks that are ready, at most one a level; False where there is none."""
-        blocks = self.unified.ready(self.layout.num_available(self.head))
-        windows = [self._unified_window(block) for block in blocks]
-        if self.schedule.uses_noise:
-            num_stage2 = sum(level < self.config.stage2_steps for level, *_ in blocks)
-            self._unified_part(blocks[:num_stage2], windows[:num_stage2], FLUSH)
-            self._unified_part(blocks[num_stage2:], windows[num_stage2:], "refine")
-        else:
-            self._unified_part(blocks, windows, FLUSH)
-        return bool(blocks)
-
-    def _unified_window(self, block: Block) -> Window:
-        level, start, stop, first, commit_stop = block
-        behind = self.layout.slots_behind(level, range(start, first))
-        return Window(
-            np.concatenate([behind, self.store.slots(range(first, stop))]), first - start, commit_stop - start
-        )
-
-    def _keep_behind(self, blocks: list[Block]) -> None:
-        """Keep of the frames that these blocks will advance those that the next window of their level reads again."""
-        with self.store.changing():
-            for level, _, _, start, stop in blocks:
-                again = [frame for frame in self.unified.read_again(stop) if frame >= start]
-                self.store.copy(self.store.slots(again), self.layout.slots_behind(level, again))
-
-    def _unified_part(self, blocks: list[Block], windows: list[Window], stage: str) -> None:
-        last = self.config.stage2_steps - 1 if self.config.refine_steps else None
-        refined = [window.committed for (level, *_), window in zip(blocks, windows, strict=True) if level == last]
-        noises = [self._refine_noise(slots) for slots in refined]
-
-        def finish() -> None:
-            for block in blocks:
-                self.unified.done[block.level] = block.commit_stop
-            for slots, noise in zip(refined, noises, strict=True):
-                self._renoise(slots, noise)
-
-        if self.unified.commit_offset:
-            self._keep_behind(blocks)
-        self.denoiser.run(windows, noise_series=_NOISE_SERIES[stage], then=finish)
-
-    def _refine_noise(self, slots: np.ndarray) -> torch.Tensor:
-        """The noise of `_renoise`: it belongs to the frames' numbers."""
-        return self.noise(Purpose.REFINE, self.store.frame_number[slots])
-
-    def _renoise(self, slots: np.ndarray, noise: torch.Tensor) -> None:
-        """Refine: noise clean latents to step T − refine_steps."""
-        store = self.store
-        step = self.schedule.num_steps - self.config.refine_steps
-        index = store.index(slots)
-        store.sample[index] = add_noise(self.schedule, store.sample[index], noise, step)
-        store.step_index[slots] = step
-        store.history_length[slots] = 0
+    @property
+    def _num_through(self) -> int:
+        """Frames that have been through all passes."""
+        return self.unified.done[-1] if self.unified.num_levels else self.head
 
     @property
     def _num_finished(self) -> int:
-        """Frames that finished the last level, cut to the length asked for."""
-        finished = self.unified.done[-1] if self.unified.num_levels else self.head
-        if self.stage in (SEED_CLIP, WARMUP):
-            return 0
+        """Frames that are clean, the given ones from the beginning, cut to the length asked for."""
+        through = 0 if self.stage in (SEED_CLIP, WARMUP) else self._num_through
+        finished = max(through, self.layout.num_given)
         return finished if self.num_frames is None else min(finished, self.num_frames)
 
     def _take_clean(self) -> CleanLatents | None:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miga_engine.config import Request
 from miga_engine.device import own_modes
 from miga_engine.errors import DriftError, MigaError, SessionError, printable
 from miga_engine.models.protocols import StreamDecoder
+from miga_engine.request import Request
 from miga_engine.runtime.drift import DriftMeters
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.pump import Pump

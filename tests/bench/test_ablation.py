@@ -18,9 +18,9 @@ from bench.command import run_command
 from bench.study import ablation, grid, judge, methods
 from bench.study.paired import COMPARED, paired_difference, parts_table
 from miga_engine import Engine
-from miga_engine.config import Request
 from miga_engine.errors import ConfigError
 from miga_engine.presets import PRESETS
+from miga_engine.request import Request
 from miga_engine.tiny import world
 from miga_engine.tiny.text import read_prompt
 from miga_engine.video.reading import read_video

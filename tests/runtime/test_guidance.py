@@ -12,7 +12,7 @@ from small_run import NUM_FRAMES, OPTIONS, frames_of
 from torch import Tensor
 
 from miga_engine import ConfigError, Engine, ops
-from miga_engine.config import Request
+from miga_engine.request import Request
 from miga_engine.runtime.denoise import Denoiser
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.guidance import APG_RMS, RULES, Guidance

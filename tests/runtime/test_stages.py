@@ -106,6 +106,41 @@ def test_streamed_equals_whole_sequence_over_configurations(options):
     assert torch.equal(collect(toy_run(config, 40)), oracle.run(40))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"passes_per_advance": 5, "stage2_steps": 1, "zigzag_width": 3},
+                                     {"passes_per_advance": 4, "stage2_steps": 0, "refine_steps": 3},
+                                     {"passes_per_advance": 3, "stage2_steps": 4, "commit_offset": -1,
+                                      "guidance_anchor": True, "history_guidance": "all", "past_context": True}])  # fmt: skip
+def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(options):
+    config = toy_config(**options)
+    oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
+    assert torch.equal(collect(toy_run(config, 40)), oracle.run(40))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["unipc", "lcm"])
+@pytest.mark.parametrize("reference_noise", [None, 0.0, 0.02])
+@pytest.mark.parametrize(("num_given", "options"), [
+    (1, {"guidance_anchor": True, "zigzag_width": 1, "commit_offset": -1}),
+    (1, {"refine_steps": 3}), (5, {"stage2_steps": 0, "refine_steps": 3}), (9, {}), (4, {"passes_per_advance": 5, "stage2_steps": 1}),
+    (7, {"past_context": True, "commit_offset": -1, "guidance_frames": 1, "zigzag_width": 1, "guidance_anchor": True,
+         "history_guidance": "all", "refine_steps": 2}),
+    (8, {"zigzag_width": 2, "commit_offset": 2, "tail_signal": 0.1}), (3, {"guidance_frames": 0, "stage2_steps": 0}),
+])  # fmt: skip
+def test_a_video_begins_with_what_is_given_and_goes_on_as_whole_sequence_passes_do(
+    num_given, options, reference_noise, solver
+):
+    config = toy_config(**options)
+    schedule = make_schedule(solver, 16, 5.0, reference_sigma=reference_noise)
+    given = torch.randn(num_given, *SHAPE, generator=torch.Generator().manual_seed(num_given))
+    oracle = Oracle(pseudo_network, schedule, config, 9, counter_noise(5, SHAPE), 5.0, list(given))
+    run = toy_run(config, 40, schedule=schedule, given=given)
+    first = run.tick()
+    assert first.first_frame == 0 and torch.equal(first.latents, given)  # at once, and untouched
+    made = torch.cat([first.latents, *(clean.latents for clean in run)])
+    assert torch.equal(made, oracle.run(40))
+
+
 def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt():
     changed_at = 23
     run = VideoRun(
@@ -113,7 +148,7 @@ def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt(
         window_frames=9, frame_shape=SHAPE, noise=counter_noise(5, SHAPE), num_frames=90, guidance_scale=5.0,
         device=CPU, prompt_row=lambda frame: 1 if frame < changed_at else 2,
     )  # fmt: skip
-    store, anchor = run.store, run._anchor[0]
+    store, anchor = run.store, run.references.anchor[0]
     anchors, queue_windows = {}, run._queue_windows
 
     def watched(phase):
