@@ -147,6 +147,7 @@ class MigaConfig(Checked):
         "let the farthest guidance frame be the prompt's first frame, clean, "
         "and let searches read it too: it holds what the prompt leaves open",
     )
+    anchor_frames: int = _count(1, "latent frames that the anchor holds, from the prompt's first on", least=1)
     reference_noise: float | None = option(
         None, "share of noise in the frames that are only read, the anchor and what a video begins with, of which the "
         "network is told: 0.02 for SkyReels-V2-DF, 0 for models that were trained with a clean first frame",
@@ -188,8 +189,9 @@ class MigaConfig(Checked):
     )
     warmup: str = option(
         "grow",
-        "the first queue: grown behind the seed clip, or copies of its first frame (FIFO)",
-        choices=("grow", "copies"),
+        "the first queue: grown behind a seed clip, an ordinary clip, or copies of its first frame (FIFO), or noise from "
+        "the first group on, with no seed clip (Rolling Forcing)",
+        choices=("grow", "copies", "noise"),
     )
     self_reflection: bool = option(True, "watch the consistency score, and search again where it falls [DCE]")
     score_drop: float = option(0.01, "fall of the score that triggers a search [delta_adju]", least=None)
@@ -267,6 +269,8 @@ class MigaConfig(Checked):
             (judged > handoff_step, f"judge_step "
              f"{self.judge_step} with {self.reference_groups} reference_groups reaches past the hand-off at step "
              f"{handoff_step}; lower one, or switch self_reflection off"),
+            (self.guidance_anchor and self.anchor_frames > self.guidance_frames, f"anchor_frames {self.anchor_frames} "
+             f"take the places of guidance_frames, of which there are {self.guidance_frames}: raise these"),
             (self.commit == "trailing" and self.guidance_frames > 0, "commit 'trailing' needs guidance_frames 0"),
             (self.commit_offset > 0 and self.commit == "trailing", f"commit_offset {self.commit_offset} moves the "
              f"frames that a window keeps, and commit 'trailing' fixes them: give one of the two"),

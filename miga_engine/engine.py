@@ -23,6 +23,7 @@ from miga_engine.calls import (
     StreamCall,
     StreamControls,
 )
+from miga_engine.conditions import encoded
 from miga_engine.config import LoadOptions
 from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
 from miga_engine.errors import ConfigError, DeviceError
@@ -35,7 +36,7 @@ from miga_engine.options import part, takes
 from miga_engine.presets import PRESETS, Preset
 from miga_engine.prompts import PromptTimeline
 from miga_engine.request import Request
-from miga_engine.resolve import resolved, schedule_of
+from miga_engine.resolve import layout_of, resolved, schedule_of
 from miga_engine.resuming import attention_choices, differences, identity, request_and_state
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
@@ -265,7 +266,7 @@ class Engine:
         """SessionError unless a saved state is one of a run of this request."""
         bundle, shape = self.bundle, self._frame_shape(request)
         run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
-        layout, uses_noise = self._layout(request), schedule_of(request).uses_noise
+        layout, uses_noise = layout_of(request, bundle), schedule_of(request).uses_noise
         check_run_state(layout, shape, self._timeline(request).prompt_row, uses_noise, run, state.numbers["run"])
         check_stream_state(
             state.numbers,
@@ -303,12 +304,14 @@ class Engine:
         schedule = schedule_of(request)
         timeline = self._timeline(request)
         frame_shape = self._frame_shape(request)
-        layout = self._layout(request)
+        layout = layout_of(request, bundle)
         _refuse_the_impossible(layout, frame_shape, self.device)
         texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
         num_prompts = timeline.most_prompt_rows(layout.num_remembered)
         num_slots = 1 + layout.num_anchors + num_prompts  # 1: of the negative prompt
-        network = PromptedTransformer(bundle, texts, schedule.timesteps, attention, min(num_slots, len(texts)))
+        num_slots, condition = min(num_slots, len(texts)), request.condition
+        rate = float(frame_rate(request.fps))
+        network = PromptedTransformer(bundle, texts, schedule.network_timesteps, attention, num_slots, rate)
         return VideoRun(
             network,
             schedule,
@@ -317,20 +320,19 @@ class Engine:
             frame_shape=frame_shape,
             noise=CounterNoise(request.seed, frame_shape, self.device),
             num_frames=layout.num_frames,
+            boundary_step=layout.boundary_step,
+            num_given=layout.num_given,
+            given=None if condition is None or condition.frames is None else encoded(condition, bundle),
             guidance_scale=request.guidance_scale,
             guidance=request.guidance,
             guidance_scale_end=request.guidance_scale_end,
+            guidance_scale_low=request.guidance_scale_low,
             device=self.device,
             prompt_row=timeline.prompt_row,
             emit=emit,
             capture=self.capture,
             ranks=self.ranks,
         )
-
-    def _layout(self, request: Request) -> RunLayout:
-        bundle = self.bundle
-        num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
-        return RunLayout(request.miga, request.num_inference_steps, bundle.window_frames, num_latents)
 
     def _frame_shape(self, request: Request) -> tuple[int, int, int]:
         """(C, h, w) of a latent frame."""

@@ -298,6 +298,11 @@ def _device_needs(run: VideoRun, bundle: ModelBundle, ledger: Ledger) -> _Needs:
             frames.settle()
 
         decoding = ledger.peak_of(decode)
+        given = run.layout.num_given
+        clip = torch.empty(
+            1, 3, bundle.num_video_frames(given or 1), height, width, device="meta", dtype=bundle.vae.dtype
+        )
+        encoding = ledger.peak_of(lambda: bundle.vae.encode(clip)) if given else 0
     # The most latent frames that become clean together; their frames wait for the last of them.
     chunk = run.window_frames * bundle.frame_ratio * 3 * height * width
     decoding += chunk
@@ -314,6 +319,8 @@ def _device_needs(run: VideoRun, bundle: ModelBundle, ledger: Ledger) -> _Needs:
         "output frames": chunk,
     }
     peaks = {"encoding prompts": max(0, prompts)}
+    if given:
+        peaks["encoding what the video begins with"] = encoding
     if device == "cpu":
         peaks |= {"forward": forward, "decoding": decoding}
     else:  # frames are decoded while the network computes

@@ -17,10 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a video follows beside its prompts: a kind of `models.bundle.ModelFacts.conditions`, and its tensors."""
+    """What a video begins with: `num_frames` video frames of a `kind` of `models.bundle.ModelFacts.conditions`.
+
+    `source` is the name of the file, if it is one, `digest` a short name of the frames, and `frames` they themselves,
+    uint8 `[n,H,W,3]`, which a run that is resumed has no need of.
+    """
 
     kind: str
-    tensors: Mapping[str, torch.Tensor]
+    num_frames: int
+    source: str = ""
+    digest: str = ""
+    frames: torch.Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able, for `from_record`."""
+        return {"kind": self.kind, "num_frames": self.num_frames, "source": self.source, "digest": self.digest}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Condition:
+        """What `to_record` gave; TypeError or ValueError where it did not."""
+        made, count = cls(**record), record["num_frames"]
+        texts = all(isinstance(text, str) for text in (made.kind, made.source, made.digest))
+        if not texts or isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_FRAME:
+            raise ValueError("what a video begins with")
+        return made
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,18 @@ class Request(SamplingConfig):
         None, "video frames, exactly", shown="endless", least=1, most=MAX_FRAME, unit="video frames"
     )
     _: KW_ONLY
+    image: Any = option(
+        None, "picture that the video begins with: a file, or in Python uint8 [H,W,3] or a PIL image; it is made to "
+        "fill the video's size, and what is over is cut off evenly", kind=object, metavar="FILE", is_recorded=False,
+    )  # fmt: skip
+    video: Any = option(
+        None, "clip that the video goes on with, brought to its size and rate: its last frames are the first ones; a "
+        "file, or in Python uint8 [T,H,W,3]", kind=object, metavar="FILE", is_recorded=False,
+    )  # fmt: skip
+    video_frames: int | None = option(
+        None, "last frames of the clip that the video begins with, a whole number of latent frames",
+        shown="as many as the first queue holds", least=1, most=MAX_FRAME, unit="video frames", is_recorded=False,
+    )  # fmt: skip
     seed: int = option(0, "same seed, same video", most=2**64 - 1, phrase="a whole number from 0 to 2^64 − 1")
     height: FromPreset[int] = option(None, "of the picture", least=1, most=16384, unit="pixels", metavar="PX")
     width: FromPreset[int] = option(None, "of the picture", least=1, most=16384, unit="pixels", metavar="PX")
@@ -51,6 +83,10 @@ class Request(SamplingConfig):
         None, "the scale at the last step, to which guidance_scale runs linearly in the noise level sigma",
         shown="guidance_scale", group="sampling", metavar="W",
     )  # fmt: skip
+    guidance_scale_low: FromPreset[float] = option(
+        None, "guidance_scale of the second network of a model of two, that for low noise (Wan2.2 A14B)",
+        shown="that of the preset, or guidance_scale", group="sampling", metavar="W",
+    )  # fmt: skip
     negative_prompt: FromPreset[str] = option(
         None, "what the video is not to show", shown="that of the model", group="sampling", metavar="TEXT"
     )
@@ -60,10 +96,8 @@ class Request(SamplingConfig):
         None, "options of the method: a MigaConfig, or a mapping of those that differ from the preset's",
         kind=object, is_hosted=False,
     )  # fmt: skip
-
     condition: Condition | None = option(
-        None, "an image or a clip that the video follows, of a kind that the model takes; so far none takes any",
-        kind=object, is_hosted=False, is_recorded=False,
+        None, "what `image` or `video` was found to be, in a request that is resolved", kind=object, is_hosted=False
     )  # fmt: skip
 
     @property
@@ -81,7 +115,9 @@ class Request(SamplingConfig):
         prompt = {int(frame): text for frame, text in record["prompt"].items()}
         if not set(_RECORDED) - set(_RECORDED_IF_GIVEN) <= set(record) <= set(_RECORDED):
             raise KeyError("options of a request are missing, or too many")
-        return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"])})
+        condition = record.get("condition")
+        condition = None if condition is None else Condition.from_record(condition)
+        return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"]), "condition": condition})
 
     def metadata(self, model: str, **made_of: Any) -> dict[str, Any]:
         """JSON-able record: model and what else it was made of, prompt, seed, configuration, version."""
@@ -90,13 +126,14 @@ class Request(SamplingConfig):
         return {"model": model, **made_of, **record, "miga_engine": __version__}
 
     def _recorded(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
+        values = {name: getattr(self, name) for name in _RECORDED}
+        values |= {"miga": dataclasses.asdict(self.miga), "condition": self.condition and self.condition.to_record()}
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         is_left_out = {name: name in _RECORDED_IF_GIVEN and values[name] == defaults[name] for name in _RECORDED}
         return {name: values[name] for name in _RECORDED if not is_left_out[name]}
 
 
-_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end", "sigmas", "denoising_steps")
+_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end", "guidance_scale_low", "sigmas", "denoising_steps", "condition")
 """Without them a record is what it was before there were these options, and such a record is understood."""
 _SAMPLING = {option.name for option in dataclasses.fields(SamplingConfig)}
 _RECORDED = sorted(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miga_engine.conditions import condition_of
 from miga_engine.config import MigaConfig, SamplingConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError
 from miga_engine.presets import Preset
@@ -37,11 +38,6 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
         method=None,
         miga=miga,
     )
-    if given.condition is not None and given.condition.kind not in bundle.facts.conditions:
-        taken = " or ".join(bundle.facts.conditions)
-        raise ConfigError(
-            f"condition is of kind {given.condition.kind!r}, and this model follows {taken}: leave it out"
-        )
     multiple = bundle.size_multiple
     for name, size in (("height", request.height), ("width", request.width)):
         if size % multiple:
@@ -53,7 +49,39 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     predicted = schedule_of(request).coefficients.prediction_type
     if (predicted == "flow") != (bundle.prediction_type == "velocity"):
         raise ConfigError(f"solver {request.solver!r} does not fit a model that predicts {bundle.prediction_type}")
-    return request
+    return _with_condition(request, bundle)
+
+
+def _with_condition(request: Request, bundle: ModelBundle) -> Request:
+    """The request with what it begins with in the place of the names that say so."""
+    most = layout_of(request, bundle).most_given
+    condition = condition_of(request, bundle, most)
+    if condition is not None:
+        if condition.kind not in bundle.facts.conditions or bundle.num_latent_frames(condition.num_frames) > most:
+            raise ConfigError(
+                f"this model begins no video with {condition.num_frames} frames of kind {condition.kind!r}"
+            )
+        if request.num_frames is not None and request.num_frames <= condition.num_frames:
+            raise ConfigError(
+                f"num_frames is {request.num_frames}, and the video begins with {condition.num_frames} frames that are "
+                f"given: ask for more"
+            )
+    return dataclasses.replace(request, condition=condition, image=None, video=None, video_frames=None)
+
+
+def layout_of(request: Request, bundle: ModelBundle) -> RunLayout:
+    """Where the frames of a resolved request lie."""
+    num_latents = None if request.num_frames is None else bundle.num_latent_frames(request.num_frames)
+    given = request.condition
+    num_given = 0 if given is None else bundle.num_latent_frames(given.num_frames)
+    boundary = boundary_step(request, bundle)
+    return RunLayout(request.miga, request.num_inference_steps, bundle.window_frames, num_latents, num_given, boundary)
+
+
+def boundary_step(request: Request, bundle: ModelBundle) -> int | None:
+    """The first step of a resolved request that the second of a model's two networks is for; None where it has one."""
+    boundary = bundle.transformer.boundary_timestep
+    return None if boundary is None else int((schedule_of(request).timesteps >= boundary).sum())
 
 
 def _sampling(given: Request, of_preset: SamplingConfig) -> dict[str, Any]:
@@ -103,6 +131,7 @@ def schedule_of(request: Request) -> Schedule:
         use_scale_array=request.use_scale_array,
         sigmas=request.sigmas,
         denoising_steps=request.denoising_steps,
+        reference_sigma=request.miga.reference_noise,
     )
 
 

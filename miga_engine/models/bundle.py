@@ -39,8 +39,8 @@ class ModelFacts:
     """Negative prompt where the caller gives none."""
     protocol_frames: int
     """Video frames of the clips that the MIGA paper measures."""
-    conditions: tuple[str, ...] = ("text",)
-    """Kinds of condition that a video can be made to follow: see `config.Condition`."""
+    conditions: tuple[str, ...] = ("image", "video")
+    """What a video can be made to begin with: kinds of `request.Condition`."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 A family is a folder beside this file whose `family.py` fills in one `Family`, and a line in `models.loading.FAMILIES`.
 Families import nothing of each other. What more kinds of model will need has its place:
 
-- Conditions (a first image, a clip): a family names the kinds it takes in `ModelFacts.conditions`; `config.Request`
-  carries a `Condition`, refused unless it is of one of them; `runtime.network.Batch` has room for what it adds to the
-  frames of windows.
+- Conditions (a first image, a clip): a family names the kinds it takes in `ModelFacts.conditions`; they are encoded by
+  its VAE and lie in the queue as clean frames, so a network need not know of them.
 - Networks by noise level (the two experts of Wan2.2): the family's `open_bundle` makes one `Transformer` that holds
   them and picks by the level in `encode_timesteps`, whose result it alone reads; nobody else learns that there are
   several.

@@ -32,6 +32,7 @@ class BatchShape(NamedTuple):
     kept: int
     has_prompt_per_frame: bool
     parts_branches: bool
+    expert: int = 0
 
 
 _one_capture = threading.Lock()

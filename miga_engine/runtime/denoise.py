@@ -62,8 +62,8 @@ class _Check(NamedTuple):
 class Denoiser:
     """Runs passes over a FrameStore.
 
-    `guidance_scale` None or 1 skips the unconditional branch; it, `guidance` and `guidance_scale_end` are those of
-    `guidance.Guidance`. `num_past` is the most that a window has: history guidance (arXiv 2502.06764) with one scale
+    `guidance_scale` None or 1 skips the unconditional branch; it, `guidance`, `guidance_scale_end` and
+    `guidance_scale_low` are those of `guidance.Guidance`, and `boundary_step` that of `RunLayout`. `num_past` is the most that a window has: history guidance (arXiv 2502.06764) with one scale
     for history and prompt. `window_batch` windows go through the network together (twice that with guidance); where
     memory runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small forwards
     as CUDA graphs. `ranks` shares the windows of a pass out over processes.
@@ -79,6 +79,8 @@ class Denoiser:
         guidance_scale: float | None,
         guidance: str = "cfg",
         guidance_scale_end: float | None = None,
+        guidance_scale_low: float | None = None,
+        boundary_step: int | None = None,
         num_past: int = 0,
         window_batch: int = 1,
         order: str = "parallel",
@@ -90,7 +92,10 @@ class Denoiser:
         self.store = store
         self.noise = noise
         self.schedule = schedule
-        self.guidance = Guidance(schedule, store.device, guidance, guidance_scale, guidance_scale_end)
+        self.guidance = Guidance(
+            schedule, store.device, guidance, guidance_scale, guidance_scale_end, guidance_scale_low, boundary_step
+        )
+        self.boundary_step = boundary_step
         self.window_batch = window_batch
         self.order = order
         self.emit = emit
@@ -179,7 +184,7 @@ class Denoiser:
     def _forward_all(self, windows: Sequence[Window]) -> None:
         """Model output of all committed frames, in the windows' order, to the beginning of `_outputs`."""
         bounds = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
-        batches = _split(windows, self._share_windows)
+        batches = _split(windows, [self._expert(window) for window in windows], self._share_windows)
         mine = range(len(batches)) if self.ranks is None else self.ranks.share(len(batches))
         for batch in batches[mine.start : mine.stop]:
             start = batch.start
@@ -205,6 +210,12 @@ class Denoiser:
         self.num_forwards += len(windows)
         if self.ranks is not None:
             self.ranks.exchange(self._outputs, [int(bounds[batch.start]) for batch in batches] + [int(bounds[-1])])
+
+    def _expert(self, window: Window) -> int:
+        """Which of a model's networks a window is for: that of what it commits."""
+        if self.boundary_step is None:
+            return 0
+        return int(self.store.step_index[window.slots[window.commit_start]] >= self.boundary_step)
 
     def _shrink(self, too_many: int) -> None:
         """Halve `window_batch`, to below what did not fit; nothing computed so far is lost."""
@@ -242,10 +253,13 @@ class Denoiser:
         has_prompt_per_frame = bool((prompts != prompts[:, :1]).any())
         blanks = self._draw_blanks(slots, starts, np.array([[window.num_past] for window in windows]))
         parts_branches = bool((blanks >= 0).any())
-        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame, parts_branches)
+        expert = self._expert(windows[0])
+        shape = BatchShape(num_windows, slots.shape[1], keep.shape[1], has_prompt_per_frame, parts_branches, expert)
         steps = np.minimum(store.step_index[slots], len(self._timesteps) - 1)
         _check_table("step", steps, len(self._timesteps))
         tables = store.index(np.concatenate([table.ravel() for table in (slots, steps, prompts, blanks, keep, target)]))
+        if self.boundary_step is not None:
+            self.network.prepare(expert)
         if is_small and self._graphs is not None:
             self._graphs.run(self._run_tables, tables, shape)
         else:
@@ -300,6 +314,7 @@ class Denoiser:
                 steps,
                 prompts,
                 keep,
+                shape.expert,
             )
         )
         output = output.transpose(1, 2).reshape(self._num_branches, per_kept, *self.store.frame_shape)
@@ -358,12 +373,15 @@ def _check_table(name: str, table: np.ndarray, end: int) -> None:
         )
 
 
-def _split(windows: Sequence[Window], limit: int) -> list[range]:
-    """Runs of neighbouring windows of equal length, at most `limit` together."""
+def _split(windows: Sequence[Window], experts: Sequence[int], limit: int) -> list[range]:
+    """Runs of neighbouring windows of equal length for one network, at most `limit` together."""
     batches: list[range] = []
     for i, window in enumerate(windows):
         last = batches[-1] if batches else range(0)
-        if len(last) in (0, limit) or len(windows[last.start].slots) != len(window.slots):
+        is_other = len(last) > 0 and (
+            len(windows[last.start].slots) != len(window.slots) or experts[last.start] != experts[i]
+        )
+        if len(last) in (0, limit) or is_other:
             batches.append(range(i, i + 1))
         else:
             batches[-1] = range(last.start, i + 1)

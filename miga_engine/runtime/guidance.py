@@ -76,20 +76,31 @@ class Guidance:
     """The rule of a run over its schedule.
 
     scale: at the first step, None for no guidance; scale_end: at the last, None for the same; linear in sigma between.
+    scale_low: from `boundary_step` on, None for the same as before it.
     `is_on`: whether there is an unconditional branch, which a scale of 1 throughout, with any rule, is not.
     """
 
     def __init__(
-        self, schedule: Schedule, device: torch.device, rule: str, scale: float | None, scale_end: float | None
+        self,
+        schedule: Schedule,
+        device: torch.device,
+        rule: str,
+        scale: float | None,
+        scale_end: float | None,
+        scale_low: float | None = None,
+        boundary_step: int | None = None,
     ) -> None:
         self.scale = 1.0 if scale is None else float(scale)
         last = self.scale if scale_end is None else float(scale_end)
-        self.is_on = (self.scale, last) != (1.0, 1.0)
+        low = self.scale if scale_low is None or boundary_step is None else float(scale_low)
+        self.is_on = (self.scale, last, low) != (1.0, 1.0, 1.0)
         self._rule = RULES[rule]
         self._levels: Tensor | None = None
-        if self.is_on and (rule != "cfg" or last != self.scale):
+        if self.is_on and (rule != "cfg" or not self.scale == last == low):
             sigmas = schedule.sigmas[:-1].double()
             scales = last + (self.scale - last) * (sigmas - sigmas[-1]) / (sigmas[0] - sigmas[-1])
+            if low != self.scale:
+                scales[boundary_step:] = low
             rows, moves = schedule.coefficients.rows64[:, 0], torch.ones_like(sigmas)
             if schedule.coefficients.prediction_type == "flow":
                 moves[0] = 0

@@ -49,6 +49,8 @@ class RunLayout:
 
     `num_steps` of the schedule, `window_frames` that the network takes at once, `num_frames` latent frames to
     deliver, None = endless, `num_given` that the video begins with: they are clean from the beginning, and only read.
+    `boundary_step` is the first that a second network denoises, None where there is one: no window of the queue reads
+    frames on both sides of it.
     """
 
     config: MigaConfig
@@ -56,6 +58,7 @@ class RunLayout:
     window_frames: int
     num_frames: int | None
     num_given: int = 0
+    boundary_step: int | None = None
 
     @property
     def end(self) -> int | None:
@@ -102,11 +105,18 @@ class RunLayout:
             return self.window_frames - self.stride
         return self.commit_offset if self.config.past_context else 0
 
+    def first_read(self, head: int) -> int:
+        """The first frame that windows of a queue that begins with `head` read, guidance frames aside."""
+        has_seed_clip = self.config.warmup != "noise" or self.num_given > 0
+        return head - self.padding if has_seed_clip else max(head - self.padding, 0)
+
     @property
     def num_first_groups(self) -> int:
         """Groups of the first queue."""
         if self.config.warmup == "copies":
             return self.num_groups
+        if self.config.warmup == "noise" and not self.num_given:
+            return 0
         return min(self.window_frames // self.config.zigzag_width, self.num_groups - 1)
 
     @property
@@ -148,7 +158,7 @@ class RunLayout:
     @property
     def num_anchors(self) -> int:
         """Scratch slots, behind those of the searches, that a state includes."""
-        return int(self.config.guidance_anchor)
+        return self.config.anchor_frames if self.config.guidance_anchor else 0
 
     @property
     def num_behind(self) -> int:
@@ -161,13 +171,27 @@ class RunLayout:
         first = self.num_slots - (self.num_levels - level) * self.num_behind
         return first + np.asarray(frames, np.int64) % max(self.num_behind, 1)
 
-    def queue_plan(self, head: int, tail: int, num_passes: int | None) -> list[Cut]:
+    def queue_plan(self, head: int, tail: int, num_passes: int | None, newest: int = 0) -> list[Cut]:
         """How a pass cuts the queue `head … tail − 1` and the padding before it; given frames are not committed.
 
-        `num_passes` of Stage 1 before it, None in warm-up.
+        `num_passes` of Stage 1 before it, None in warm-up; `newest` is the step of the frames at the tail.
         """
-        first = head - self.padding
-        length, local = tail - first, self.window_frames - self.config.guidance_frames
+        first = self.first_read(head)
+        border = first if self.boundary_step is None else self._border(tail, newest)
+        parts = [(first, border), (border, tail)] if max(first, head) < border < tail else [(first, tail)]
+        cuts = [cut for part in parts for cut in self._cuts(*part, num_passes)]
+        cuts = [cut._replace(commit_start=self.first_changed(max(cut.commit_start, head))) for cut in cuts]
+        return [cut for cut in cuts if cut.commit_start < cut.commit_stop]
+
+    def _border(self, tail: int, newest: int) -> int:
+        """The first frame of the queue that has not come to `boundary_step`."""
+        assert self.boundary_step is not None
+        num_groups = -(-(self.boundary_step - newest) // self.config.passes_per_advance)
+        return tail - max(num_groups, 0) * self.config.zigzag_width
+
+    def _cuts(self, first: int, end: int, num_passes: int | None) -> list[Cut]:
+        """The windows over the frames `first … end − 1`, of which none before `first` is read."""
+        length, local = end - first, self.window_frames - self.config.guidance_frames
         if self.config.commit == "trailing":
             plan = plan_windows(length, self.window_frames, self.stride, 0, "trailing")
         else:
@@ -176,20 +200,16 @@ class RunLayout:
             else:
                 phase = num_passes % self.stride if self.config.moving_phase else 0
             plan = plan_windows(length, local, self.stride, phase, offset=self.commit_offset)
-        cuts = [
-            Cut(first, tail, first + start, self.first_changed(max(first + begin, head)), first + stop)
-            for start, begin, stop in plan
-        ]
-        return [cut for cut in cuts if cut.commit_start < cut.commit_stop]
+        return [Cut(first, end, first + start, first + begin, first + stop) for start, begin, stop in plan]
 
     def first_changed(self, frame: int) -> int:
         """The first frame from this one on that a pass may change: given ones, and what is before them, are read."""
         return max(frame, self.num_given) if self.num_given else frame
 
-    def queue_windows(self, head: int, tail: int, num_passes: int | None) -> list[QueueWindow]:
-        """The windows of a pass over the queue `head … tail − 1`, guidance frames included; `num_passes` as above."""
+    def queue_windows(self, head: int, tail: int, num_passes: int | None, newest: int = 0) -> list[QueueWindow]:
+        """The windows of a pass over the queue `head … tail − 1`, guidance frames included; the rest as above."""
         config, windows = self.config, []
-        for first, end, start, commit_start, commit_stop in self.queue_plan(head, tail, num_passes):
+        for first, end, start, commit_start, commit_stop in self.queue_plan(head, tail, num_passes, newest):
             guidance = guidance_indices(
                 start - first, config.guidance_frames, config.zigzag_width, config.guidance_offset,
                 config.guidance_spacing,

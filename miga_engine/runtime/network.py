@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     steps: Tensor  # int64 [B,F], rows of the schedule
     prompt_rows: Tensor  # int64 [G·B] or, where a window's frames differ, [G·B,F], placed; conditional branch first
     keep: Tensor  # int64 [B,K]: the frames whose output is wanted, the last repeated where a window has fewer
+    expert: int = 0  # of a model of two networks: 0 for that of high noise, 1 for that of low noise
 
 
 class WindowNetwork(Protocol):
@@ -40,6 +41,10 @@ class WindowNetwork(Protocol):
     def place_prompts(self, prompt_rows: np.ndarray, /) -> np.ndarray:
         """What int64 numbers name these rows in the next batch; asked before every one. NEGATIVE_ROW keeps its own."""
 
+    def prepare(self, expert: int, /) -> None:
+        """Bring what computes the next batch, of this `Batch.expert`, to where it computes; asked before every one
+        of a model of two networks."""
+
     def __call__(self, batch: Batch, /) -> Tensor:
         """The output `[G·B,C,K,H,W]` of a batch, in the schedule's prediction type."""
 
@@ -49,7 +54,7 @@ class PromptedTransformer:
 
     Keys and values of a prompt row are made when it is first at hand, by itself, in a table of `num_slots` rows (None:
     of all) that is allocated once: of many prompts only those that the queue shows are held. `attention`: see
-    `ops.attention_choices`; what is chosen is added to it.
+    `ops.attention_choices`; what is chosen is added to it. `fps`: the video's rate, for a network that is told it.
     """
 
     @own_modes()
@@ -60,11 +65,12 @@ class PromptedTransformer:
         timesteps: Tensor,
         attention: dict[str, str],
         num_slots: int | None = None,
+        fps: float | None = None,
     ) -> None:
         self.num_prompts = len(prompts)
         self._transformer, self._dtype, self._device = bundle.transformer, bundle.dtype, bundle.device
         self._prompts, self._attention = prompts, attention
-        self._levels = self._transformer.encode_timesteps(timesteps)
+        self._levels = self._transformer.encode_timesteps(timesteps, fps)
         self._num_slots = num_slots or len(prompts)
         negative = self._encode(NEGATIVE_ROW)
         self._context: Any = negative.table(self._num_slots, self._transformer.num_text_keys(prompts.num_tokens))
@@ -87,7 +93,12 @@ class PromptedTransformer:
             self._slot_of = {**self._without(row), row: slot}  # at once: an interrupt loses no slot
         return np.array([self._slot_of[row] for row in wanted.tolist()], np.int64)[where].reshape(prompt_rows.shape)
 
+    def prepare(self, expert: int, /) -> None:
+        """See `WindowNetwork`."""
+        self._transformer.bring(expert)
+
     def __call__(self, batch: Batch, /) -> Tensor:
+        chosen = {} if self._transformer.boundary_timestep is None else {"expert": batch.expert}
         with ops.attention_choices(self._attention):
             return self._transformer(
                 batch.latents.to(self._dtype),
@@ -95,6 +106,7 @@ class PromptedTransformer:
                 self._context,
                 context_index=batch.prompt_rows,
                 keep=batch.keep,
+                **chosen,
             )
 
     def _encode(self, prompt_row: int) -> Any:

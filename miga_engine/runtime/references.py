@@ -49,23 +49,42 @@ class References:
             self.store.x0[self.store.index(slots)] = clean
             self.store.prompt_row[slots] = [self.prompt_row(max(number, 0)) for number in numbers]
 
-    def set_anchor(self, sample: Tensor, number: int) -> None:
-        """Keep what `shown` gave of a frame `[1,C,H,W]` as the farthest guidance frame of windows of its prompt."""
-        with self.store.changing():
-            self.store.put(self.anchor, sample, step_index=self.schedule.num_steps, numbers=[number])
-            self.store.prompt_row[self.anchor] = self.prompt_row(number)
+    def anchor_numbers(self, frames: range) -> list[int]:
+        """Of frames in a row the first of one prompt, as many as the anchor has, the last of them again where there are
+        fewer."""
+        row = self.prompt_row(frames.start)
+        alike = [frame for frame in frames[: len(self.anchor)] if self.prompt_row(frame) == row]
+        return [*alike, *alike[-1:] * (len(self.anchor) - len(alike))]
 
-    def newer_anchor(self, popped: np.ndarray) -> tuple[Tensor, int] | None:
-        """What is to become the anchor, and its number, as these frames leave the queue: the first of another prompt,
+    def set_anchor(self, sample: Tensor, numbers: Sequence[int]) -> None:
+        """Keep what `shown` gave of frames `[n,C,H,W]` as the farthest guidance frames of windows of their prompt."""
+        with self.store.changing():
+            self.store.put(self.anchor, sample, step_index=self.schedule.num_steps, numbers=numbers)
+            self.store.prompt_row[self.anchor] = [self.prompt_row(max(number, 0)) for number in numbers]
+
+    def newer_anchor(self, popped: range) -> tuple[Tensor, list[int]] | None:
+        """What is to become the anchor, and its numbers, as these frames leave the queue: the first of another prompt,
         as predicted clean; None where the anchor stays."""
-        if not len(self.anchor):
+        rows = [self.prompt_row(max(number, 0)) for number in popped]
+        others = [n for n, row in zip(popped, rows, strict=True) if [row] != self.store.prompt_row[self.anchor[:1]]]
+        if not len(self.anchor) or not others:
             return None
-        is_other = self.store.prompt_row[popped] != self.store.prompt_row[self.anchor]
-        if not is_other.any():
-            return None
-        first = popped[is_other][:1]
-        number = int(self.store.frame_number[first[0]])
-        return self.shown(self.store.x0[self.store.index(first)], [number]), number
+        numbers = self.anchor_numbers(range(others[0], popped.stop))
+        return self.shown(self.store.x0[self.store.index(self.store.slots(numbers))], numbers), numbers
+
+    def before(self, slots: np.ndarray, num_guidance: int, most: int) -> tuple[np.ndarray, int]:
+        """The slots of a window with the anchor in the place of its farthest guidance frames; where it has none, before
+        it if `most` frames leave room, and how many frames that puts in front. Only where all are of its prompt."""
+        count = len(self.anchor)
+        is_alike = (self.store.prompt_row[slots[num_guidance:]] == self.store.prompt_row[self.anchor[:1]]).all()
+        if not count or not is_alike:
+            return slots, 0
+        if num_guidance:
+            return np.concatenate([self.anchor, slots[count:]]), 0
+        is_there = np.isin(self.store.frame_number[self.anchor], self.store.frame_number[slots]).any()
+        if is_there or len(slots) + count > most:
+            return slots, 0
+        return np.concatenate([self.anchor, slots]), count
 
 
 def cat_clean(store: FrameStore, slots: np.ndarray, num_given: int) -> torch.Tensor:

@@ -138,7 +138,7 @@ class Reflection:
                 if first >= commit_stop:
                     continue
                 slots = sequence[start : start + window]
-                is_of_its_prompt = num_anchors > 0 and (prompt_row[slots] == prompt_row[self.anchor]).all()
+                is_of_its_prompt = num_anchors > 0 and (prompt_row[slots] == prompt_row[self.anchor[:1]]).all()
                 anchor = self.anchor if is_of_its_prompt else _NO_SLOTS
                 offset = len(anchor) - start
                 first, num_past = first + offset, self.config.num_past(len(anchor), first + offset)

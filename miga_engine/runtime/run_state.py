@@ -99,7 +99,7 @@ class _Check:
         self.parts_done = _whole(numbers, "parts_done", 0, MAX_OPTION)
         self.done = self._levels(numbers)
         through = self.done[-1] if self.done else self.head
-        self.first = min(self.emitted, through, self.head - layout.padding)
+        self.first = min(self.emitted, through, layout.first_read(self.head))
         _whole(numbers, "first", self.first, self.first)
         _whole(numbers, "num_forwards", 0, _MOST_FORWARDS)
         batch = _whole(numbers, "share_windows", 1, layout.config.window_batch or MAX_OPTION)
@@ -132,7 +132,8 @@ class _Check:
             if not ((integers[name] >= 0) & (integers[name] <= most)).all():
                 raise _unfit(name, integers[name].tolist()[:8])
         if layout.num_anchors:
-            self._anchor({name: int(values[count]) for name, values in integers.items()}, prompt_row)
+            for place in range(count, count + layout.num_anchors):
+                self._anchor({name: int(values[place]) for name, values in integers.items()}, prompt_row)
         behind = {name: values[count + layout.num_anchors :] for name, values in integers.items()}
         for name, expected in (
             ("frame_number", [frame for _, frame in again]),
@@ -205,7 +206,7 @@ class _Check:
             if self.parts_done:
                 raise _unfit("parts_done", self.parts_done)
             return
-        lowest = self._lowest(steps)
+        self.newest = lowest = self._lowest(steps)
         levels = sum((np.asarray(frames < done, np.int64) for done in self.done), np.zeros(len(frames), np.int64))
         expected = np.array([layout.step_before(level) for level in range(layout.num_levels + 1)], np.int64)[levels]
         expected[frames < layout.first_head] = layout.num_steps
@@ -245,7 +246,8 @@ class _Check:
         """The frames that each window of the pass at hand commits, in order."""
         layout = self.layout
         if self.next == QUEUE:
-            plan = layout.queue_plan(self.head, self.tail, None if self.stage == WARMUP else self.num_passes)
+            num_passes = None if self.stage == WARMUP else self.num_passes
+            plan = layout.queue_plan(self.head, self.tail, num_passes, self.newest)
             yield [(cut.commit_start, cut.commit_stop) for cut in plan]
         elif self.next == JUDGE:  # of a search, which begins anew
             yield [(0, 0)] * (self.parts_done + 1)
@@ -259,7 +261,8 @@ class _Check:
                 yield [(start, stop) for start, stop in ranges if start < stop]
 
     def _anchor(self, anchor: Mapping[str, int], prompt_row: Callable[[int], int]) -> None:
-        if self.stage == SEED_CLIP:
+        has_clip = self.layout.config.warmup != "noise" or self.layout.num_given > 0
+        if self.stage == SEED_CLIP or (self.head == 0 and not has_clip):
             fits = not any(anchor.values())
         else:
             fits = (

@@ -49,7 +49,8 @@ class VideoRun:
     num_frames: latent frames to deliver; None = endless.
     num_given: latent frames that the video begins with, and `given` these, clean, `[n,C,H,W]` float32; None in a run
     whose state is loaded. The first tick gives them as they are.
-    guidance_scale, guidance, guidance_scale_end: see `guidance.Guidance`.
+    boundary_step: see `RunLayout`.
+    guidance_scale, guidance, guidance_scale_end, guidance_scale_low: see `guidance.Guidance`.
     prompt_row: maps a latent frame number to the prompt row the network is given for it.
     emit: receives events as `emit(kind, **fields)`.
     capture: replay forwards as CUDA graphs; without effect on CPUs.
@@ -66,6 +67,7 @@ class VideoRun:
         frame_shape: tuple[int, int, int],
         noise: NoiseSource,
         num_frames: int | None,
+        boundary_step: int | None = None,
         num_given: int = 0,
         given: torch.Tensor | None = None,
         guidance_scale: float | None,
@@ -73,12 +75,15 @@ class VideoRun:
         prompt_row: Callable[[int], int] = lambda frame: 1,
         guidance: str = "cfg",
         guidance_scale_end: float | None = None,
+        guidance_scale_low: float | None = None,
         emit: Callable[..., None] = lambda kind, **fields: None,
         capture: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         config.check(schedule.num_steps, window_frames)
-        self.layout = layout = RunLayout(config, schedule.num_steps, window_frames, num_frames, num_given)
+        self.layout = layout = RunLayout(
+            config, schedule.num_steps, window_frames, num_frames, num_given, boundary_step
+        )
         self.schedule = schedule
         self.config = config
         self.window_frames = window_frames
@@ -92,7 +97,8 @@ class VideoRun:
         self.references = References(self.store, schedule, noise, prompt_row, anchor)
         self.denoiser = Denoiser(
             network, self.store, schedule, noise, guidance=guidance, guidance_scale=guidance_scale,
-            guidance_scale_end=guidance_scale_end, num_past=config.num_past(config.guidance_frames, window_frames),
+            guidance_scale_end=guidance_scale_end, guidance_scale_low=guidance_scale_low, boundary_step=boundary_step,
+            num_past=config.num_past(config.guidance_frames, window_frames),
             window_batch=config.window_batch or 1, order=config.window_order, capture=capture, ranks=ranks, emit=emit,
         )  # fmt: skip
         self._behind = BehindQueue(self.denoiser, layout)
@@ -131,6 +137,8 @@ class VideoRun:
             raise SessionError(
                 "the run stopped in the middle of an update and cannot go on: resume it from its last session file"
             )
+        if self.tail < self.layout.num_given:
+            raise SessionError("the run begins with frames that it was not given: give them, or load its state")
         if self._num_finished > self.emitted:  # by a tick that was interrupted just before its end
             self.denoiser.check_finite()
             return self._take_clean()
@@ -166,7 +174,7 @@ class VideoRun:
         The tensors are those of `FrameStore` for the frames that are still needed, float32 `[n,C,H,W]` and int64
         `[n]`; the numbers go through JSON unchanged.
         """
-        first = min(self.emitted, self._num_through, self.head - self.padding)
+        first = min(self.emitted, self._num_through, self.layout.first_read(self.head))
         reflection = self.reflection
         numbers = {
             "stage": self.stage,
@@ -208,6 +216,9 @@ class VideoRun:
     def _denoise_seed_clip(self) -> None:
         """An ordinary clip of `window_frames` frames, behind those that are given; clean, it starts the queue."""
         num_given, slots = self.layout.num_given, self.store.slots(range(self.window_frames))
+        if self.config.warmup == "noise" and not num_given:
+            self._start_from_noise()
+            return
         if self._next == PUSH:
             given, fresh = range(num_given), range(num_given, self.window_frames)
             shown = self.references.shown(self.store.x0[self.store.index(slots[:num_given])], given)
@@ -220,6 +231,11 @@ class VideoRun:
             self.denoiser.run([window], noise_series=NOISE_SERIES[SEED_CLIP])
         if self.store.step_index[slots[-1]] == self.schedule.num_steps:
             self._start_queue(cat_clean(self.store, slots, num_given))
+
+    def _start_from_noise(self) -> None:
+        """No seed clip: the queue begins with its first group of noise."""
+        with self.store.changing():
+            self.stage, self._next = WARMUP, PUSH
 
     def _start_queue(self, clip: torch.Tensor) -> None:
         """Re-noise the seed clip to the noisiest levels, one a group of zigzag_width frames; what is given stays."""
@@ -238,12 +254,13 @@ class VideoRun:
         num_given = max(self.layout.num_given - head, 0) if self.layout.num_given else 0
         noised[:num_given] = self.references.shown(clip[sources[:num_given]], numbers[:num_given])
         steps[:num_given] = self.schedule.num_steps
-        anchor = self.references.shown(clip[:1], [0])
+        anchor_numbers = self.references.anchor_numbers(range(self.window_frames))
+        anchor = self.references.shown(clip[anchor_numbers], anchor_numbers)
         padding = range(head - self.padding, head)
         before = clip[torch.from_numpy(np.asarray(padding, dtype=np.int64).clip(0, None)).to(clip.device)]
         with self.store.changing():
             if self.config.guidance_anchor:
-                self.references.set_anchor(anchor, 0)
+                self.references.set_anchor(anchor, anchor_numbers)
             self.references.put(self.store.slots(padding), before, before, padding)
             self._push(range(head, head + num_groups * width), noised, step_index=steps, then=then)
             self.store.x0[self.store.index(self.store.slots(numbers))] = clip[sources]
@@ -285,7 +302,7 @@ class VideoRun:
         is_refined = self.unified.num_levels and self.unified.stage2_steps == 0
         refined = self.store.slots(range(self.layout.first_changed(frames.start), frames.stop) if is_refined else ())
         noise = self._behind.refine_noise(refined)
-        anchor = self.references.newer_anchor(popped)
+        anchor = self.references.newer_anchor(frames)
         with self.store.changing():
             if anchor is not None:  # another prompt has come through
                 self.references.set_anchor(*anchor)
@@ -318,15 +335,14 @@ class VideoRun:
 
     def _queue_windows(self, num_passes: int | None) -> list[Window]:
         windows = []
+        newest = self.store.step_index[self.store.slots([self.tail - 1])[0]]
         for frames, num_guidance, commit_start, commit_stop in self.layout.queue_windows(
-            self.head, self.tail, num_passes
+            self.head, self.tail, num_passes, int(newest)
         ):
-            slots = self.store.slots(frames)
-            if num_guidance and self.config.guidance_anchor:
-                prompt_rows, anchor = self.store.prompt_row[slots[num_guidance:]], self.references.anchor
-                if (prompt_rows == self.store.prompt_row[anchor]).all():
-                    slots[0] = anchor[0]
-            windows.append(Window(slots, commit_start, commit_stop, self.config.num_past(num_guidance, commit_start)))
+            slots, in_front = self.references.before(self.store.slots(frames), num_guidance, self.window_frames)
+            commit_start, commit_stop = commit_start + in_front, commit_stop + in_front
+            num_past = self.config.num_past(num_guidance + in_front, commit_start)
+            windows.append(Window(slots, commit_start, commit_stop, num_past))
         return windows
 
     def _push_noise(self, stage: str) -> None:

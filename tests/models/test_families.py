@@ -193,7 +193,7 @@ def test_a_toy_family_loads_estimates_and_generates(toy: Path) -> None:
     assert estimate.resident["transformer weights"] == 12
     assert estimate.peaks["forward"] > 0
     engine = Engine.from_pretrained(toy, "cpu")
-    assert engine.bundle.facts.conditions == ("text",)
+    assert engine.bundle.facts.conditions == ("image", "video")
     prompt = {0: "dark", 5: "zzzzzzzz"}
     video = engine.generate(prompt, 9, miga=miga, **options).frames
     assert video.shape == (9, 16, 24, 3)

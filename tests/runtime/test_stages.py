@@ -110,7 +110,8 @@ def test_streamed_equals_whole_sequence_over_configurations(options):
 @pytest.mark.parametrize("options", [{"passes_per_advance": 5, "stage2_steps": 1, "zigzag_width": 3},
                                      {"passes_per_advance": 4, "stage2_steps": 0, "refine_steps": 3},
                                      {"passes_per_advance": 3, "stage2_steps": 4, "commit_offset": -1,
-                                      "guidance_anchor": True, "history_guidance": "all", "past_context": True}])  # fmt: skip
+                                      "guidance_anchor": True, "history_guidance": "all",
+                                      "past_context": True}])  # fmt: skip
 def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(options):
     config = toy_config(**options)
     oracle = Oracle(pseudo_network, make_schedule("unipc", 16, 5.0), config, 9, counter_noise(5, SHAPE), 5.0)
@@ -122,7 +123,8 @@ def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(opti
 @pytest.mark.parametrize("reference_noise", [None, 0.0, 0.02])
 @pytest.mark.parametrize(("num_given", "options"), [
     (1, {"guidance_anchor": True, "zigzag_width": 1, "commit_offset": -1}),
-    (1, {"refine_steps": 3}), (5, {"stage2_steps": 0, "refine_steps": 3}), (9, {}), (4, {"passes_per_advance": 5, "stage2_steps": 1}),
+    (1, {"refine_steps": 3}), (5, {"stage2_steps": 0, "refine_steps": 3}), (9, {}),
+    (4, {"passes_per_advance": 5, "stage2_steps": 1}),
     (7, {"past_context": True, "commit_offset": -1, "guidance_frames": 1, "zigzag_width": 1, "guidance_anchor": True,
          "history_guidance": "all", "refine_steps": 2}),
     (8, {"zigzag_width": 2, "commit_offset": 2, "tail_signal": 0.1}), (3, {"guidance_frames": 0, "stage2_steps": 0}),
@@ -136,7 +138,8 @@ def test_a_video_begins_with_what_is_given_and_goes_on_as_whole_sequence_passes_
     oracle = Oracle(pseudo_network, schedule, config, 9, counter_noise(5, SHAPE), 5.0, list(given))
     run = toy_run(config, 40, schedule=schedule, given=given)
     first = run.tick()
-    assert first.first_frame == 0 and torch.equal(first.latents, given)  # at once, and untouched
+    assert first.first_frame == 0
+    assert torch.equal(first.latents, given)  # at once, and untouched
     made = torch.cat([first.latents, *(clean.latents for clean in run)])
     assert torch.equal(made, oracle.run(40))
 
