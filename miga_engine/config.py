@@ -46,15 +46,14 @@ class LoadOptions(Checked):
         None, "of the transformer", choices=DTYPES, shown="bfloat16 on GPUs, float32 on CPUs"
     )
     _: KW_ONLY
-    transformer: str | os.PathLike[str] | None = option(
-        None, "the transformer, a file or a folder", shown="in the model", metavar="PATH", is_recorded=False
-    )
-    vae: str | os.PathLike[str] | None = option(
-        None, "the VAE, or what `decoder` names", shown="in the model", metavar="PATH", is_recorded=False
-    )
-    text_encoder: str | os.PathLike[str] | None = option(
-        None, "the text encoder", shown="in the model", metavar="PATH", is_recorded=False
-    )
+    transformer: str | os.PathLike[str] | None = option(None, "the transformer, a file or a folder",
+                                            shown="in the model", metavar="PATH", is_recorded=False)  # fmt: skip
+    transformer_2: str | os.PathLike[str] | None = option(None, "the network for low noise of Wan2.2 A14B",
+                                            shown="in the model", metavar="PATH", is_recorded=False)  # fmt: skip
+    vae: str | os.PathLike[str] | None = option(None, "the VAE, or what `decoder` names", shown="in the model",
+                                                metavar="PATH", is_recorded=False)  # fmt: skip
+    text_encoder: str | os.PathLike[str] | None = option(None, "the text encoder", shown="in the model",
+                                                         metavar="PATH", is_recorded=False)  # fmt: skip
     tokenizer: str | os.PathLike[str] | None = option(
         None, "the tokenizer.json or spiece.model", shown="in the model, or in the text encoder's file", metavar="PATH",
         is_recorded=False,
@@ -67,6 +66,9 @@ class LoadOptions(Checked):
         "vae", "who makes pictures of latents; tae: TAEW2.1, a tiny decoder for previews, whose pictures differ",
         choices=("vae", "tae"),
     )  # fmt: skip
+    experts: str = option("resident", "of Wan2.2 A14B: both networks on the device, or one at a time, the other copied "
+                          "in its place where it is needed", choices=("resident", "swap"),
+                          is_recorded=False)  # fmt: skip
     download: bool = option(False, "fetch a model of Hugging Face's hub that is not in the local cache",
                             is_recorded=False)  # fmt: skip
     revision: str | None = option(None, "branch, tag or commit of a model of the hub", shown="main", metavar="NAME",

@@ -14,6 +14,7 @@ class Preset:
     """Everything that has a default: sampling, method, picture.
 
     `history_guidance_scale` is the default of guidance_scale while history_guidance is "all"; None: that without it.
+    `guidance_scale_low` is that of the network for low noise, where there are two; None: that of the other.
     """
 
     sampling: SamplingConfig
@@ -22,6 +23,7 @@ class Preset:
     width: int = 832
     fps: int = 16
     history_guidance_scale: float | None = None
+    guidance_scale_low: float | None = None
 
     def sampling_for(self, miga: MigaConfig) -> SamplingConfig:
         """The defaults of sampling by this method."""
@@ -51,6 +53,15 @@ _DISTILLED = dataclasses.replace(
 _DISTILLED_8 = dataclasses.replace(
     _DISTILLED, num_inference_steps=8, denoising_steps=(1000, 875, 750, 625, 500, 375, 250, 125)
 )
+# Groups and steps between them as in SkyReels-V2's asynchronous sampling, and its numbers (§9).
+_SKYREELS_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=30, shift=8.0, guidance_scale=6.0)
+_SKYREELS = dataclasses.replace(_OURS, zigzag_width=5, stage2_steps=5, stride=12, judge_step=6)
+_TI2V_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=50)
+_TI2V = dataclasses.replace(_OURS, stride=15)
+_A14B_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=40, shift=12.0, guidance_scale=4.0)
+_A14B = dataclasses.replace(_WAN_OURS, stage2_steps=8, judge_step=8)
+_PUSA_SAMPLING = dataclasses.replace(_UNIPC, solver="euler", num_inference_steps=10, guidance_scale=3.0)
+_PUSA = dataclasses.replace(_WAN_OURS, zigzag_width=2, stage2_steps=2, judge_step=2)
 _VC2_OURS = dataclasses.replace(_OURS, stage2_steps=9, stride=8, judge_step=13, reference_groups=3, candidates=5)
 _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip
@@ -67,6 +78,10 @@ PRESETS: Mapping[str, Preset] = {
     "wan2.1-released": Preset(_UNIPC, _WAN_RELEASED),
     "wan2.1-4step": Preset(_DISTILLED, _WAN_4_STEPS),
     "wan2.1-8step": Preset(_DISTILLED_8, _WAN_8_STEPS),
+    "skyreels-v2-df": Preset(_SKYREELS_SAMPLING, _SKYREELS, 544, 960, 24),
+    "wan2.2-ti2v-5b": Preset(_TI2V_SAMPLING, _TI2V, 704, 1280, 24),
+    "wan2.2-t2v-a14b": Preset(_A14B_SAMPLING, _A14B, guidance_scale_low=3.0),
+    "pusa": Preset(_PUSA_SAMPLING, _PUSA),
     "videocrafter2": Preset(_DDIM_SCALED, dataclasses.replace(_VC2_PAPER, window_order="parallel"), 320, 512, 10),
     "videocrafter2-ours": Preset(_DDIM_SCALED, _VC2_OURS, 320, 512, 10),
     "videocrafter2-paper": Preset(_DDIM, _VC2_PAPER, 320, 512, 10),

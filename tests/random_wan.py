@@ -53,6 +53,7 @@ def official(folder: Path) -> Path:
     save_file(text_encoder(), folder / TEXT_ENCODER)
     shutil.copy(TOKENIZER, folder / "google" / "umt5-xxl")
     sizes = {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(CONFIG)}
+    del sizes["inject_sample_info"]  # which SkyReels-V2 alone says
     (folder / "config.json").write_text(json.dumps(sizes))
     return folder
 

@@ -108,10 +108,10 @@ def test_records_resolve_to_what_session_files_hold() -> None:
             Request.from_record({k: v for k, v in request.to_record().items() if k != name})
 
 
-def test_a_condition_is_refused_by_a_model_that_takes_none() -> None:
+def test_a_condition_is_refused_by_a_model_that_takes_none_of_its_kind() -> None:
     engine = Engine.from_pretrained("tiny", "meta")
-    with pytest.raises(ConfigError, match="condition is of kind 'image', and this model follows text: leave it out"):
-        engine.resolve("a kite", num_frames=9, condition=Condition("image", {}))
+    with pytest.raises(ConfigError, match="condition is of kind 'sound', and this model follows image or video: leave"):
+        engine.resolve("a kite", num_frames=9, condition=Condition("sound", {}))
 
 
 def test_every_preset_decides_everything() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from miga_engine import ConfigError, DeviceError, Engine
 from miga_engine.config import MigaConfig, fifo_config, replace_options
+from miga_engine.models.wan.variants import VARIANTS
 from miga_engine.presets import PRESETS
 
 
@@ -75,12 +76,18 @@ def test_configuration_is_checked(options, sentence):
         replace_options(MigaConfig(), options)
 
 
+WINDOWS = [("tiny", 13), ("videocrafter2", 16), ("wan2.1", 21), ("pusa", 21)]
+WINDOWS += [(variant.default_preset, variant.window_frames) for variant in VARIANTS]
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_are_consistent(name):
     preset = PRESETS[name]
-    window = {"t": 13, "v": 16, "w": 21}[name[0]]
-    preset.miga.check(preset.sampling.num_inference_steps, window)
-    fifo_config(preset.miga, window).check(preset.sampling.num_inference_steps, window)
+    windows = {window for model, window in WINDOWS if name.startswith(model)}
+    assert windows
+    for window in windows:
+        preset.miga.check(preset.sampling.num_inference_steps, window)
+        fifo_config(preset.miga, window).check(preset.sampling.num_inference_steps, window)
 
 
 def test_unavailable_device_and_unknown_names(folder):

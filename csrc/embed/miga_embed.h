@@ -58,8 +58,8 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  *     guidance_offset, guidance_spacing, guidance_anchor, stride, tail_signal, history_guidance, moving_phase, commit,
  *     commit_offset, past_context, window_order, window_batch, warmup, self_reflection, score_drop, judge_step,
  *     reference_groups, candidates, search_baseline, judge, channels, prompt_blend_frames.
- *   Of the model: device, dtype, transformer, vae, text_encoder, tokenizer, lora, decoder, download, revision,
- *     cache_dir, preset, attention, vae_dtype, compile, capture.
+ *   Of the model: device, dtype, transformer, transformer_2, vae, text_encoder, tokenizer, lora, decoder, experts,
+ *     download, revision, cache_dir, preset, attention, vae_dtype, compile, capture.
  *   Of the stream: overlap_decode, stop_on_drift, warn_on_drift.
  *   All mean what they mean in miga_engine.Engine.from_pretrained and Engine.stream; others are refused.
  */

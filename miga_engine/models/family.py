@@ -6,8 +6,7 @@ Families import nothing of each other. What more kinds of model will need has it
 - Conditions (a first image, a clip): a family names the kinds it takes in `ModelFacts.conditions`; they are encoded by
   its VAE and lie in the queue as clean frames, so a network need not know of them.
 - Networks by noise level (the two experts of Wan2.2): the family's `open_bundle` makes one `Transformer` that holds
-  them and picks by the level in `encode_timesteps`, whose result it alone reads; nobody else learns that there are
-  several.
+  them and has a `boundary_timestep`; who calls it says which is meant, and knows nothing else of them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transforme
 from miga_engine.weights.checkpoint import Checkpoint
 
 Device = torch.device | str | None
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 """What may lie apart from a model, by the names of the options that say where."""
 
 
@@ -39,6 +38,8 @@ class Sources:
 
     root: Path
     transformer: Path | None = None
+    transformer_2: Path | None = None
+    """The network for low noise, of a model that has one for high noise beside it."""
     vae: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
@@ -46,6 +47,8 @@ class Sources:
     """LoRA files and their strengths, merged into the transformer in this order."""
     decoder: str = "vae"
     """"vae", or "tae" for a tiny decoder in the place of the VAE, which then has the `vae` path."""
+    experts: str = "resident"
+    """Of two networks by noise level: "resident", both on the device, or "swap", one at a time."""
     hub: tuple[tuple[str, str], ...] = ()
     """Options by which the root was found in the cache of a hub."""
 

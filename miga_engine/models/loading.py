@@ -38,7 +38,8 @@ FAMILIES: tuple[Family, ...] = (
 
 HUB_FILES = (
     "*.json", "diffusion_pytorch_model*", "model*.safetensors", "model.ckpt", "Wan2.1_VAE.*", "models_t5*",
-    "google/umt5-xxl/*", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "merges.txt",
+    "google/umt5-xxl/*", "transformer/*", "transformer_2/*", "high_noise_model/*", "low_noise_model/*", "vae/*",
+    "text_encoder/*", "tokenizer/*", "merges.txt",
 )  # fmt: skip
 """Files of a model of Hugging Face's hub that loading it reads, of whatever family."""
 
@@ -72,7 +73,7 @@ def sources_of(given: LoadOptions, root: Path | None = None) -> Sources:
                 "Face's hub such as Wan-AI/Wan2.1-T2V-1.3B"
             )
         root = root or Path(name)
-    return Sources(root, **parts, loras=loras, decoder=given.decoder, hub=hub)  # type: ignore[arg-type]
+    return Sources(root, **parts, loras=loras, decoder=given.decoder, experts=given.experts, hub=hub)  # type: ignore[arg-type]
 
 
 def _check_described(folder: Path) -> None:
@@ -93,14 +94,24 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     *,
     loras: Sequence[tuple[str | Path, float]] = (),
+    second: str | Path | None = None,
+    experts: str = "resident",
 ) -> Transformer:
     """The diffusion transformer under `path`: a model folder, its `transformer` folder, or a weights file.
+
+    Of Wan2.2 A14B both networks, in one; `second` is where that for low noise lies, if not beside the other, and
+    `experts` as in `config.LoadOptions`.
 
     device defaults to the CPU, dtype to the file's own, bfloat16 where that is in eight bits or packed; what the
     network uses in float32 stays float32. loras are files and strengths, merged into it. Without a config.json beside
     the weights the sizes follow from the shapes. Raises CheckpointError.
     """
-    sources = Sources(Path(path), loras=tuple((Path(file), strength) for file, strength in loras))
+    sources = Sources(
+        Path(path),
+        transformer_2=None if second is None else Path(second),
+        loras=tuple((Path(file), strength) for file, strength in loras),
+        experts=experts,
+    )
     with opened_once():
         return family_of(sources).load_transformer(sources, device, dtype)
 

@@ -35,6 +35,9 @@ class Transformer(nn.Module, ABC):
     config: TransformerSizes
     attention: str = "auto"
     """Backend of `ops.frame_attention`."""
+    boundary_timestep: float | None = None
+    """From which timestep on the first of two networks, for high noise, is meant, and below it the second: `forward`
+    then takes `expert`, 0 or 1, for all frames of a call. None: one network for all."""
 
     @property
     @abstractmethod
@@ -42,8 +45,9 @@ class Transformer(nn.Module, ABC):
         """Dtype of the matrix products."""
 
     @abstractmethod
-    def encode_timesteps(self, timesteps: Tensor) -> Any:
-        """Timesteps [T] as the network sees them, done once for a schedule."""
+    def encode_timesteps(self, timesteps: Tensor, fps: float | None = None) -> Any:
+        """Timesteps [T] as the network sees them, done once for a schedule; fps is the video's rate, for a network that
+        is told it, None for the usual one."""
 
     @abstractmethod
     def encode_context(self, context: Tensor) -> Any:

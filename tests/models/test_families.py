@@ -49,7 +49,7 @@ class ToyTransformer(Transformer):
     def dtype(self) -> torch.dtype:
         return self.scale.dtype
 
-    def encode_timesteps(self, timesteps: Tensor) -> Tensor:
+    def encode_timesteps(self, timesteps: Tensor, fps: float | None = None) -> Tensor:
         return timesteps.to(self.scale.device)
 
     def encode_context(self, context: Tensor) -> ToyTexts:

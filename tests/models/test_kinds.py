@@ -150,7 +150,11 @@ KINDS: dict[str, tuple[str, Tensors, str]] = {
     "Fun-Control 2.1": ("a Wan2.1 image-to-video model (I2V)", wan(*I2V_KEYS, in_dim=48), ""),
     "Fun-Control, reference": ("a Wan Fun-Control model", wan("ref_conv.weight", in_dim=48), ""),
     "Fun-Control, 48/16": ("a Wan Fun-Control model", wan(in_dim=48), ""),
-    "SkyReels-V2-DF 1.3B": ("SkyReels-V2-DF 1.3B", wan("fps_embedding.weight", "fps_projection.0.weight"), ""),
+    "SkyReels-V2-I2V": (
+        "a SkyReels-V2 image-to-video model (I2V)",
+        wan("fps_embedding.weight", "fps_projection.0.weight", in_dim=36),
+        "",
+    ),
     "36/16": ("an image-to-video model without an image encoder (Wan2.2 I2V-A14B or Wan Fun-InP)", wan(in_dim=36), ""),
     "32/16": ("a Wan2.2 Fun-Camera model", wan(in_dim=32), ""),
     "TI2V-5B": ("Wan2.2 TI2V-5B, with latents of the Wan2.2 VAE", wan(in_dim=48, out_dim=48), ""),
@@ -214,7 +218,7 @@ def test_each_kind_is_refused_by_its_name(tmp_path: Path, model: Path, reads: li
     assert_refused(saved(tmp_path / "a.safetensors", tensors), name, part, model, reads, capsys)
 
 
-@pytest.mark.parametrize("kind", ["VACE", "I2V", "I2V of diffusers", "36/16", "TI2V-5B", "SkyReels-V2-DF 1.3B"])
+@pytest.mark.parametrize("kind", ["VACE", "I2V", "I2V of diffusers", "36/16", "TI2V-5B", "SkyReels-V2-I2V"])
 def test_a_prefix_and_another_format_change_nothing(
     tmp_path: Path, model: Path, reads: list[str], capsys, kind: str
 ) -> None:
@@ -235,9 +239,27 @@ def test_a_prefix_and_another_format_change_nothing(
         "Wan2.2-T2V-A14B-HighNoise.safetensors",
     ],
 )
-def test_one_expert_is_told_by_its_name(tmp_path: Path, model: Path, reads: list[str], capsys, file: str) -> None:
-    name = "by its name one of the two networks of Wan2.2 A14B, for high or for low noise"
-    assert_refused(saved(tmp_path / file, WAN), name, "", model, reads, capsys)
+def test_one_expert_alone_is_told_by_its_name(tmp_path: Path, model: Path, reads: list[str], file: str) -> None:
+    """Two of them are a model: tests/models/test_experts.py."""
+    path, noise = saved(tmp_path / file, WAN), "low" if "low" in file.lower() else "high"
+    calls: list[Callable[[], object]] = [
+        lambda: load_transformer(path),
+        lambda: Engine.from_pretrained(str(path), "cpu"),
+        lambda: Engine.from_pretrained(str(model), "cpu", transformer=str(path)),
+    ]
+    for call in calls:
+        sentence = refusal(call, CheckpointError)
+        assert sentence.startswith(
+            f"{path} is one of the two networks of Wan2.2 T2V-A14B, that for {noise} noise, and "
+        )
+        assert ": give that for " in sentence
+        assert not reads
+
+
+def test_a_transformer_that_is_told_the_rate_is_one(tmp_path: Path) -> None:
+    kind = kind_of(open_checkpoint(saved(tmp_path / "a.safetensors", wan("fps_embedding.weight"))))
+    assert kind is not None
+    assert (kind.part, kind.name.partition(" text")[0]) == ("transformer", "a SkyReels-V2-DF")
 
 
 @pytest.mark.parametrize(

@@ -341,22 +341,11 @@ def test_downloads_that_went_wrong_are_named_as_such(
     assert names[component] in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", ["transformer_2", "boundary_ratio", "high_noise_model", "one expert"])
-def test_a_model_of_two_networks_is_refused(official: Path, diffusers: Path, layout: str) -> None:
-    given = root = diffusers if layout in ("transformer_2", "boundary_ratio") else official
-    if layout == "transformer_2":
-        shutil.copytree(root / "transformer", root / "transformer_2")
-    elif layout == "boundary_ratio":
-        (root / "model_index.json").write_text('{"boundary_ratio": 0.875}')
-    else:
-        for name in ("high_noise_model", "low_noise_model"):
-            (root / name).mkdir()
-            for file in (DIT_FILE, DIT_FILE.parent / "config.json"):
-                shutil.copy(file, root / name)
-        given = root / "high_noise_model" if layout == "one expert" else root
+def test_a_description_of_two_networks_with_one_there_is_refused(diffusers: Path) -> None:
+    (diffusers / "model_index.json").write_text('{"boundary_ratio": 0.875}')
     for load in (load_transformer, load_bundle):
-        with pytest.raises(CheckpointError, match=r"holds a Wan2\.2 model of two networks, for high and for low noise"):
-            load(given)
+        with pytest.raises(CheckpointError, match=r"one of the two networks of Wan2\.2 T2V-A14B, that for high noise"):
+            load(diffusers)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

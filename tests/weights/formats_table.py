@@ -26,6 +26,7 @@ from written_formats import (
     SPIECE,
     Case,
     all_equal,
+    check,
     described,
     diffusers_folder,
     equal,
@@ -46,8 +47,7 @@ from written_formats import (
 )
 from written_loras import CASES as LORAS
 
-from miga_engine import Engine
-from miga_engine.models import load_vae
+from miga_engine.models import load_transformer, load_vae
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "weights.md"
@@ -120,14 +120,47 @@ def comfy(is_flat: bool) -> Callable[[Path], str]:
     return tries
 
 
-def expert(is_one: bool) -> Callable[[Path], str]:
+def experts(place: str, *names: str, alone: str = "") -> Callable[[Path], str]:
+    """Both networks of Wan2.2 A14B under these names, or one of them alone."""
+
     def tries(folder: Path) -> str:
-        for name in ("high_noise_model", "low_noise_model"):
-            saved(folder / "Wan2.2-T2V-A14B" / name / random_wan.TRANSFORMER, plain("transformer"))
-        root = folder / "Wan2.2-T2V-A14B"
-        return refused(root / "high_noise_model" if is_one else root, lambda path: Engine.from_pretrained(str(path)))
+        tensors = dict(zip(names, (plain("transformer"), random_wan.transformer(seed=1)), strict=True))
+        for name in [alone] if alone else names:
+            saved(folder / place / name, tensors[name])
+        if alone:
+            return refused(folder / place / alone)
+        both = load_transformer(folder / place)
+        for network, expected in zip(both.children(), tensors.values(), strict=True):
+            check(network, expected)
+        return EQUAL
 
     return tries
+
+
+def two_files(folder: Path) -> str:
+    high = saved(folder / "1" / "a.safetensors", plain("transformer"))
+    low = saved(folder / "2" / "b.safetensors", random_wan.transformer(seed=1))
+    both = load_transformer(high, second=low)
+    check(both.high_noise_model, plain("transformer"))
+    check(both.low_noise_model, random_wan.transformer(seed=1))
+    return EQUAL
+
+
+def skyreels(folder: Path) -> str:
+    """With the layers that are told the rate, official or as diffusers writes them itself."""
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    c = random_wan.CONFIG
+    theirs = SkyReelsV2Transformer3DModel(
+        num_attention_heads=c.num_heads, in_channels=16, out_channels=16, text_dim=c.text_dim, freq_dim=c.freq_dim,
+        ffn_dim=c.ffn_dim, num_layers=c.num_layers, inject_sample_info=True,
+    )  # fmt: skip
+    theirs.save_pretrained(folder / "transformer")
+    state = load_transformer(folder).state_dict()
+    saved(folder / "official" / "model.safetensors", state)
+    check(load_transformer(folder / "official"), state)
+    assert torch.equal(state["fps_projection.2.weight"], theirs.state_dict()["fps_projection.net.2.weight"])
+    return EQUAL
 
 
 def refused_file(name: str, part: str, **tensors: tuple[int, ...]) -> Callable[[Path], str]:
@@ -145,10 +178,8 @@ def t5(folder: Path) -> str:
     return refused(saved(folder / "t5xxl_fp16.safetensors", tensors), LOADS["text_encoder"])
 
 
-def named_expert(folder: Path) -> str:
-    return refused(saved(folder / "wan2.2_t2v_high_noise_14B_fp16.safetensors", plain("transformer")))
-
-
+COMFY_EXPERTS = ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors")
+KIJAI_EXPERTS = ("Wan2_2-T2V-A14B_HIGH_bf16.safetensors", "Wan2_2-T2V-A14B-LOW_bf16.safetensors")
 BYTES, ROWS = torch.zeros(256, 64, dtype=torch.uint8), torch.ones(256, 8)
 
 CASES: tuple[Case, ...] = (
@@ -162,6 +193,7 @@ CASES: tuple[Case, ...] = (
     Case("flat folder of the same files", "ComfyUI", comfy(is_flat=True)),
     Case("`model.safetensors`", "SkyReels-V2", transformer("model.safetensors")),
     Case("`model-0000N-of-….safetensors`", "SkyReels-V2-DF 14B", shards),
+    Case("`fps_embedding`, `fps_projection`, official and of diffusers", "SkyReels-V2-DF 1.3B", skyreels),
     Case("one file, keys `model.diffusion_model.…`, bf16", "ComfyUI",
          transformer("a.safetensors", BF16, "model.diffusion_model.")),
     Case("one file, official keys, fp16", "ComfyUI, Kijai", transformer("a.safetensors", HALF)),
@@ -206,9 +238,15 @@ CASES: tuple[Case, ...] = (
          packed(weight=torch.zeros(256, 128).to(E4M3), weight_scale=torch.ones(256, 4, dtype=torch.uint8))),
     Case("awq", "AutoAWQ", packed(qweight=BYTES.int(), qzeros=BYTES.int(), scales=ROWS)),
     Case("bitsandbytes, nf4", "diffusers", packed(**{"weight": BYTES, "weight.absmax": torch.ones(512)})),
-    Case("folder of one expert of Wan2.2 A14B", "Wan-AI", expert(is_one=True)),
-    Case("root folder of Wan2.2 A14B", "Wan-AI", expert(is_one=False)),
-    Case("one expert, `wan2.2_t2v_high_noise_14B….safetensors`", "ComfyUI", named_expert),
+    Case("Wan2.2 A14B, `high_noise_model/`, `low_noise_model/`", "Wan-AI",
+         experts("", *(f"{name}/{random_wan.TRANSFORMER}" for name in ("high_noise_model", "low_noise_model")))),
+    Case("Wan2.2 A14B, `transformer/`, `transformer_2/`", "diffusers",
+         experts("", *(f"{name}/{random_wan.TRANSFORMER}" for name in ("transformer", "transformer_2")))),
+    Case("Wan2.2 A14B, `wan2.2_t2v_high_noise_14B_….safetensors` and `…low_noise…`", "ComfyUI",
+         experts("models/diffusion_models", *COMFY_EXPERTS)),
+    Case("Wan2.2 A14B, `Wan2_2-T2V-A14B_HIGH_…` and `…-LOW_…`", "Kijai", experts("", *KIJAI_EXPERTS)),
+    Case("Wan2.2 A14B, two files of any names", "any", two_files),
+    Case("one network of the two, alone", "ComfyUI", experts("", *COMFY_EXPERTS, alone=COMFY_EXPERTS[0])),
     Case("image-to-video, Wan2.1", "Wan-AI", refused_transformer(36, 16, "img_emb.proj.0.bias")),
     Case("first and last frame, Wan2.1", "Wan-AI", refused_transformer(36, 16, "img_emb.emb_pos")),
     Case("image-to-video, Wan2.2 A14B; Fun-InP", "Wan-AI, VideoX-Fun", refused_transformer(36)),
@@ -219,7 +257,7 @@ CASES: tuple[Case, ...] = (
     Case("Animate", "Wan-AI", refused_transformer(36, 16, "face_adapter.fuser_blocks.0.k_norm.weight")),
     Case("HuMo", "HuMo", refused_transformer(36, 16, "audio_proj.audio_proj_glob_1.layer.bias")),
     Case("TI2V-5B", "Wan-AI", refused_transformer(48, 48)),
-    Case("SkyReels-V2-DF 1.3B", "SkyReels-V2", refused_transformer(16, 16, "fps_embedding.weight")),
+    Case("image-to-video, SkyReels-V2 1.3B", "SkyReels-V2", refused_transformer(36, 16, "fps_embedding.weight")),
     Case("sparse-linear attention", "TurboDiffusion",
          refused_transformer(16, 16, "blocks.0.self_attn.attn_op.local_attn.proj_l.weight")),
     Case("video sparse attention", "FastVideo", refused_transformer(16, 16, "blocks.0.to_gate_compress.weight")),

@@ -263,8 +263,11 @@ class VideoUNet(Transformer):
         return rearrange(self.out(x).float(), "(b f) c h w -> b c f h w", b=branches * batch).contiguous()
 
     @torch.no_grad()
-    def encode_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Time embeddings [T,E] in float32 of timesteps [T], done once for a schedule."""
+    def encode_timesteps(self, timesteps: Tensor, fps: float | None = None) -> Tensor:
+        """Time embeddings [T,E] in float32 of timesteps [T], done once for a schedule.
+
+        fps has no part in them: the rate that this network is told is `forward`'s, by default NATIVE_FPS.
+        """
         return self._embedding(self.time_embed, timesteps)
 
     @torch.no_grad()

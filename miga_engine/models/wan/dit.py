@@ -1,7 +1,8 @@
-"""The Wan2.1 text-to-video diffusion transformer, with a noise level and a prompt for every latent frame.
+"""The diffusion transformer of Wan's text-to-video models, with a noise level and a prompt for every latent frame.
 
-Parameter names are those of the official `WanModel` checkpoints. Source: the Wan2.1 report (arXiv 2503.20314),
-section 4.2; noise levels by frame as in FIFO-Diffusion and MIGA, with the head modulated by each frame's own level.
+Parameter names are those of the official `WanModel` checkpoints. Sources: the Wan2.1 report (arXiv 2503.20314),
+section 4.2; noise levels by frame as in FIFO-Diffusion and MIGA, with the head modulated by each frame's own level;
+the video's rate as SkyReels-V2 is told it (arXiv 2504.13074 and its code).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from miga_engine.models.wan.dit_layers import (
     take_frames,
 )
 
+NATIVE_FPS = 16
+"""Frames a second of Wan2.1's videos, which SkyReels-V2 tells from all other rates."""
+
 
 @dataclass(frozen=True)
 class WanDiTConfig:
@@ -47,6 +51,8 @@ class WanDiTConfig:
     eps: float = 1e-6
     cross_attn_norm: bool = True
     qk_norm: bool = True
+    inject_sample_info: bool = False
+    """Whether the network is told the video's rate, as SkyReels-V2-DF 1.3B is."""
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -105,6 +111,9 @@ class WanDiT(Transformer):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        if config.inject_sample_info:
+            self.fps_embedding = nn.Embedding(2, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(
             Block(dim, config.ffn_dim, config.num_heads, config.eps, config.qk_norm, config.cross_attn_norm)
             for _ in range(config.num_layers)
@@ -115,9 +124,8 @@ class WanDiT(Transformer):
     @staticmethod
     def keeps_fp32(name: str) -> bool:
         """True for the parameters that are used in float32 whatever the dtype of the matrix products."""
-        return (
-            name.startswith(("time_embedding.", "time_projection.", "head.")) or ".norm" in name or "modulation" in name
-        )
+        in_fp32 = ("time_embedding.", "time_projection.", "fps_embedding.", "fps_projection.", "head.")
+        return name.startswith(in_fp32) or ".norm" in name or "modulation" in name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,15 +198,23 @@ class WanDiT(Transformer):
         return self._to_latents(self.head(h), rows, columns)
 
     @torch.no_grad()
-    def encode_timesteps(self, timesteps: Tensor) -> Levels:
-        """The time path for timesteps [T], done once for a schedule."""
+    def encode_timesteps(self, timesteps: Tensor, fps: float | None = None) -> Levels:
+        """The time path for timesteps [T], done once for a schedule.
+
+        A network that is told the rate knows two kinds of video, those of 16 frames a second and all others, None too.
+        """
         sinusoid = timestep_embedding(timesteps.to(self.head.modulation.device), self.config.freq_dim)
         first, last, layer = (
             cast(nn.Linear, layer)
             for layer in (self.time_embedding[0], self.time_embedding[2], self.time_projection[1])
         )
         time = linear_fp32(last, F.silu(linear_fp32(first, sinusoid)))
-        projection = linear_fp32(layer, F.silu(time)).unflatten(-1, (6, -1))
+        projection = linear_fp32(layer, F.silu(time))
+        if self.config.inject_sample_info:
+            of_rate = self.fps_embedding.weight[0 if fps == NATIVE_FPS else 1]
+            first, last = (cast(nn.Linear, layer) for layer in (self.fps_projection[0], self.fps_projection[2]))
+            projection = projection + linear_fp32(last, F.silu(linear_fp32(first, of_rate)))
+        projection = projection.unflatten(-1, (6, -1))
         projection[:, 1::3] += 1  # shift, scale, gate, twice
         return Levels(time, projection)
 

@@ -1,61 +1,101 @@
-"""The family of Wan2.1: official and `-Diffusers` folders, ComfyUI trees, a component's own folder, single files."""
+"""The family of Wan: official and `-Diffusers` folders, ComfyUI trees, a component's own folder, single files."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.family import Device, Family, Sources
 from miga_engine.models.protocols import VAE
-from miga_engine.models.wan import kinds, layouts, places
+from miga_engine.models.wan import kinds, layouts, places, variants
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.dit_layers import MAX_POSITIONS
+from miga_engine.models.wan.experts import WanExperts
 from miga_engine.models.wan.lora import merge_loras
 from miga_engine.models.wan.tae import load_tiny_decoder
 from miga_engine.models.wan.tokenizer import (
     MAX_TOKENIZER_BYTES,
-    WAN_DEFAULT_NEGATIVE_PROMPT,
     UMT5Tokenizer,
     spiece_in,
 )
 from miga_engine.models.wan.umt5 import UMT5Encoder
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
+from miga_engine.models.wan.variants import Variant, variant_of
 from miga_engine.weights.checkpoint import Checkpoint, check_fit, form_of, network_dtype
 from miga_engine.weights.files import indexed_files, open_checkpoint, open_files
 from miga_engine.weights.load import load_module
 from miga_engine.weights.lora import Lora
 from miga_engine.weights.untrusted import read_bounded, read_json
 
-WINDOW_FRAMES = 21  # latent frames of the 81-frame clips that Wan2.1 was trained on
-PROTOCOL_FRAMES = 161  # video frames of MIGA's evaluation
+
+def load_transformer(sources: Sources, device: Device = None, dtype: torch.dtype | None = None) -> WanDiT | WanExperts:
+    """The transformer, LoRAs merged; what it uses in float32 stays float32. Of Wan2.2 A14B both networks in one.
+
+    Raises CheckpointError.
+    """
+    return _built(_opened_transformers(sources), sources, device, dtype)
 
 
-def load_transformer(sources: Sources, device: Device = None, dtype: torch.dtype | None = None) -> WanDiT:
-    """The transformer, LoRAs merged; what it uses in float32 stays float32. Raises CheckpointError."""
-    checkpoint, config = _opened_transformer(sources)
+def _built(
+    opened: Sequence[_Opened], sources: Sources, device: Device, dtype: torch.dtype | None
+) -> WanDiT | WanExperts:
+    dtype = dtype or network_dtype(opened[0].checkpoint, "patch_embedding.bias")
+    target = torch.device(device or "cpu")
+    if len(opened) == 1:
+        return _loaded(opened[0], target, dtype)
+    of_high, of_low = (dataclasses.asdict(one.config) for one in opened)
+    for name, size in of_high.items():
+        check_fit(sources.folder, name, high_noise=size, low_noise=of_low[name])
+    boundary = _variant(opened).boundary_timestep
+    ratio = places.boundary_ratio(opened[0].path.parent)
+    boundary = boundary if ratio is None else 1000 * ratio
+    is_swapped, is_read = sources.experts == "swap", target.type != "meta"
+    on = torch.device("cpu") if is_swapped and is_read else target
+    high = _loaded(opened[0], on, dtype)
+    # Anew, for a LoRA of both was closed with the first that read it.
+    low = _loaded(_opened_transformers(sources)[1] if sources.loras else opened[1], on, dtype)
+    if is_swapped and not is_read:  # of shapes alone: those of what is on a device at a time
+        return WanExperts(high, high, boundary)
+    return WanExperts(high, low, boundary, target if is_swapped else None)
+
+
+class _Opened(NamedTuple):
+    """A transformer before its tensors are read."""
+
+    checkpoint: Checkpoint  # official names, floats, LoRAs merged as they are read
+    config: WanDiTConfig
+    stored: Mapping[str, Any]  # its config.json
+    path: Path  # of its folder, or of its file where that was named
+
+
+def _opened_transformers(sources: Sources) -> list[_Opened]:
+    """The transformer, or, of Wan2.2 A14B, those for high and for low noise."""
+    opened: list[_Opened] = []
+    for one in places.networks(sources):
+        files = places.files_of(one, "transformer")
+        stored = open_files(files)
+        kinds.require(stored, "transformer")
+        official = layouts.official_transformer(stored)
+        said = _stored_config(files[0], variants.CLASS_NAMES) or (opened[0].stored if opened else {})
+        config = layouts.transformer_config(official, said)
+        loras = [Lora(open_checkpoint(file), strength) for file, strength in one.loras]
+        opened.append(_Opened(merge_loras(official, loras), config, said, one.leading))
+    return opened
+
+
+def _loaded(one: _Opened, device: torch.device, dtype: torch.dtype) -> WanDiT:
     return load_module(
-        lambda: WanDiT(config),
-        checkpoint,
-        device=device,
-        dtype=dtype or network_dtype(checkpoint, "patch_embedding.bias"),
-        keeps_fp32=WanDiT.keeps_fp32,
+        lambda: WanDiT(one.config), one.checkpoint, device=device, dtype=dtype, keeps_fp32=WanDiT.keeps_fp32
     )
 
 
-def _opened_transformer(sources: Sources) -> tuple[Checkpoint, WanDiTConfig]:
-    """Official names and floats, LoRAs merged as tensors are read; and the sizes."""
-    files = places.files_of(sources, "transformer")
-    stored = open_files(files)
-    kinds.require(stored, "transformer")
-    checkpoint = layouts.official_transformer(stored)
-    config = layouts.transformer_config(checkpoint, _stored_config(files[0], {"WanModel", "WanTransformer3DModel"}))
-    loras = [Lora(open_checkpoint(file), strength) for file, strength in sources.loras]
-    return merge_loras(checkpoint, loras), config
+def _variant(opened: Sequence[_Opened]) -> Variant:
+    return variant_of(opened[0].config, opened[0].stored, opened[0].path, len(opened))
 
 
 def load_vae(sources: Sources, device: Device = None, dtype: torch.dtype = torch.float32) -> VAE:
@@ -94,13 +134,13 @@ def load_tokenizer(sources: Sources, text_len: int | None = None) -> UMT5Tokeniz
 def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype) -> ModelBundle:
     """All networks; the text encoder and the tokenizer are read when the first prompt is encoded."""
     root = sources.folder
-    files = places.files_of(sources, "transformer")
-    kinds.require(open_files(files), "transformer")
+    opened = _opened_transformers(sources)
+    variant = _variant(opened)
     for part in ("text_encoder", "tae" if sources.decoder == "tae" else "vae"):  # read late, but missed at once
         kinds.require(open_files(places.files_of(sources, part)), part)
     texts_form = form_of(open_files(places.files_of(sources, "text_encoder")))
     places.tokenizer_file(sources)
-    transformer = load_transformer(sources, device, dtype)
+    transformer = _built(opened, sources, device, dtype)
     vae = load_vae(sources, device, vae_dtype)
     config = transformer.config
     check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_dim, output=config.out_dim)
@@ -117,13 +157,14 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
         transformer=transformer,
         vae=vae,
         facts=ModelFacts(
-            window_frames=WINDOW_FRAMES,
+            window_frames=variant.window_frames,
             size_multiple=vae.config.spatial_factor * max(config.patch_size),
             text_len=config.text_len,
             prediction_type="velocity",
-            default_preset="wan2.1",
-            default_negative_prompt=WAN_DEFAULT_NEGATIVE_PROMPT,
-            protocol_frames=PROTOCOL_FRAMES,
+            default_preset=variant.default_preset,
+            default_negative_prompt=variant.default_negative_prompt,
+            protocol_frames=variant.protocol_frames,
+            conditions=variant.conditions,
         ),
         texts_form=texts_form,
         open_text_encoder=open_text_encoder,
@@ -135,15 +176,24 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
 def network_bytes(sources: Sources) -> dict[str, int]:
     """Bytes of the files of each network. Raises CheckpointError."""
     decoder = "tae" if sources.decoder == "tae" else "vae"
+    transformers = [
+        file
+        for one in places.networks(sources)
+        for file in (*places.files_of(one, "transformer"), *(file for file, _ in one.loras))
+    ]
     components = {
-        "transformer": places.files_of(sources, "transformer") + [file for file, _ in sources.loras],
+        "transformer": transformers,
         "VAE": places.files_of(sources, decoder),
         "text encoder": places.files_of(sources, "text_encoder"),
     }
-    for files in components.values():
-        if files[0].name.endswith(".index.json"):
-            files[:1] = indexed_files(files[0])
-    return {name: sum(file.stat().st_size for file in files) for name, files in components.items()}
+    return {
+        name: sum(
+            part.stat().st_size
+            for file in files
+            for part in (indexed_files(file) if file.name.endswith(".index.json") else [file])
+        )
+        for name, files in components.items()
+    }
 
 
 def kept_dtypes(checkpoint: Checkpoint) -> Callable[[str], bool] | None:
@@ -153,16 +203,22 @@ def kept_dtypes(checkpoint: Checkpoint) -> Callable[[str], bool] | None:
 
 def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | bytes]:
     """The official folder of a model: floats under official keys, LoRAs merged. Raises CheckpointError."""
-    transformer, config = _opened_transformer(sources)
+    opened = _opened_transformers(sources)
     vae, text_encoder = (open_files(places.files_of(sources, part)) for part in ("vae", "text_encoder"))
     kinds.require(vae, "vae")
     kinds.require(text_encoder, "text_encoder")
     tokenizer, extra = places.tokenizer_file(sources), sources.folder / "miga.json"
     load_tokenizer(sources)  # known to be one
     is_json = tokenizer.suffix == ".json"
+    transformers: dict[str, Checkpoint | dict[str, Any] | bytes] = {}
+    for one, folder in zip(opened, ("",) if len(opened) == 1 else places.OFFICIAL_PAIR, strict=True):
+        transformers[str(Path(folder, "config.json"))] = _official_config(one, _variant(opened))
+        transformers[str(Path(folder, "diffusion_pytorch_model.safetensors"))] = one.checkpoint
+    ratio = places.boundary_ratio(opened[0].path.parent)
+    if ratio is not None:
+        transformers["model_index.json"] = {"boundary_ratio": ratio}
     return {
-        "config.json": {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(config)},
-        "diffusion_pytorch_model.safetensors": transformer,
+        **transformers,
         "Wan2.1_VAE.safetensors": layouts.official_vae(vae),
         "models_t5_umt5-xxl-enc-bf16.safetensors": layouts.official_text_encoder(text_encoder),
         "google/umt5-xxl/" + ("tokenizer.json" if is_json else "spiece.model"): (
@@ -170,6 +226,14 @@ def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | byt
         ),
         **({"miga.json": read_json(extra)} if extra.is_file() else {}),
     }
+
+
+def _official_config(one: _Opened, variant: Variant) -> dict[str, Any]:
+    """The config.json that its makers would give a transformer: a sign of SkyReels-V2 only where it is one."""
+    sizes = dataclasses.asdict(one.config)
+    if variant.default_preset != "skyreels-v2-df":
+        del sizes["inject_sample_info"]
+    return {"_class_name": "WanModel", "model_type": "t2v", **sizes}
 
 
 def rehearse(dtype: torch.dtype) -> None:
@@ -183,7 +247,7 @@ def rehearse(dtype: torch.dtype) -> None:
     vae.decode(torch.zeros(1, 4, 2, 8, 8))
 
 
-def _stored_config(file: Path, class_names: set[str]) -> Mapping[str, Any]:
+def _stored_config(file: Path, class_names: Collection[str]) -> Mapping[str, Any]:
     """The config.json beside a weights file, or nothing where there is none or it belongs to another network."""
     config_file = file.parent / "config.json"
     if not config_file.is_file():

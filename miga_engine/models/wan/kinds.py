@@ -24,11 +24,20 @@ _PARTS = {
 
 _REMEDIES = {
     "transformer": "give it as the model, or with --transformer; it needs a VAE, a text encoder and a tokenizer",
+    "high": "give it as the model, or with --transformer, and that for low noise beside it or with --transformer-2; "
+    "they need a VAE, a text encoder and a tokenizer",
+    "low": "give that for high noise as the model, or with --transformer, and this beside it or with --transformer-2; "
+    "they need a VAE, a text encoder and a tokenizer",
     "vae": "give it with --vae",
     "text_encoder": "give it with --text-encoder; it needs a tokenizer, which some of these files hold",
     "tae": "give it with --vae and --decoder tae",
     "lora": "give it with --lora, beside the model that it was made for",
 }
+
+_I2V = "a Wan2.1 image-to-video model (I2V)"
+_SKYREELS_I2V = "a SkyReels-V2 image-to-video model (I2V)"
+FPS_KEY = "fps_embedding.weight"
+"""Of SkyReels-V2-DF 1.3B alone, in every layout."""
 
 # (what a name is when any key of the transformer matches), in this order: the more special first.
 _TRANSFORMERS = (
@@ -39,12 +48,11 @@ _TRANSFORMERS = (
     (r"control_adapter\.", "a Wan Fun-Camera model"),
     (r"img_emb\.emb_pos|condition_embedder\.image_embedder\.pos_embed", "a Wan2.1 first-last-frame model (FLF2V)"),
     (r"ref_conv\.", "a Wan Fun-Control model"),
-    (r"img_emb\.|condition_embedder\.image_embedder\.|k_img\.|add_k_proj\.", "a Wan2.1 image-to-video model (I2V)"),
-    (r"fps_(embedding|projection)\.", "SkyReels-V2-DF 1.3B, which is also told the frame rate"),
+    (r"img_emb\.|condition_embedder\.image_embedder\.|k_img\.|add_k_proj\.", _I2V),
     (r"\.proj_l\.", "a TurboDiffusion model with sparse-linear attention (SLA)"),
     (r"to_gate_compress\.", "a FastWan model with video sparse attention (VSA)"),
 )
-_EXPERT = re.compile(r"(high|low)[_-]?noise|wan[_-]?2[._]2.*[_.-](high|low)(?![a-z])", re.IGNORECASE)
+_EXPERT = re.compile(r"(high|low)[_-]?noise|wan[_-]?2[._]?2.*[_.-](high|low)(?![a-z])", re.IGNORECASE)
 _LORA = re.compile(r"[._](lora[_.](A|B|up|down|mid|linear)|hada_w|lokr_w|oft_|dora_scale|diff_m|diff_b)|\.diff$")
 
 
@@ -75,10 +83,24 @@ def kind_of(checkpoint: Checkpoint) -> Kind | None:
     return None
 
 
+def noise_of(name: str) -> str:
+    """Whether a file's name says that it is for "high" noise or for "low", as those of Wan2.2 A14B do; else empty."""
+    found = _EXPERT.search(name)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def stem_of(name: str) -> str:
+    """What two files' names have in common that are for high and for low noise of one and the same model."""
+    return re.sub(r"[_.-]*(?<![a-z])(high|low)(?=[_.-]|noise)([_.-]?noise)?[_.-]*", "|", name.lower(), count=1)
+
+
 def describe(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """What a file is, and how it is used or why it is not; None where it is nothing of Wan's."""
     kind = kind_of(checkpoint)
-    return None if kind is None else (kind.name, _REMEDIES.get(kind.part, f"not here: {kind.remedy}"))
+    if kind is None:
+        return None
+    noise = noise_of(checkpoint.path.name) if kind.part == "transformer" else ""
+    return kind.name, _REMEDIES.get(noise or kind.part, f"not here: {kind.remedy}")
 
 
 def require(checkpoint: Checkpoint, part: str) -> None:
@@ -98,23 +120,27 @@ def _part(part: str) -> Kind:
 
 def _transformer(checkpoint: Checkpoint) -> Kind:
     own = layouts.without_prefix(checkpoint, "transformer").shapes
+    is_skyreels = FPS_KEY in own or "skyreels" in checkpoint.path.name.lower()
     for pattern, name in _TRANSFORMERS:
         if any(re.search(pattern, key) for key in own):
-            return Kind(name, "")
+            return Kind(_SKYREELS_I2V if name == _I2V and is_skyreels else name, "")
     of_patch = own["patch_embedding.weight"]
     of_head = own.get("head.head.weight", own.get("proj_out.weight", (0,)))
     in_dim, patch = (of_patch[1], of_patch[2:]) if len(of_patch) == 5 else (0, ())
     out_dim = of_head[0] // max(1, _product(patch))
     if in_dim == 36 and out_dim == 16:
-        return Kind("an image-to-video model without an image encoder (Wan2.2 I2V-A14B or Wan Fun-InP)", "")
+        name = "an image-to-video model without an image encoder (Wan2.2 I2V-A14B or Wan Fun-InP)"
+        return Kind(_SKYREELS_I2V if is_skyreels else name, "")
     if in_dim == 48 and out_dim == 16:
         return Kind("a Wan Fun-Control model", "")
     if in_dim == 32 and out_dim == 16:
         return Kind("a Wan2.2 Fun-Camera model", "")
     if (in_dim, out_dim) == (48, 48):
         return Kind("Wan2.2 TI2V-5B, with latents of the Wan2.2 VAE", "")
-    if _EXPERT.search(checkpoint.path.name):
-        return Kind("by its name one of the two networks of Wan2.2 A14B, for high or for low noise", "")
+    if noise := noise_of(checkpoint.path.name):
+        return Kind(f"by its name one of the two networks of Wan2.2 T2V-A14B, that for {noise} noise", "transformer")
+    if FPS_KEY in own:
+        return Kind("a SkyReels-V2-DF text-to-video transformer, which is told the frame rate", "transformer")
     return _part("transformer")
 
 

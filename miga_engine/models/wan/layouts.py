@@ -56,6 +56,8 @@ DIT_RULES = (
     (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
     (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
     (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^fps_projection\.net\.0\.proj\.", "fps_projection.0."),
+    (r"^fps_projection\.net\.2\.", "fps_projection.2."),
     (r"^proj_out\.", "head.head."),
     (r"^scale_shift_table$", "head.modulation"),
     (r"\.scale_shift_table$", ".modulation"),
@@ -264,6 +266,7 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
             eps=float(eps),
             cross_attn_norm="blocks.0.norm3.weight" in checkpoint.shapes,
             qk_norm="blocks.0.self_attn.norm_q.weight" in checkpoint.shapes,
+            inject_sample_info="fps_embedding.weight" in checkpoint.shapes,
         )
 
     return _checked(checkpoint, build)

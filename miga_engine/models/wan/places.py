@@ -6,6 +6,7 @@ a ComfyUI tree or a folder of its file names, whatever file's keys are those of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from miga_engine.models.family import Sources
 from miga_engine.models.wan import kinds, layouts
 from miga_engine.weights.checkpoint import Checkpoint
 from miga_engine.weights.files import format_of, open_checkpoint
-from miga_engine.weights.untrusted import read_json
+from miga_engine.weights.untrusted import read_json, short
 
-_EXPERTS = ("high_noise_model", "low_noise_model")  # folders of the two networks of Wan2.2 A14B
+OFFICIAL_PAIR = ("high_noise_model", "low_noise_model")
+_PAIRS = (OFFICIAL_PAIR, ("transformer", "transformer_2"))
+"""Folders of the two networks of Wan2.2 A14B, that for high noise first: official, and of Diffusers."""
 
 # File names that hold a part, in the order in which they are looked for. Of several that match "any" the one counts
 # whose keys are the part's; the others are one network in several files.
@@ -69,8 +72,6 @@ def recognises(path: Path) -> bool:
 def files_of(sources: Sources, part: str) -> list[Path]:
     """The weights files of a part: "transformer", "vae", "text_encoder" or "tae". Raises CheckpointError."""
     given = sources.vae if part == "tae" else getattr(sources, part)
-    if given is None and part == "transformer":
-        refuse_experts(sources.root)
     path = sources.root if given is None else given
     if path.is_file():
         if given is not None or part == "transformer":
@@ -89,6 +90,43 @@ def files_of(sources: Sources, part: str) -> list[Path]:
         if files and (pattern.endswith(".json") or not _is_other(files, part, pattern)):
             return files
     return [_chosen(named or _around(path, part), part, folder)]
+
+
+def networks(sources: Sources) -> tuple[Sources, ...]:
+    """Where the network of the transformer lies, or, of Wan2.2 A14B, that for high noise and that for low noise.
+
+    Each with the LoRAs that are its own: those whose name says for which noise they are, and all others. Raises
+    CheckpointError where one of two is not there.
+    """
+    if sources.transformer_2 is None:
+        pair = _pair_at(sources.leading)
+    else:
+        pair = (sources.leading, sources.transformer_2)
+        for path, noise in zip(pair, ("low", "high"), strict=True):
+            if kinds.noise_of(path.name) == noise:
+                raise CheckpointError(
+                    f"{path} is by its name the network for {noise} noise: give that for high noise as the model or "
+                    "with --transformer, and that for low noise with --transformer-2"
+                )
+    if pair is None:
+        return (sources,)
+    return tuple(
+        dataclasses.replace(
+            sources, transformer=path, transformer_2=None,
+            loras=tuple(lora for lora in sources.loras if kinds.noise_of(lora[0].name) in ("", noise)),
+        )
+        for path, noise in zip(pair, ("high", "low"), strict=True)
+    )  # fmt: skip
+
+
+def boundary_ratio(folder: Path) -> float | None:
+    """From which share of all timesteps on a Diffusers folder says that the network for high noise is meant; None where
+    it says of no two networks. Raises CheckpointError."""
+    index = folder / "model_index.json"
+    ratio = read_json(index).get("boundary_ratio") if index.is_file() else None
+    if ratio is not None and not (isinstance(ratio, float) and 0 < ratio < 1):
+        raise CheckpointError(f"{index} says boundary_ratio {short(repr(ratio))}: give a number between 0 and 1")
+    return ratio
 
 
 def tokenizer_file(sources: Sources) -> Path:
@@ -118,27 +156,57 @@ def has_vocabulary(checkpoint: Checkpoint) -> bool:
     return "tokenizer.ggml.tokens" in checkpoint.metadata or layouts.vocabulary(checkpoint) is not None
 
 
-def refuse_experts(path: Path) -> None:
-    """CheckpointError where the path leads to two networks that share a schedule, or to one of the two."""
-    root = path.parent if path.is_file() else path
-    inside = root.parent if root.name in (*_EXPERTS, "transformer", "transformer_2") else root
-    index = inside / "model_index.json"
-    is_pair = inside.joinpath("transformer_2").is_dir() or (
-        index.is_file() and read_json(index).get("boundary_ratio") is not None
-    )
-    if is_pair or root.name in _EXPERTS or any(inside.joinpath(name).is_dir() for name in _EXPERTS):
-        raise CheckpointError(
-            f"{path} holds a Wan2.2 model of two networks, for high and for low noise: "
-            "give a Wan2.1 text-to-video model"
-        )
-
-
 def refuse_described(folder: Path) -> None:
     """CheckpointError where the JSON files of a model's folder tell that it is another kind of model."""
-    refuse_experts(folder)
-    for config in (folder / "config.json", folder / "transformer" / "config.json"):
+    for config in (folder / name / "config.json" for name in ("", "transformer", *OFFICIAL_PAIR)):
         if config.is_file():
             layouts.refuse_types(config, read_json(config))
+
+
+def _pair_at(path: Path) -> tuple[Path, Path] | None:
+    """The networks for high and for low noise at or beside a path; None where it leads to one network for all."""
+    folder, is_file = (path.parent, True) if path.is_file() else (path, False)
+    for names in _PAIRS:
+        if is_file and folder.name not in names:
+            continue
+        inside = folder.parent if folder.name in names else folder
+        pair = (inside / names[0], inside / names[1])
+        is_there = [part.is_dir() for part in pair]
+        if all(is_there):
+            return pair
+        if any(is_there) and (names == OFFICIAL_PAIR or is_there[1] or boundary_ratio(inside) is not None):
+            which = is_there.index(True)
+            raise _alone(pair[which], ("high", "low")[which])
+    if is_file:
+        if not kinds.noise_of(path.name) or not _transformers([path]):  # what else it is its reader says
+            return None
+        files = [file for file in folder.iterdir() if kinds.stem_of(file.name) == kinds.stem_of(path.name)]
+    elif not path.is_dir() or any(any(path.glob(name)) for name in (*_NAMES["transformer"], "transformer")):
+        return None
+    else:
+        files = _around(path, "transformer")
+    found = {file: kinds.noise_of(file.name) for file in _transformers(_weights_files(files))}
+    if sorted(found.values()) == ["high", "low"]:
+        high, low = sorted(found, key=found.__getitem__)
+        return high, low
+    if len(found) == 1 and (noise := next(iter(found.values()))):
+        raise _alone(next(iter(found)), noise)
+    return None
+
+
+def _transformers(files: Sequence[Path]) -> list[Path]:
+    return [file for file, kind in _kinds(files) if kind is not None and kind.part == "transformer"]
+
+
+def _alone(path: Path, noise: str) -> CheckpointError:
+    remedies = {
+        "high": "give that for low noise with --transformer-2",
+        "low": "give that for high noise as the model or with --transformer, and this one with --transformer-2",
+    }
+    return CheckpointError(
+        f"{path} is one of the two networks of Wan2.2 T2V-A14B, that for {noise} noise, and the other is not beside "
+        f"it: {remedies[noise]}"
+    )
 
 
 def _text_encoders(sources: Sources) -> list[Path]:
