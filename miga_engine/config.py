@@ -191,8 +191,8 @@ class MigaConfig(Checked):
     )
     warmup: str = option(
         "grow",
-        "the first queue: grown behind a seed clip, an ordinary clip, or copies of its first frame (FIFO), or noise from "
-        "the first group on, with no seed clip (Rolling Forcing)",
+        "the first queue: grown behind an ordinary clip, or copies of its first frame (FIFO), or noise from the first "
+        "group on, with no clip before it (Rolling Forcing)",
         choices=("grow", "copies", "noise"),
     )
     self_reflection: bool = option(True, "watch the consistency score, and search again where it falls [DCE]")

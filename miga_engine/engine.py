@@ -47,6 +47,7 @@ from miga_engine.runtime.session import State, load_session, taking_apart
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.stream import Events, Stream
 from miga_engine.tiny import WEIGHTS_DIR
+from miga_engine.video.rate import frame_rate
 
 if TYPE_CHECKING:
     from miga_engine.memory import MemoryEstimate

@@ -53,6 +53,14 @@ _DISTILLED = dataclasses.replace(
 _DISTILLED_8 = dataclasses.replace(
     _DISTILLED, num_inference_steps=8, denoising_steps=(1000, 875, 750, 625, 500, 375, 250, 125)
 )
+# Rolling Forcing: a group a level in one window, behind its first block and the one before the queue, both clean.
+_ROLLING = MigaConfig(
+    zigzag_width=3, stage2_steps=0, guidance_frames=3, guidance_anchor=True, anchor_frames=3, reference_noise=0.0,
+    stride=15, commit_offset=3, past_context=True, moving_phase=False, warmup="noise", self_reflection=False,
+)  # fmt: skip
+_ROLLING_SAMPLING = dataclasses.replace(
+    _DISTILLED, solver="lcm", num_inference_steps=5, denoising_steps=(1000, 800, 600, 400, 200)
+)
 # Groups and steps between them as in SkyReels-V2's asynchronous sampling, and its numbers (§9).
 _SKYREELS_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=30, shift=8.0, guidance_scale=6.0)
 _SKYREELS = dataclasses.replace(_OURS, zigzag_width=5, stage2_steps=5, stride=12, judge_step=6)
@@ -78,6 +86,7 @@ PRESETS: Mapping[str, Preset] = {
     "wan2.1-released": Preset(_UNIPC, _WAN_RELEASED),
     "wan2.1-4step": Preset(_DISTILLED, _WAN_4_STEPS),
     "wan2.1-8step": Preset(_DISTILLED_8, _WAN_8_STEPS),
+    "wan2.1-rolling": Preset(_ROLLING_SAMPLING, _ROLLING),
     "skyreels-v2-df": Preset(_SKYREELS_SAMPLING, _SKYREELS, 544, 960, 24),
     "wan2.2-ti2v-5b": Preset(_TI2V_SAMPLING, _TI2V, 704, 1280, 24),
     "wan2.2-t2v-a14b": Preset(_A14B_SAMPLING, _A14B, guidance_scale_low=3.0),

@@ -37,6 +37,7 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
         negative_prompt=bundle.default_negative_prompt if given.negative_prompt is None else given.negative_prompt,
         method=None,
         miga=miga,
+        guidance_scale_low=_low_scale(given, preset, bundle),
     )
     multiple = bundle.size_multiple
     for name, size in (("height", request.height), ("width", request.width)):
@@ -46,6 +47,8 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
             raise ConfigError(f"{name} must be a multiple of {multiple} pixels, got {size}; use {nearest}")
     check_text("negative_prompt", request.negative_prompt)
     request.miga.check(request.num_inference_steps, bundle.window_frames)
+    if request.miga.commit == "trailing" and bundle.transformer.boundary_timestep is not None:
+        raise ConfigError("commit 'trailing' needs a model of one network, and this has two: give 'leading'")
     predicted = schedule_of(request).coefficients.prediction_type
     if (predicted == "flow") != (bundle.prediction_type == "velocity"):
         raise ConfigError(f"solver {request.solver!r} does not fit a model that predicts {bundle.prediction_type}")
@@ -82,6 +85,17 @@ def boundary_step(request: Request, bundle: ModelBundle) -> int | None:
     """The first step of a resolved request that the second of a model's two networks is for; None where it has one."""
     boundary = bundle.transformer.boundary_timestep
     return None if boundary is None else int((schedule_of(request).timesteps >= boundary).sum())
+
+
+def _low_scale(given: Request, preset: Preset, bundle: ModelBundle) -> float | None:
+    """Of the second network of two: as given, or the preset's as long as that of the first is the preset's too."""
+    if given.guidance_scale_low is not None and bundle.transformer.boundary_timestep is None:
+        raise ConfigError(
+            f"guidance_scale_low is {given.guidance_scale_low:g}, and this model has one network: leave it out"
+        )
+    if bundle.transformer.boundary_timestep is None or given.guidance_scale_low is not None:
+        return given.guidance_scale_low
+    return preset.guidance_scale_low if given.guidance_scale is None else None
 
 
 def _sampling(given: Request, of_preset: SamplingConfig) -> dict[str, Any]:

@@ -53,6 +53,9 @@ class Transformer(nn.Module, ABC):
     def encode_context(self, context: Tensor) -> Any:
         """Text embeddings [P,T,D] → a `TextTable` of every layer."""
 
+    def bring(self, expert: int) -> Any:
+        """Have the network 0 or 1 of two where it computes, before a call or a replay of one."""
+
     @abstractmethod
     def num_text_keys(self, num_tokens: int) -> int:
         """Keys that `encode_context` makes of a text of so many tokens, at most."""

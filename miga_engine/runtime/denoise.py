@@ -63,10 +63,11 @@ class Denoiser:
     """Runs passes over a FrameStore.
 
     `guidance_scale` None or 1 skips the unconditional branch; it, `guidance`, `guidance_scale_end` and
-    `guidance_scale_low` are those of `guidance.Guidance`, and `boundary_step` that of `RunLayout`. `num_past` is the most that a window has: history guidance (arXiv 2502.06764) with one scale
-    for history and prompt. `window_batch` windows go through the network together (twice that with guidance); where
-    memory runs out it is halved, once reported through `emit`, and the batch repeated. `capture` replays small forwards
-    as CUDA graphs. `ranks` shares the windows of a pass out over processes.
+    `guidance_scale_low` are those of `guidance.Guidance`, and `boundary_step` that of `RunLayout`. `num_past` is the
+    most that a window has: history guidance (arXiv 2502.06764) with one scale for history and prompt. `window_batch`
+    windows go through the network together (twice that with guidance); where memory runs out it is halved, once
+    reported through `emit`, and the batch repeated. `capture` replays small forwards as CUDA graphs. `ranks` shares the
+    windows of a pass out over processes.
     """
 
     def __init__(

@@ -65,9 +65,11 @@ class References:
     def newer_anchor(self, popped: range) -> tuple[Tensor, list[int]] | None:
         """What is to become the anchor, and its numbers, as these frames leave the queue: the first of another prompt,
         as predicted clean; None where the anchor stays."""
-        rows = [self.prompt_row(max(number, 0)) for number in popped]
-        others = [n for n, row in zip(popped, rows, strict=True) if [row] != self.store.prompt_row[self.anchor[:1]]]
-        if not len(self.anchor) or not others:
+        if not len(self.anchor):
+            return None
+        row = int(self.store.prompt_row[self.anchor[0]])
+        others = [number for number in popped if self.prompt_row(max(number, 0)) != row]
+        if not others:
             return None
         numbers = self.anchor_numbers(range(others[0], popped.stop))
         return self.shown(self.store.x0[self.store.index(self.store.slots(numbers))], numbers), numbers
@@ -76,8 +78,9 @@ class References:
         """The slots of a window with the anchor in the place of its farthest guidance frames; where it has none, before
         it if `most` frames leave room, and how many frames that puts in front. Only where all are of its prompt."""
         count = len(self.anchor)
-        is_alike = (self.store.prompt_row[slots[num_guidance:]] == self.store.prompt_row[self.anchor[:1]]).all()
-        if not count or not is_alike:
+        if not count:
+            return slots, 0
+        if (self.store.prompt_row[slots[num_guidance:]] != self.store.prompt_row[self.anchor[:1]]).any():
             return slots, 0
         if num_guidance:
             return np.concatenate([self.anchor, slots[count:]]), 0
