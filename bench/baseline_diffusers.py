@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miga_engine import Engine
-from miga_engine.models.wan import layouts
+from miga_engine.models.wan import layouts, vae_layouts
 from miga_engine.models.wan.dit import WanDiTConfig
 from miga_engine.models.wan.vae import StreamDecoder
 from miga_engine.noise import CounterNoise, Purpose
@@ -115,7 +115,7 @@ class DiffusersLoop:
             latents_mean=mean,
             latents_std=std,
         )
-        _fill(self.vae, load_file(bundle.path / "Wan2.1_VAE.safetensors"), layouts.official_vae)
+        _fill(self.vae, load_file(bundle.path / "Wan2.1_VAE.safetensors"), vae_layouts.official_vae)
         self.vae.to(self.device)
         self.num_forwards = 0
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from golden_model import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
+from miga_engine.models.wan.vae import WAN22_VAE, WanVAE
 
 CONFIG = WanDiTConfig(
     dim=128, ffn_dim=256, freq_dim=64, num_heads=1, num_layers=2, text_dim=32, text_len=16, in_dim=16, out_dim=16
@@ -23,19 +25,84 @@ TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"
 TOKENIZER = GOLDENS / "umt5" / "tokenizer" / "tokenizer.json"
 Tensors = Mapping[str, torch.Tensor]
 
+TI2V_CONFIG = dataclasses.replace(CONFIG, in_dim=48, out_dim=48)
+TI2V_VAE_CONFIG = dataclasses.replace(WAN22_VAE, dim=4, decoder_dim=6, num_res_blocks=1)
+TI2V_VAE = "Wan2.2_VAE.safetensors"
+CONFIGS = {"t2v": CONFIG, "ti2v": TI2V_CONFIG}
+"""By the `model_type` of a config.json: Wan2.1, and Wan2.2 TI2V-5B in small."""
 
-def transformer(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Official names, float32, values of the size of a trained network's."""
+_DIFFUSERS_TRANSFORMER = (
+    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
+    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
+    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
+    ("time_projection.1.", "condition_embedder.time_proj."),
+    ("head.head.", "proj_out."),
+    ("head.modulation", "scale_shift_table"),
+    (".modulation", ".scale_shift_table"),
+    (".self_attn.", ".attn1."),
+    (".cross_attn.", ".attn2."),
+    *((f".{name}.", f".to_{name}.") for name in "qkv"),
+    (".o.", ".to_out.0."),
+    (".ffn.0.", ".ffn.net.0.proj."),
+    (".ffn.2.", ".ffn.net.2."),
+    (".norm3.", ".norm2."),
+)
+
+
+def diffusers_name(key: str) -> str:
+    """What diffusers calls a parameter of the transformer."""
+    for ours, theirs in _DIFFUSERS_TRANSFORMER:
+        key = key.replace(ours, theirs)
+    return key
+
+
+_DIFFUSERS_VAE = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
+    (r"coder\.head\.0\.", "coder.norm_out."),
+    (r"coder\.head\.2\.", "coder.conv_out."),
+    (r"coder\.middle\.1\.", "coder.mid_block.attentions.0."),
+    (r"coder\.middle\.0\.", "coder.mid_block.resnets.0."),
+    (r"coder\.middle\.2\.", "coder.mid_block.resnets.1."),
+    (r"\.(down|up)samples\.(\d)\.(?:down|up)samples\.\d\.(resample\.1|time_conv)\.", r".\1_blocks.\2.\1sampler.\3."),
+    (r"\.(down|up)samples\.(\d)\.(?:down|up)samples\.(\d)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
+
+
+def diffusers_vae_name(key: str) -> str:
+    """What diffusers calls a parameter of Wan2.2's VAE."""
+    for ours, theirs in _DIFFUSERS_VAE:
+        key = re.sub(ours, theirs, key)
+    return key
+
+
+def _random(build: Callable[[], torch.nn.Module], seed: int, std: float) -> dict[str, torch.Tensor]:
+    """Parameters of the size of a trained network's, gains around 1, the same for a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = WanDiT(CONFIG)
+        network = build()
         for name, parameter in network.named_parameters():
-            torch.nn.init.normal_(parameter, mean="norm" in name and "weight" in name, std=0.05)
+            is_gain = ("norm" in name and "weight" in name) or name.endswith("gamma")
+            torch.nn.init.normal_(parameter, mean=is_gain, std=std)
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def vae() -> dict[str, torch.Tensor]:
-    """Official names, float32: the goldens' VAE of base width 6."""
+def transformer(seed: int = 0, kind: str = "t2v") -> dict[str, torch.Tensor]:
+    """Official names, float32."""
+    return _random(lambda: WanDiT(CONFIGS[kind]), seed, 0.05)
+
+
+def vae(kind: str = "t2v") -> dict[str, torch.Tensor]:
+    """Official names, float32: the goldens' VAE of base width 6, or a random one of Wan2.2's form."""
+    if kind == "ti2v":
+        return _random(lambda: WanVAE(TI2V_VAE_CONFIG), 0, 0.15)
     return load_file(GOLDENS / "wan_vae" / "official" / VAE)
 
 
@@ -45,16 +112,43 @@ def text_encoder(layout: str = "official") -> dict[str, torch.Tensor]:
     return load_file(GOLDENS / "umt5" / folder / f"{file}.safetensors")
 
 
-def official(folder: Path) -> Path:
-    """The official layout."""
+def official(folder: Path, kind: str = "t2v") -> Path:
+    """The official layout of a model of a kind in `CONFIGS`."""
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    save_file(transformer(), folder / TRANSFORMER)
-    save_file(vae(), folder / VAE)
+    save_file(transformer(kind=kind), folder / TRANSFORMER)
+    save_file(vae(kind), folder / (TI2V_VAE if kind == "ti2v" else VAE))
     save_file(text_encoder(), folder / TEXT_ENCODER)
     shutil.copy(TOKENIZER, folder / "google" / "umt5-xxl")
-    sizes = {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(CONFIG)}
+    sizes = {"_class_name": "WanModel", "model_type": kind, **dataclasses.asdict(CONFIGS[kind])}
     del sizes["inject_sample_info"]  # which SkyReels-V2 alone says
     (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+def diffusers_ti2v(folder: Path) -> Path:
+    """The Diffusers layout of the "ti2v" model, with the entries of its JSON files that distinguish it."""
+    statistics = dict(zip(("latents_mean", "latents_std"), TI2V_VAE_CONFIG.statistics(), strict=True))
+    networks = {
+        "transformer": (
+            transformer(kind="ti2v"),
+            diffusers_name,
+            {"_class_name": "WanTransformer3DModel", "text_len": 16},
+        ),
+        "vae": (
+            vae("ti2v"),
+            diffusers_vae_name,
+            {"_class_name": "AutoencoderKLWan", "is_residual": True, **statistics},
+        ),
+        "text_encoder": (text_encoder("hf"), str, {}),
+    }
+    for name, (tensors, rename, config) in networks.items():
+        (folder / name).mkdir(parents=True)
+        file = "model.safetensors" if name == "text_encoder" else TRANSFORMER
+        save_file({rename(key): value for key, value in tensors.items()}, folder / name / file)
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer").mkdir()
+    shutil.copy(TOKENIZER, folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": None, "expand_timesteps": True}))
     return folder
 
 

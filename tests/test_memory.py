@@ -22,9 +22,9 @@ from miga_engine.config import MigaConfig
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.memory import Ledger, amount, choose_window_batch, peak_resident_bytes, resident_bytes
 from miga_engine.models.loading import file_bytes
-from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
+from miga_engine.models.wan.dit import WAN22_TI2V_5B, WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.umt5 import UMT5Config, UMT5Encoder
-from miga_engine.models.wan.vae import WanVAE
+from miga_engine.models.wan.vae import WAN22_VAE, WanVAE
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 FEW_STEPS = ["--num-frames", "5", "--num-inference-steps", "9", "--stage2-steps", "2", "--judge-step", "3"]
@@ -125,6 +125,24 @@ def test_published_models_are_estimated_from_their_headers(size, shards, paramet
     extra = four.peaks["forward, with decoding beside it"] - estimate.peaks["forward, with decoding beside it"]
     per_token = extra / 3 / tokens
     assert 4 * config.dim + 2 * config.ffn_dim < per_token < 16 * config.dim + 2 * config.ffn_dim
+
+
+@pytest.mark.slow
+def test_wan22_ti2v_is_estimated_from_its_headers(tmp_path):
+    with torch.device("meta"):
+        count = _write_headers(tmp_path, "diffusion_pytorch_model", WanDiT(WAN22_TI2V_5B), 3)
+        of_vae = _write_headers(tmp_path, "Wan2.2_VAE", WanVAE(WAN22_VAE))
+        _write_headers(
+            tmp_path, "models_t5_umt5-xxl-enc-bf16", UMT5Encoder(UMT5Config(256, 4096, 4096, 10240, 64, 2, 32))
+        )
+    (tmp_path / "tokenizer.json").write_text("{}")
+    estimate = Engine.estimate(tmp_path, device="cuda", height=704, width=1280)
+    assert 2 * count <= estimate.resident["transformer weights"] < 2.1 * count
+    assert estimate.resident["VAE weights"] == pytest.approx(4 * of_vae, rel=1e-6)
+    # Frames of all convolutions that look back; of those at the last level alone more than half a gibibyte.
+    last = 352 * 640 * 4
+    assert estimate.resident["decoder feature cache"] > 2 * last * (512 + 5 * 256 + 256)
+    assert estimate.peaks["forward, with decoding beside it"] > 2**30
 
 
 def test_the_ledger_counts_what_is_alive_and_nothing_twice():

@@ -37,9 +37,9 @@ FAMILIES: tuple[Family, ...] = (
 
 
 HUB_FILES = (
-    "*.json", "diffusion_pytorch_model*", "model*.safetensors", "model.ckpt", "Wan2.1_VAE.*", "models_t5*",
-    "google/umt5-xxl/*", "transformer/*", "transformer_2/*", "high_noise_model/*", "low_noise_model/*", "vae/*",
-    "text_encoder/*", "tokenizer/*", "merges.txt",
+    "*.json", "diffusion_pytorch_model*", "model*.safetensors", "model.ckpt", "Wan2.1_VAE.*", "Wan2.2_VAE.*",
+    "models_t5*", "google/umt5-xxl/*", "transformer/*", "transformer_2/*", "high_noise_model/*", "low_noise_model/*",
+    "vae/*", "text_encoder/*", "tokenizer/*", "merges.txt",
 )  # fmt: skip
 """Files of a model of Hugging Face's hub that loading it reads, of whatever family."""
 

@@ -24,6 +24,7 @@ from miga_engine.weights.files import format_of, open_checkpoint
 
 Tensors = dict[str, Tensor]
 WAN, VAE = random_wan.transformer(), random_wan.vae()
+TI2V, VAE22 = random_wan.transformer(kind="ti2v"), random_wan.vae("ti2v")
 DIFFUSERS = load_file(GOLDENS / "wan_dit" / "diffusers" / "transformer" / random_wan.TRANSFORMER)
 DIFFUSERS_VAE = load_file(GOLDENS / "wan_vae" / "diffusers" / random_wan.TRANSFORMER)
 UMT5 = random_wan.text_encoder("hf")
@@ -74,22 +75,6 @@ def taew(channels: int) -> Tensors:
 
 
 I2V_KEYS = ("img_emb.proj.0.bias", "img_emb.proj.1.weight", "blocks.0.cross_attn.k_img.weight")
-NESTED = {
-    "conv1.weight": torch.zeros(96, 96, 1, 1, 1),
-    "conv2.weight": torch.zeros(48, 48, 1, 1, 1),
-    "encoder.conv1.weight": torch.zeros(160, 12, 3, 3, 3),
-    "encoder.downsamples.0.downsamples.0.residual.0.gamma": torch.zeros(160, 1, 1, 1),
-    "decoder.conv1.weight": torch.zeros(1024, 48, 3, 3, 3),
-    "decoder.upsamples.0.upsamples.0.residual.0.gamma": torch.zeros(1024, 1, 1, 1),
-}
-RESIDUAL = {
-    "quant_conv.weight": torch.zeros(96, 96, 1, 1, 1),
-    "encoder.conv_in.weight": torch.zeros(160, 12, 3, 3, 3),
-    "encoder.down_blocks.0.resnets.0.norm1.gamma": torch.zeros(160, 1, 1, 1),
-    "encoder.down_blocks.0.downsampler.resample.1.weight": torch.zeros(160, 160, 3, 3),
-    "decoder.conv_in.weight": torch.zeros(1024, 48, 3, 3, 3),
-    "decoder.up_blocks.0.upsampler.resample.1.weight": torch.zeros(1024, 1024, 3, 3),
-}
 IMAGE = {
     "encoder.conv_in.weight": torch.zeros(128, 3, 3, 3),
     "decoder.conv_in.weight": torch.zeros(512, 4, 3, 3),
@@ -157,16 +142,12 @@ KINDS: dict[str, tuple[str, Tensors, str]] = {
     ),
     "36/16": ("an image-to-video model without an image encoder (Wan2.2 I2V-A14B or Wan Fun-InP)", wan(in_dim=36), ""),
     "32/16": ("a Wan2.2 Fun-Camera model", wan(in_dim=32), ""),
-    "TI2V-5B": ("Wan2.2 TI2V-5B, with latents of the Wan2.2 VAE", wan(in_dim=48, out_dim=48), ""),
     "SLA": (
         "a TurboDiffusion model with sparse-linear attention (SLA)",
         wan("blocks.0.self_attn.attn_op.local_attn.proj_l.weight"),
         "",
     ),
     "VSA": ("a FastWan model with video sparse attention (VSA)", wan("blocks.0.to_gate_compress.weight"), ""),
-    "Wan2.2 VAE": ("the VAE of Wan2.2 TI2V-5B", NESTED, "vae"),
-    "Wan2.2 VAE of diffusers": ("the VAE of Wan2.2 TI2V-5B", RESIDUAL, "vae"),
-    "Wan2.2 VAE, prefix": ("the VAE of Wan2.2 TI2V-5B", {f"vae.{key}": value for key, value in NESTED.items()}, "vae"),
     "TAEW2.1": ("TAEW2.1, the tiny decoder of previews", taew(16), "vae"),
     "TAEW2.2": ("the tiny decoder of another model (TAEHV)", taew(48), "vae"),
     "image VAE": ("the VAE of an image model", IMAGE, "vae"),
@@ -218,7 +199,7 @@ def test_each_kind_is_refused_by_its_name(tmp_path: Path, model: Path, reads: li
     assert_refused(saved(tmp_path / "a.safetensors", tensors), name, part, model, reads, capsys)
 
 
-@pytest.mark.parametrize("kind", ["VACE", "I2V", "I2V of diffusers", "36/16", "TI2V-5B", "SkyReels-V2-I2V"])
+@pytest.mark.parametrize("kind", ["VACE", "I2V", "I2V of diffusers", "36/16", "SkyReels-V2-I2V"])
 def test_a_prefix_and_another_format_change_nothing(
     tmp_path: Path, model: Path, reads: list[str], capsys, kind: str
 ) -> None:
@@ -276,13 +257,13 @@ def test_a_good_part_in_the_place_of_another_is_refused(tmp_path: Path, model: P
     """It is no kind of its own: the keys that are missed are named."""
     for load, file, what in (
         (load_transformer, random_wan.VAE, "a Wan2.1 transformer"),
-        (load_vae, random_wan.TEXT_ENCODER, "a Wan2.1 VAE"),
+        (load_vae, random_wan.TEXT_ENCODER, "a Wan VAE"),
         (load_text_encoder, random_wan.TRANSFORMER, "a UMT5 text encoder"),
     ):
         sentence = refusal(lambda load=load, file=file: load(model / file), CheckpointError)
         assert f"{file} does not hold {what} (no " in sentence
     lora_file = saved(tmp_path / "lora.safetensors", KINDS["LoRA"][1])
-    assert "is a LoRA, and not a Wan2.1 VAE: give it with --lora" in refusal(lambda: load_vae(lora_file))
+    assert "is a LoRA, and not a Wan VAE: give it with --lora" in refusal(lambda: load_vae(lora_file))
     sentence = refusal(lambda: load_vae(model / random_wan.VAE, decoder="tae"), CheckpointError)
     assert "is a Wan2.1 VAE, and not TAEW2.1, the tiny decoder of previews: give it with --vae, and TAEW2.1" in sentence
     assert not reads
@@ -310,6 +291,10 @@ def test_the_parts_of_every_layout_are_what_they_are(tmp_path: Path) -> None:
         ("transformer", DIFFUSERS),
         ("transformer", random_wan.scaled_fp8(WAN)),
         ("vae", DIFFUSERS_VAE),
+        ("transformer", TI2V),
+        ("vae", VAE22),
+        ("vae", {f"vae.{key}": value for key, value in VAE22.items()}),
+        ("vae", {random_wan.diffusers_vae_name(key): value for key, value in VAE22.items()}),
         ("vae", {f"first_stage_model.{key}": value for key, value in VAE.items()}),
         ("text_encoder", UMT5),
         ("text_encoder", {f"text_encoders.umt5xxl.transformer.{key}": value for key, value in UMT5.items()}),
@@ -320,3 +305,21 @@ def test_the_parts_of_every_layout_are_what_they_are(tmp_path: Path) -> None:
         kind = kind_of(open_checkpoint(saved(tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors", tensors)))
         assert kind is not None
         assert kind.part == part
+
+
+def test_parts_of_wan22_ti2v_are_told_by_their_names_and_channels(tmp_path: Path, reads: list[str], capsys) -> None:
+    for name, part, channels, tensors in (
+        ("the transformer of Wan2.2 TI2V-5B", "transformer", 48, TI2V),
+        ("the VAE of Wan2.2 TI2V-5B", "vae", 48, VAE22),
+        ("a Wan2.1 text-to-video transformer", "transformer", 16, WAN),
+        ("a Wan2.1 VAE", "vae", 16, VAE),
+    ):
+        file = saved(tmp_path / f"{name.replace('/', ' ')}.safetensors", tensors)
+        kind = kind_of(open_checkpoint(file))
+        assert kind is not None
+        assert (kind.name, kind.part, kind.channels) == (name, part, channels)
+        assert main(["info", str(file)]) == 0
+        said = capsys.readouterr().out
+        assert f" {name}\n" in said
+        assert "give it " in said
+    assert not reads

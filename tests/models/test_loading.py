@@ -286,7 +286,7 @@ def test_missing_and_wrong_places(official: Path, tmp_path: Path) -> None:
             CheckpointError, match=rf"empty holds no {what} weights \(none of .*\): give an official or"
         ):
             load(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match=r"does not hold a Wan2\.1 VAE \(no decoder\.conv1\.weight or .*\): give"):
+    with pytest.raises(CheckpointError, match=r"does not hold a Wan VAE \(no decoder\.conv1\.weight or .*\): give"):
         load_vae(DIT_FILE)
     with pytest.raises(CheckpointError, match=r"does not hold a UMT5 text encoder \(no token_embedding\.weight or"):
         load_text_encoder(VAE_FILE)

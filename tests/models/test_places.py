@@ -156,14 +156,25 @@ def test_vaes_and_text_encoders_of_other_models_beside_are_passed_over(comfy: Pa
     models = comfy / "models"
     image = {"decoder.conv_in.weight": torch.zeros(512, 16, 3, 3), "encoder.conv_in.weight": torch.zeros(128, 3, 3, 3)}
     saved(models / "vae" / "ae.safetensors", {**image, "x": torch.zeros(10**6)})
-    saved(models / "vae" / "wan2.2_vae.safetensors", {
-        "decoder.conv1.weight": torch.zeros(2048, 48, 3, 3, 3),
-        "encoder.downsamples.0.downsamples.0.residual.0.gamma": torch.zeros(160, 1, 1, 1),
-    })  # fmt: skip
     t5 = {k: v for k, v in random_wan.text_encoder("hf").items() if "attention_bias" not in k or "block.0" in k}
     saved(models / "text_encoders" / "t5xxl_fp16.safetensors", {**t5, "x": torch.zeros(10**6)})
     saved(models / "text_encoders" / "clip_l.safetensors", {"text_model.embeddings.weight": torch.zeros(77, 768)})
     starts(comfy / place)
+
+
+@pytest.mark.parametrize("place", ["", "models"])
+@pytest.mark.parametrize("names", [("wan_2.1_vae", "wan2.2_vae"), ("Wan2_1_fp32", "Wan2_2_fp32")])
+def test_of_two_vaes_the_one_for_the_transformers_latents_counts(comfy: Path, place: str, names: tuple) -> None:
+    """Whichever is larger, and wherever the transformer lies."""
+    dit, vae = comfy / "models" / "diffusion_models", comfy / "models" / "vae"
+    next(vae.iterdir()).rename(vae / f"{names[0]}.safetensors")
+    saved(vae / f"{names[1]}.safetensors", random_wan.vae("ti2v"))
+    ti2v = saved(comfy / "wan2.2_ti2v_5B_fp16.safetensors", random_wan.transformer(kind="ti2v"))
+    assert starts(comfy / place).bundle.latent_channels == 16
+    named = Engine.from_pretrained(str(comfy / place), "cpu", transformer=str(ti2v))
+    next(dit.iterdir()).unlink()
+    inside = Engine.from_pretrained(str(ti2v.rename(dit / ti2v.name)), "cpu")
+    assert named.bundle.latent_channels == inside.bundle.latent_channels == 48
 
 
 @pytest.mark.parametrize("place", ["", "models"])

@@ -322,7 +322,7 @@ def test_a_push_that_fails_leaves_the_decoder_as_it_was(vae: WanVAE, monkeypatch
         decoder = vae.stream_decoder()
         frames = [decoder.push(latents[:, :, :2])]
         with monkeypatch.context() as patch:
-            patch.setattr("miga_engine.models.wan.vae_layers.Decoder.forward", _fails_half_way)
+            patch.setattr("miga_engine.models.wan.vae_levels.Decoder.forward", _fails_half_way)
             with pytest.raises(_DecoderError):
                 decoder.push(latents[:, :, 2:3])
         frames += [decoder.push(latents[:, :, 2:])]

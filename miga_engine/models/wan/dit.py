@@ -71,15 +71,18 @@ class WanDiTConfig:
         return self.dim // self.num_heads
 
 
-def _published(dim: int, ffn_dim: int, num_heads: int, num_layers: int) -> WanDiTConfig:
+def _published(dim: int, ffn_dim: int, num_heads: int, num_layers: int, channels: int = 16) -> WanDiTConfig:
     return WanDiTConfig(
         dim=dim, ffn_dim=ffn_dim, freq_dim=256, num_heads=num_heads, num_layers=num_layers,
-        text_dim=4096, text_len=512, in_dim=16, out_dim=16,
+        text_dim=4096, text_len=512, in_dim=channels, out_dim=channels,
     )  # fmt: skip
 
 
 WAN_T2V_CONFIGS = {"1.3B": _published(1536, 8960, 12, 30), "14B": _published(5120, 13824, 40, 40)}
 """Sizes of the published Wan2.1 text-to-video transformers, for building them without their files."""
+
+WAN22_TI2V_5B = _published(3072, 14336, 24, 30, channels=48)
+"""Sizes of the published transformer of Wan2.2 TI2V-5B."""
 
 
 class WanDiT(Transformer):

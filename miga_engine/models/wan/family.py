@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
 from miga_engine.models.family import Device, Family, Sources
 from miga_engine.models.protocols import VAE
-from miga_engine.models.wan import kinds, layouts, places, variants
+from miga_engine.models.wan import kinds, layouts, places, vae_layouts, variants
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.dit_layers import MAX_POSITIONS
 from miga_engine.models.wan.experts import WanExperts
@@ -31,6 +32,8 @@ from miga_engine.weights.files import indexed_files, open_checkpoint, open_files
 from miga_engine.weights.load import load_module
 from miga_engine.weights.lora import Lora
 from miga_engine.weights.untrusted import read_bounded, read_json
+
+_VAE_OF = {16: "the VAE of Wan2.1 (Wan2.1_VAE.pth)", kinds.TI2V_CHANNELS: "the VAE of Wan2.2 (Wan2.2_VAE.pth)"}
 
 
 def load_transformer(sources: Sources, device: Device = None, dtype: torch.dtype | None = None) -> WanDiT | WanExperts:
@@ -107,8 +110,8 @@ def load_vae(sources: Sources, device: Device = None, dtype: torch.dtype = torch
     files = places.files_of(sources, "vae")
     stored = open_files(files)
     kinds.require(stored, "vae")
-    checkpoint = layouts.official_vae(stored)
-    config = layouts.vae_config(checkpoint, _stored_config(files[0], {"AutoencoderKLWan"}))
+    checkpoint = vae_layouts.official_vae(stored)
+    config = vae_layouts.vae_config(checkpoint, _stored_config(files[0], {"AutoencoderKLWan"}))
     return load_module(lambda: WanVAE(config), checkpoint, device=device, dtype=dtype).lay_out()
 
 
@@ -136,6 +139,7 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
     root = sources.folder
     opened = _opened_transformers(sources)
     variant = _variant(opened)
+    _refuse_tiny_decoder(sources, opened[0])
     for part in ("text_encoder", "tae" if sources.decoder == "tae" else "vae"):  # read late, but missed at once
         kinds.require(open_files(places.files_of(sources, part)), part)
     texts_form = form_of(open_files(places.files_of(sources, "text_encoder")))
@@ -143,7 +147,7 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
     transformer = _built(opened, sources, device, dtype)
     vae = load_vae(sources, device, vae_dtype)
     config = transformer.config
-    check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_dim, output=config.out_dim)
+    _check_latents(root, vae, config)
 
     def open_text_encoder() -> UMT5Encoder:
         encoder = load_text_encoder(sources, device, dtype)
@@ -171,6 +175,26 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
         open_tokenizer=lambda: load_tokenizer(sources, config.text_len),
         rehearse=lambda: rehearse(transformer.dtype),
     )
+
+
+def _refuse_tiny_decoder(sources: Sources, opened: _Opened) -> None:
+    """CheckpointError where a tiny decoder is asked for and there is none for the transformer's latents."""
+    if sources.decoder == "tae" and opened.config.in_dim == kinds.TI2V_CHANNELS:
+        raise CheckpointError(
+            f"{opened.path} is the transformer of Wan2.2 TI2V-5B, whose latents the decoder 'tae' does not decode, being "
+            "TAEW2.1: load the model with decoder 'vae'"
+        )
+
+
+def _check_latents(root: Path, vae: VAE, config: WanDiTConfig) -> None:
+    """CheckpointError where the VAE's latents are not those that the transformer takes and gives."""
+    has, wanted = vae.config.z_dim, config.in_dim
+    if wanted == config.out_dim != has and wanted in _VAE_OF:
+        raise CheckpointError(
+            f"the transformer of {root} takes latents of {wanted} channels and the VAE has {has}: "
+            f"give {_VAE_OF[wanted]} with --vae"
+        )
+    check_fit(root, "channels of a latent", vae=has, input=wanted, output=config.out_dim)
 
 
 def network_bytes(sources: Sources) -> dict[str, int]:
@@ -207,6 +231,7 @@ def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | byt
     vae, text_encoder = (open_files(places.files_of(sources, part)) for part in ("vae", "text_encoder"))
     kinds.require(vae, "vae")
     kinds.require(text_encoder, "text_encoder")
+    is_ti2v = opened[0].config.in_dim == kinds.TI2V_CHANNELS
     tokenizer, extra = places.tokenizer_file(sources), sources.folder / "miga.json"
     load_tokenizer(sources)  # known to be one
     is_json = tokenizer.suffix == ".json"
@@ -219,7 +244,7 @@ def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | byt
         transformers["model_index.json"] = {"boundary_ratio": ratio}
     return {
         **transformers,
-        "Wan2.1_VAE.safetensors": layouts.official_vae(vae),
+        f"Wan2.{2 if is_ti2v else 1}_VAE.safetensors": vae_layouts.official_vae(vae),
         "models_t5_umt5-xxl-enc-bf16.safetensors": layouts.official_text_encoder(text_encoder),
         "google/umt5-xxl/" + ("tokenizer.json" if is_json else "spiece.model"): (
             read_bounded(tokenizer, MAX_TOKENIZER_BYTES) if is_json else spiece_in(tokenizer)
@@ -233,7 +258,8 @@ def _official_config(one: _Opened, variant: Variant) -> dict[str, Any]:
     sizes = dataclasses.asdict(one.config)
     if variant.default_preset != "skyreels-v2-df":
         del sizes["inject_sample_info"]
-    return {"_class_name": "WanModel", "model_type": "t2v", **sizes}
+    is_ti2v = one.config.in_dim == kinds.TI2V_CHANNELS
+    return {"_class_name": "WanModel", "model_type": "ti2v" if is_ti2v else "t2v", **sizes}
 
 
 def rehearse(dtype: torch.dtype) -> None:

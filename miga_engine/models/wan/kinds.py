@@ -6,16 +6,17 @@ import re
 from typing import NamedTuple
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.wan import layouts
+from miga_engine.models.wan import layouts, vae_layouts
 from miga_engine.weights.checkpoint import Checkpoint, count_numbered
 
 Shapes = dict[str, tuple[int, ...]]
 
 TEXT_TO_VIDEO = "a Wan2.1 text-to-video transformer"
+TI2V_CHANNELS = 48  # of the latents of Wan2.2 TI2V-5B and its VAE
 _REMEDY = "give a Wan2.1 text-to-video model"
 _PARTS = {
     "transformer": TEXT_TO_VIDEO,
-    "vae": "a Wan2.1 VAE",
+    "vae": "a Wan VAE",
     "text_encoder": "a UMT5 text encoder",
     "tae": "TAEW2.1, the tiny decoder of previews",
     "lora": "a LoRA",
@@ -62,6 +63,8 @@ class Kind(NamedTuple):
     name: str
     part: str
     remedy: str = _REMEDY
+    channels: int = 0
+    """Of a latent, by which a transformer and a VAE belong together; 0 where nothing tells."""
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind | None:
@@ -135,23 +138,22 @@ def _transformer(checkpoint: Checkpoint) -> Kind:
         return Kind("a Wan Fun-Control model", "")
     if in_dim == 32 and out_dim == 16:
         return Kind("a Wan2.2 Fun-Camera model", "")
-    if (in_dim, out_dim) == (48, 48):
-        return Kind("Wan2.2 TI2V-5B, with latents of the Wan2.2 VAE", "")
+    if in_dim == out_dim == TI2V_CHANNELS:
+        return Kind("the transformer of Wan2.2 TI2V-5B", "transformer", "", out_dim)
     if noise := noise_of(checkpoint.path.name):
-        return Kind(f"by its name one of the two networks of Wan2.2 T2V-A14B, that for {noise} noise", "transformer")
+        name = f"by its name one of the two networks of Wan2.2 T2V-A14B, that for {noise} noise"
+        return Kind(name, "transformer", channels=out_dim)
     if FPS_KEY in own:
-        return Kind("a SkyReels-V2-DF text-to-video transformer, which is told the frame rate", "transformer")
-    return _part("transformer")
+        name = "a SkyReels-V2-DF text-to-video transformer, which is told the frame rate"
+        return Kind(name, "transformer", channels=out_dim)
+    return _part("transformer")._replace(channels=out_dim)
 
 
 def _vae(shapes: Shapes) -> Kind:
-    is_nested = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in shapes)
-    is_residual = any(re.match(r"decoder\.up_blocks\.\d+\.upsampler\.", key) for key in shapes)
-    if is_nested or is_residual:
-        return Kind("the VAE of Wan2.2 TI2V-5B", "", "give the Wan2.1 VAE, which Wan2.2 A14B has too")
     if any(len(shapes.get(key, ())) == 4 for key in ("decoder.conv_in.weight", "encoder.conv_in.weight")):
-        return Kind("the VAE of an image model", "", "give the Wan2.1 VAE")
-    return _part("vae")
+        return Kind("the VAE of an image model", "", "give the VAE of the Wan model")
+    name = "the VAE of Wan2.2 TI2V-5B" if vae_layouts.is_nested(shapes) else "a Wan2.1 VAE"
+    return Kind(name, "vae", "", vae_layouts.latent_channels(shapes))
 
 
 def _text_encoder(shapes: Shapes) -> Kind | None:

@@ -1,4 +1,7 @@
-"""How the Wan2.1 checkpoints are laid out: official and Diffusers key names, and sizes read off the shapes."""
+"""How Wan's checkpoints are laid out: official and Diffusers key names, and sizes read off the shapes.
+
+The VAEs' own names and sizes are in `vae_layouts`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ import torch
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.umt5 import MAX_DISTANCE, UMT5Config
-from miga_engine.models.wan.vae import WanVAEConfig
 from miga_engine.weights.checkpoint import Checkpoint, count_numbered
 from miga_engine.weights.quantized import dequantized
 from miga_engine.weights.renamed import RenamedCheckpoint
@@ -37,14 +39,14 @@ _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_or
 _OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "model.diffusion_model.")
 
 _TRANSFORMER_MARKS = ("patch_embedding.weight",)
-_VAE_MARKS = ("decoder.conv1.weight", "decoder.conv_in.weight")
+VAE_MARKS = ("decoder.conv1.weight", "decoder.conv_in.weight")
 _TEXT_ENCODER_MARKS = (
     "token_embedding.weight",
     "shared.weight",
     "encoder.embed_tokens.weight",
     "token_embd.weight",
 )
-_MARKS = {"transformer": _TRANSFORMER_MARKS, "vae": _VAE_MARKS, "text_encoder": _TEXT_ENCODER_MARKS}
+_MARKS = {"transformer": _TRANSFORMER_MARKS, "vae": VAE_MARKS, "text_encoder": _TEXT_ENCODER_MARKS}
 """Keys that the sizes of a network are read from, in any of its layouts."""
 
 _VOCABULARY = "spiece_model"  # the tokenizer, in a file of the text encoder
@@ -68,22 +70,6 @@ DIT_RULES = (
     (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
     (r"\.ffn\.net\.2\.", ".ffn.2."),
     (r"\.norm2\.", ".norm3."),
-)
-_VAE_RULES = (
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-    (r"\.conv_in\.", ".conv1."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.down_blocks\.", ".downsamples."),
-    (r"(samples\.\d+|middle\.[02])\.norm1\.", r"\1.residual.0."),
-    (r"(samples\.\d+|middle\.[02])\.conv1\.", r"\1.residual.2."),
-    (r"(samples\.\d+|middle\.[02])\.norm2\.", r"\1.residual.3."),
-    (r"(samples\.\d+|middle\.[02])\.conv2\.", r"\1.residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
 )
 _UMT5_RULES = (
     (r"^shared\.", "token_embedding."),
@@ -114,9 +100,9 @@ _GGUF_UMT5_RULES = (
 def official_transformer(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official transformer keys. Raises CheckpointError when it holds something else."""
     checkpoint = without_prefix(checkpoint, "transformer")
-    _require(checkpoint, "a Wan2.1 transformer", *_TRANSFORMER_MARKS)
+    require_key(checkpoint, "a Wan2.1 transformer", *_TRANSFORMER_MARKS)
     if "proj_out.weight" in checkpoint.shapes:
-        checkpoint = RenamedCheckpoint(checkpoint, lambda key: _apply(DIT_RULES, key))
+        checkpoint = RenamedCheckpoint(checkpoint, lambda key: renamed(DIT_RULES, key))
     return dequantized(checkpoint)
 
 
@@ -161,32 +147,10 @@ def keeps_fp32(checkpoint: Checkpoint) -> Callable[[str], bool]:
     return lambda key: is_vae
 
 
-def official_vae(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under official VAE keys. Raises CheckpointError when it holds something else."""
-    checkpoint = without_prefix(checkpoint, "vae")
-    _require(checkpoint, "a Wan2.1 VAE", *_VAE_MARKS)
-    if "decoder.conv_in.weight" not in checkpoint.shapes:
-        return dequantized(checkpoint)
-    # The residual blocks of a level and the upsampler behind them.
-    per_block = (
-        max(1, count_numbered(checkpoint.shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", checkpoint.path)) + 1
-    )
-
-    def rename(key: str) -> str:
-        key = re.sub(
-            r"^decoder\.up_blocks\.(\d{1,9})\.(?:resnets\.(\d{1,9})|upsamplers\.0)\.",
-            lambda m: f"decoder.upsamples.{int(m[1]) * per_block + (int(m[2]) if m[2] else per_block - 1)}.",
-            key,
-        )
-        return _apply(_VAE_RULES, key)
-
-    return dequantized(RenamedCheckpoint(checkpoint, rename))
-
-
 def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint under official UMT5 keys. Raises CheckpointError when it holds something else."""
     checkpoint = without_prefix(checkpoint, "text_encoder")
-    _require(checkpoint, "a UMT5 text encoder", *_TEXT_ENCODER_MARKS)
+    require_key(checkpoint, "a UMT5 text encoder", *_TEXT_ENCODER_MARKS)
     is_official = "token_embedding.weight" in checkpoint.shapes
     rules = () if is_official else _GGUF_UMT5_RULES if "token_embd.weight" in checkpoint.shapes else _UMT5_RULES
     has_shared = "shared.weight" in checkpoint.shapes
@@ -194,7 +158,7 @@ def official_text_encoder(checkpoint: Checkpoint) -> Checkpoint:
     def rename(key: str) -> str | None:
         if key == "encoder.embed_tokens.weight":  # the same table once more
             return None if has_shared else "token_embedding.weight"
-        return None if key == _VOCABULARY else _apply(rules, key)
+        return None if key == _VOCABULARY else renamed(rules, key)
 
     return dequantized(RenamedCheckpoint(checkpoint, rename))
 
@@ -219,7 +183,7 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
     whole numbers or larger than all the weights together.
     """
     refuse_types(checkpoint.path, stored)
-    shapes = _Shapes(checkpoint)
+    shapes = RequiredShapes(checkpoint)
     dim, in_dim, *patch = shapes.of("patch_embedding.weight", 5)
     num_weights = sum(math.prod(shape) for shape in checkpoint.shapes.values())
 
@@ -269,56 +233,21 @@ def transformer_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Wan
             inject_sample_info="fps_embedding.weight" in checkpoint.shapes,
         )
 
-    return _checked(checkpoint, build)
+    return checked(checkpoint, build)
 
 
 def refuse_types(path: Path, stored: Mapping[str, Any]) -> None:
     """CheckpointError where a config.json is that of another kind of model."""
-    if str(stored.get("model_type", "t2v")) != "t2v" or stored.get("image_dim") is not None:
+    if str(stored.get("model_type", "t2v")) not in ("t2v", "ti2v") or stored.get("image_dim") is not None:
         raise CheckpointError(
             f"{path} belongs to a {short(str(stored.get('model_type', 'image-conditioned')))} model: "
             "give a Wan2.1 text-to-video model"
         )
 
 
-def vae_config(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> WanVAEConfig:
-    """Sizes from the shapes under official keys; statistics of the latents from config.json where it has them."""
-    shapes = _Shapes(checkpoint)
-    dim = shapes.of("encoder.conv1.weight", 5)[0]
-    widths: list[int] = []  # by level
-    blocks_in_level = 0
-    temporal: list[bool] = []
-    for i in range(count_numbered(checkpoint.shapes, r"encoder\.downsamples\.(\d+)\.", checkpoint.path)):
-        prefix = f"encoder.downsamples.{i}."
-        if prefix + "resample.1.weight" in checkpoint.shapes:
-            temporal.append(prefix + "time_conv.weight" in checkpoint.shapes)
-            continue
-        if len(widths) == len(temporal):
-            widths.append(shapes.of(prefix + "residual.6.weight", 5)[0])
-            blocks_in_level = 0
-        blocks_in_level += 1
-
-    def build() -> WanVAEConfig:
-        statistics = {
-            name: _numbers(name, stored[name])
-            for name in ("latents_mean", "latents_std")
-            if stored.get(name) is not None
-        }
-        return WanVAEConfig(
-            dim=dim,
-            z_dim=shapes.of("conv2.weight", 5)[0],
-            dim_mult=tuple(width // dim for width in widths),
-            num_res_blocks=blocks_in_level,
-            temporal_downsample=tuple(temporal),
-            **statistics,
-        )
-
-    return _checked(checkpoint, build)
-
-
 def text_encoder_config(checkpoint: Checkpoint) -> UMT5Config:
     """Sizes from the shapes under official keys. Raises CheckpointError."""
-    shapes = _Shapes(checkpoint)
+    shapes = RequiredShapes(checkpoint)
     vocab_size, dim = shapes.of("token_embedding.weight", 2)
     num_buckets, num_heads = shapes.of("blocks.0.pos_embedding.embedding.weight", 2)
     dim_attn = shapes.of("blocks.0.attn.q.weight", 2)[0]
@@ -338,7 +267,7 @@ def text_encoder_config(checkpoint: Checkpoint) -> UMT5Config:
     )
 
 
-class _Shapes:
+class RequiredShapes:
     """Shapes of a checkpoint, of which a missing or impossible one is a CheckpointError."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -359,14 +288,8 @@ class _Shapes:
         return shape
 
 
-def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    is_list = isinstance(values, list) and all(isinstance(v, int | float) and abs(v) < 1e6 for v in values)
-    if not is_list or (name == "latents_std" and not all(v > 0 for v in values)):
-        raise ValueError(f"{name} must be a list of numbers, got {reprlib.repr(values)}")
-    return tuple(map(float, values))
-
-
-def _checked(checkpoint: Checkpoint, build: Callable[[], Config]) -> Config:
+def checked(checkpoint: Checkpoint, build: Callable[[], Config]) -> Config:
+    """What `build` makes of a checkpoint's sizes, any failure being a CheckpointError."""
     try:
         return build()
     except CheckpointError:
@@ -377,14 +300,16 @@ def _checked(checkpoint: Checkpoint, build: Callable[[], Config]) -> Config:
         ) from error
 
 
-def _require(checkpoint: Checkpoint, what: str, *keys: str) -> None:
+def require_key(checkpoint: Checkpoint, what: str, *keys: str) -> None:
+    """CheckpointError where a checkpoint has none of the keys by which `what` is known."""
     if not any(key in checkpoint.shapes for key in keys):
         raise CheckpointError(
             f"{checkpoint.path} does not hold {what} (no {' or '.join(keys)} in it): give the file or folder that does"
         )
 
 
-def _apply(rules: tuple[tuple[str, str], ...], key: str) -> str:
+def renamed(rules: tuple[tuple[str, str], ...], key: str) -> str:
+    """The key after all replacements, one after the other."""
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key

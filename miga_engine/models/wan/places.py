@@ -14,7 +14,7 @@ from miga_engine.errors import CheckpointError
 from miga_engine.models.family import Sources
 from miga_engine.models.wan import kinds, layouts
 from miga_engine.weights.checkpoint import Checkpoint
-from miga_engine.weights.files import format_of, open_checkpoint
+from miga_engine.weights.files import format_of, open_checkpoint, open_files
 from miga_engine.weights.untrusted import read_json, short
 
 OFFICIAL_PAIR = ("high_noise_model", "low_noise_model")
@@ -87,9 +87,9 @@ def files_of(sources: Sources, part: str) -> list[Path]:
         return named
     for pattern in _NAMES[part]:
         files = sorted(folder.glob(pattern))
-        if files and (pattern.endswith(".json") or not _is_other(files, part, pattern)):
+        if files and ((pattern.endswith(".json") and not named) or not _is_other(files, part, pattern)):
             return files
-    return [_chosen(named or _around(path, part), part, folder)]
+    return [_chosen(named or _around(path, part), part, folder, sources)]
 
 
 def networks(sources: Sources) -> tuple[Sources, ...]:
@@ -216,6 +216,15 @@ def _text_encoders(sources: Sources) -> list[Path]:
         return []
 
 
+def _latent_channels(sources: Sources) -> int:
+    """Channels of the latents that the transformer takes; 0 where there is none."""
+    try:
+        kind = kinds.kind_of(open_files(files_of(networks(sources)[0], "transformer")))
+    except CheckpointError:  # named where it is loaded
+        return 0
+    return 0 if kind is None else kind.channels
+
+
 def _around(path: Path, part: str) -> list[Path]:
     """Weights files in the folders that ComfyUI has for a part, in the tree at or around a path; where it is no such
     tree, those of the folder itself."""
@@ -250,10 +259,15 @@ def _is_other(files: Sequence[Path], part: str, pattern: str) -> bool:
     return part not in found and (pattern.startswith("model") or bool(found - {""}))
 
 
-def _chosen(files: Sequence[Path], part: str, folder: Path) -> Path:
-    """The file that is the part: of several VAEs or text encoders the largest, which rounds least."""
+def _chosen(files: Sequence[Path], part: str, folder: Path, sources: Sources) -> Path:
+    """The file that is the part: of several VAEs or text encoders the largest, which rounds least; of VAEs for several
+    kinds of latents one for the transformer's."""
     known = _kinds(files)
-    fitting = [file for file, kind in known if kind is not None and kind.part == part]
+    parts = {file: kind for file, kind in known if kind is not None and kind.part == part}
+    fitting = list(parts)
+    if part == "vae" and len({kind.channels for kind in parts.values()}) > 1:
+        channels = _latent_channels(sources)
+        fitting = [file for file, kind in parts.items() if kind.channels == channels] or fitting
     if not fitting:
         others = [f"{file.name} is {kind.name}" for file, kind in known if kind is not None and not kind.part]
         names = (*_NAMES[part], *_ANY[part])

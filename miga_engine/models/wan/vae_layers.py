@@ -1,4 +1,4 @@
-"""Layers of the Wan2.1 video VAE, causal in time.
+"""Layers of the Wan video VAEs, causal in time.
 
 Inside the network a clip is [B,T,H,W,C], contiguous: a frame is a picture to every 2-D operation (channels-last,
 the layout that convolutions are fastest in on CPUs and GPUs), a norm reads neighbours in memory, a 1x1 convolution is a
@@ -27,7 +27,11 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(pictures).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
-class CausalConv3d(nn.Conv3d):
+class Causal:
+    """A layer that is also given the temporal state of the clip: called as `layer(x, cache)`."""
+
+
+class CausalConv3d(Causal, nn.Conv3d):
     """3-D convolution over [B,T,H,W,C] that sees the present and `kernel - 1` past frames, zeros before the first.
 
     The parameters are those of nn.Conv3d. It is computed as one 2-D convolution over the stacked channels of the frames
@@ -119,7 +123,7 @@ class ChannelNorm(nn.Module):
         return F.silu(out, inplace=not is_trained) if self.has_silu else out
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Causal, nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))))))."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -159,7 +163,7 @@ class AttentionBlock(nn.Module):
         return x + out.view(x.shape)
 
 
-class Downsample(nn.Module):
+class Downsample(Causal, nn.Module):
     """Halve height and width, and from the second frame on also time when `is_temporal`."""
 
     def __init__(self, channels: int, is_temporal: bool) -> None:
@@ -182,13 +186,13 @@ class Downsample(nn.Module):
         return torch.cat([x[:, :1], self.time_conv.taps(x, 3)], dim=1)
 
 
-class Upsample(nn.Module):
-    """Double height and width and halve the channels; double time too, after the first latent, when `is_temporal`."""
+class Upsample(Causal, nn.Module):
+    """Double height and width; double time too, after the first latent, when `is_temporal`."""
 
-    def __init__(self, channels: int, is_temporal: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, is_temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), Conv2d(channels, channels // 2, 3, padding=1)
+            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), Conv2d(channels, out_channels, 3, padding=1)
         )
         self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if is_temporal else None
 
@@ -216,69 +220,13 @@ class Upsample(nn.Module):
 def run_sequence(layers: nn.Sequential, x: Tensor, cache: FeatureCache | None) -> Tensor:
     """nn.Sequential that hands the temporal state to the layers that keep one."""
     for layer in layers:
-        x = layer(x, cache) if isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample)) else layer(x)
+        x = layer(x, cache) if isinstance(layer, Causal) else layer(x)
     return x
 
 
-class Encoder(nn.Module):
-    """[B,T,H,W,3] → [B,F,H/8,W/8,out_channels] for four levels."""
-
-    def __init__(
-        self,
-        dim: int,
-        out_channels: int,
-        dim_mult: tuple[int, ...],
-        num_res_blocks: int,
-        temporal_downsample: tuple[bool, ...],
-    ) -> None:
-        super().__init__()
-        channels = dim
-        self.conv1 = CausalConv3d(3, channels, (3, 3, 3), padding=1)
-        layers: list[nn.Module] = []
-        for level, mult in enumerate(dim_mult):
-            for _ in range(num_res_blocks):
-                layers.append(ResidualBlock(channels, dim * mult))
-                channels = dim * mult
-            if level != len(dim_mult) - 1:
-                layers.append(Downsample(channels, temporal_downsample[level]))
-        self.downsamples = nn.Sequential(*layers)
-        self.middle = middle_block(channels)
-        self.head = head_block(channels, out_channels)
-
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
-        x = run_sequence(self.downsamples, self.conv1(x, cache), cache)
-        return run_sequence(self.head, run_sequence(self.middle, x, cache), cache)
-
-
-class Decoder(nn.Module):
-    """[B,F,h,w,z_dim] → [B,T,8h,8w,3] for four levels."""
-
-    def __init__(
-        self,
-        dim: int,
-        z_dim: int,
-        dim_mult: tuple[int, ...],
-        num_res_blocks: int,
-        temporal_upsample: tuple[bool, ...],
-    ) -> None:
-        super().__init__()
-        channels = dim * dim_mult[-1]
-        self.conv1 = CausalConv3d(z_dim, channels, (3, 3, 3), padding=1)
-        self.middle = middle_block(channels)
-        layers: list[nn.Module] = []
-        for level, mult in enumerate(reversed(dim_mult)):
-            for _ in range(num_res_blocks + 1):
-                layers.append(ResidualBlock(channels, dim * mult))
-                channels = dim * mult
-            if level != len(dim_mult) - 1:
-                layers.append(Upsample(channels, temporal_upsample[level]))
-                channels //= 2
-        self.upsamples = nn.Sequential(*layers)
-        self.head = head_block(channels, 3)
-
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
-        x = run_sequence(self.middle, self.conv1(x, cache), cache)
-        return run_sequence(self.head, run_sequence(self.upsamples, x, cache), cache)
+def residual_blocks(channels: int, out_channels: int, count: int) -> list[nn.Module]:
+    """So many residual blocks at one resolution."""
+    return [ResidualBlock(channels if i == 0 else out_channels, out_channels) for i in range(count)]
 
 
 def middle_block(channels: int) -> nn.Sequential:
