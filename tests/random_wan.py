@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from golden_model import GOLDENS
 from safetensors.torch import load_file, save_file
+from wan_names import diffusers_name
 
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.vae import WAN22_VAE, WanVAE
@@ -28,34 +29,8 @@ Tensors = Mapping[str, torch.Tensor]
 TI2V_CONFIG = dataclasses.replace(CONFIG, in_dim=48, out_dim=48)
 TI2V_VAE_CONFIG = dataclasses.replace(WAN22_VAE, dim=4, decoder_dim=6, num_res_blocks=1)
 TI2V_VAE = "Wan2.2_VAE.safetensors"
-CONFIGS = {"t2v": CONFIG, "ti2v": TI2V_CONFIG}
-"""By the `model_type` of a config.json: Wan2.1, and Wan2.2 TI2V-5B in small."""
-
-_DIFFUSERS_TRANSFORMER = (
-    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
-    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
-    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
-    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
-    ("time_projection.1.", "condition_embedder.time_proj."),
-    ("head.head.", "proj_out."),
-    ("head.modulation", "scale_shift_table"),
-    (".modulation", ".scale_shift_table"),
-    (".self_attn.", ".attn1."),
-    (".cross_attn.", ".attn2."),
-    *((f".{name}.", f".to_{name}.") for name in "qkv"),
-    (".o.", ".to_out.0."),
-    (".ffn.0.", ".ffn.net.0.proj."),
-    (".ffn.2.", ".ffn.net.2."),
-    (".norm3.", ".norm2."),
-)
-
-
-def diffusers_name(key: str) -> str:
-    """What diffusers calls a parameter of the transformer."""
-    for ours, theirs in _DIFFUSERS_TRANSFORMER:
-        key = key.replace(ours, theirs)
-    return key
-
+CONFIGS = {"t2v": CONFIG, "ti2v": TI2V_CONFIG, "skyreels": dataclasses.replace(CONFIG, inject_sample_info=True)}
+"""Wan2.1, Wan2.2 TI2V-5B and SkyReels-V2-DF 1.3B in small."""
 
 _DIFFUSERS_VAE = (
     (r"^conv1\.", "quant_conv."),
@@ -119,8 +94,10 @@ def official(folder: Path, kind: str = "t2v") -> Path:
     save_file(vae(kind), folder / (TI2V_VAE if kind == "ti2v" else VAE))
     save_file(text_encoder(), folder / TEXT_ENCODER)
     shutil.copy(TOKENIZER, folder / "google" / "umt5-xxl")
-    sizes = {"_class_name": "WanModel", "model_type": kind, **dataclasses.asdict(CONFIGS[kind])}
-    del sizes["inject_sample_info"]  # which SkyReels-V2 alone says
+    model_type = "ti2v" if kind == "ti2v" else "t2v"
+    sizes = {"_class_name": "WanModel", "model_type": model_type, **dataclasses.asdict(CONFIGS[kind])}
+    if kind != "skyreels":
+        del sizes["inject_sample_info"]
     (folder / "config.json").write_text(json.dumps(sizes))
     return folder
 

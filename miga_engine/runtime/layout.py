@@ -220,6 +220,11 @@ class RunLayout:
             windows.append(QueueWindow(frames, len(guidance), commit_start + offset, commit_stop + offset))
         return windows
 
+    def num_in_front(self, num_read: int, num_guidance: int) -> int:
+        """Anchor frames that stand before a window that reads so many frames: where it has no guidance frames, whose
+        places they would take, and there is room."""
+        return self.num_anchors if not num_guidance and num_read + self.num_anchors <= self.window_frames else 0
+
     @cached_property
     def reading(self) -> Reading:
         """Of a long run between its beginning and its end, without searches.
@@ -230,7 +235,11 @@ class RunLayout:
         config, length = self.config, self.config.zigzag_width * self.num_groups
         num_passes = self.stride if config.moving_phase else 1
         passes = [self.queue_windows(self.num_given, self.num_given + length, number) for number in range(num_passes)]
-        in_queue = [len(window.frames) for windows in passes for window in windows]
+        in_queue = [
+            len(window.frames) + self.num_in_front(len(window.frames), window.num_guidance)
+            for windows in passes
+            for window in windows
+        ]
         num_made, in_unified = (
             num_passes * config.zigzag_width / config.passes_per_advance,
             self.num_levels / self.stride,

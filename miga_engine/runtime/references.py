@@ -74,9 +74,9 @@ class References:
         numbers = self.anchor_numbers(range(others[0], popped.stop))
         return self.shown(self.store.x0[self.store.index(self.store.slots(numbers))], numbers), numbers
 
-    def before(self, slots: np.ndarray, num_guidance: int, most: int) -> tuple[np.ndarray, int]:
-        """The slots of a window with the anchor in the place of its farthest guidance frames; where it has none, before
-        it if `most` frames leave room, and how many frames that puts in front. Only where all are of its prompt."""
+    def anchored(self, slots: np.ndarray, num_guidance: int, num_in_front: int) -> tuple[np.ndarray, int]:
+        """The slots of a window with the anchor in the place of its farthest guidance frames or, as `num_in_front` has
+        it, before it; and how many frames that puts in front. Only where all frames are of its prompt."""
         count = len(self.anchor)
         if not count:
             return slots, 0
@@ -85,7 +85,7 @@ class References:
         if num_guidance:
             return np.concatenate([self.anchor, slots[count:]]), 0
         is_there = np.isin(self.store.frame_number[self.anchor], self.store.frame_number[slots]).any()
-        if is_there or len(slots) + count > most:
+        if is_there or not num_in_front:
             return slots, 0
         return np.concatenate([self.anchor, slots]), count
 

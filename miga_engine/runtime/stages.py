@@ -339,7 +339,8 @@ class VideoRun:
         for frames, num_guidance, commit_start, commit_stop in self.layout.queue_windows(
             self.head, self.tail, num_passes, int(newest)
         ):
-            slots, in_front = self.references.before(self.store.slots(frames), num_guidance, self.window_frames)
+            most = self.layout.num_in_front(len(frames), num_guidance)
+            slots, in_front = self.references.anchored(self.store.slots(frames), num_guidance, most)
             commit_start, commit_stop = commit_start + in_front, commit_stop + in_front
             num_past = self.config.num_past(num_guidance + in_front, commit_start)
             windows.append(Window(slots, commit_start, commit_stop, num_past))

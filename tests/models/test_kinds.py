@@ -269,7 +269,8 @@ def test_a_good_part_in_the_place_of_another_is_refused(tmp_path: Path, model: P
     assert not reads
 
 
-GOOD = {"wan_dit": "transformer", "wan_vae": "vae", "umt5": "text_encoder", "taew2_1": "tae"}
+GOOD = {"wan_dit": "transformer", "wan_vae": "vae", "umt5": "text_encoder", "taew2_1": "tae",
+        "rolling_forcing": "transformer"}  # fmt: skip
 TINY = {random_wan.TRANSFORMER: "transformer", random_wan.VAE: "vae", random_wan.TEXT_ENCODER: "text_encoder"}
 FILES = [file for folder in (GOLDENS, WEIGHTS_DIR) for file in sorted(folder.rglob("*")) if format_of(file) is not None]
 

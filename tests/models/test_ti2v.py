@@ -15,6 +15,7 @@ from places import GOLDENS
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wan_names import diffusers_name
 
 from miga_engine import Engine
 from miga_engine.cli import main
@@ -60,7 +61,7 @@ def test_the_transformer_agrees_with_diffusers_at_a_timestep_a_token() -> None:
         "cpu", num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, text_dim=config.text_dim,
         freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
     )  # fmt: skip
-    reference.load_state_dict({random_wan.diffusers_name(key): value for key, value in weights.items()}, strict=True)
+    reference.load_state_dict({diffusers_name(key): value for key, value in weights.items()}, strict=True)
     ours = WanDiT(config).requires_grad_(False)
     ours.load_state_dict(weights)
     torch.manual_seed(5)
@@ -81,7 +82,7 @@ def test_the_transformers_published_sizes() -> None:
         num_attention_heads=24, attention_head_dim=128, text_dim=4096, freq_dim=256, ffn_dim=14336, num_layers=30
     )
     expected = {key: tuple(value.shape) for key, value in reference.state_dict().items()}
-    assert {random_wan.diffusers_name(key): shape for key, shape in ours.items()} == expected
+    assert {diffusers_name(key): shape for key, shape in ours.items()} == expected
     assert sum(torch.Size(shape).numel() for shape in ours.values()) / 1e9 == pytest.approx(5.0, abs=5e-3)
 
 

@@ -47,6 +47,7 @@ from written_formats import (
 )
 from written_loras import CASES as LORAS
 
+from miga_engine import Engine
 from miga_engine.models import load_transformer, load_vae
 from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
 

@@ -15,7 +15,6 @@ import gguf
 import random_wan
 import torch
 from golden_model import GOLDENS
-from random_wan import diffusers_name
 from safetensors.torch import save_file
 from test_gguf import Kind, quantised, random_blocks, write
 from torch import Tensor

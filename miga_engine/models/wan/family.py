@@ -181,8 +181,8 @@ def _refuse_tiny_decoder(sources: Sources, opened: _Opened) -> None:
     """CheckpointError where a tiny decoder is asked for and there is none for the transformer's latents."""
     if sources.decoder == "tae" and opened.config.in_dim == kinds.TI2V_CHANNELS:
         raise CheckpointError(
-            f"{opened.path} is the transformer of Wan2.2 TI2V-5B, whose latents the decoder 'tae' does not decode, being "
-            "TAEW2.1: load the model with decoder 'vae'"
+            f"{opened.path} is the transformer of Wan2.2 TI2V-5B, whose latents the decoder 'tae' does not decode, "
+            "being TAEW2.1: load the model with decoder 'vae'"
         )
 
 
