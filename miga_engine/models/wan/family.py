@@ -54,7 +54,7 @@ def _built(
     boundary = _variant(opened).boundary_timestep
     ratio = places.boundary_ratio(opened[0].path.parent)
     boundary = boundary if ratio is None else 1000 * ratio
-    is_swapped, is_read = sources.experts == "swap", target.type != "meta"
+    is_swapped, is_read = sources.experts == "swap" and target.type != "cpu", target.type != "meta"
     on = torch.device("cpu") if is_swapped and is_read else target
     high = _loaded(opened[0], on, dtype)
     # Anew, for a LoRA of both was closed with the first that read it.
