@@ -141,6 +141,15 @@ def test_nothing_of_it_makes_wan2_1_another_model(tmp_path: Path) -> None:
     assert bundle.transformer.boundary_timestep is None
 
 
+def test_a_window_that_a_name_told_is_written_down(tmp_path: Path) -> None:
+    root = model(tmp_path / "SkyReels-V2-DF-14B-720P")
+    (root / "miga.json").write_text(json.dumps({"default_negative_prompt": "rain"}))
+    convert_model(Sources(root), tmp_path / "converted")
+    bundle = load_bundle(tmp_path / "converted")
+    assert (bundle.window_frames, bundle.facts.default_preset) == (31, "skyreels-v2-df")
+    assert bundle.default_negative_prompt == "rain"
+
+
 @pytest.mark.parametrize("said", [{}, {"inject_sample_info": False}])
 def test_a_converted_model_is_told_as_it_was(tmp_path: Path, said: dict) -> None:
     convert_model(Sources(model(tmp_path / "model", **said)), tmp_path / "converted")
