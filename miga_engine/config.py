@@ -66,8 +66,8 @@ class LoadOptions(Checked):
         "vae", "who makes pictures of latents; tae: TAEW2.1, a tiny decoder for previews, whose pictures differ",
         choices=("vae", "tae"),
     )  # fmt: skip
-    experts: str = option("resident", "of Wan2.2 A14B: both networks on the device, or one at a time, the other copied "
-                          "in its place where it is needed", choices=("resident", "swap"),
+    experts: str = option("resident", "of Wan2.2 A14B: both networks on the GPU, or one at a time, the other copied in "
+                          "its place where it is needed; without effect on CPUs", choices=("resident", "swap"),
                           is_recorded=False)  # fmt: skip
     download: bool = option(False, "fetch a model of Hugging Face's hub that is not in the local cache",
                             is_recorded=False)  # fmt: skip

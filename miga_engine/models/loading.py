@@ -104,13 +104,13 @@ def load_transformer(
 
     device defaults to the CPU, dtype to the file's own, bfloat16 where that is in eight bits or packed; what the
     network uses in float32 stays float32. loras are files and strengths, merged into it. Without a config.json beside
-    the weights the sizes follow from the shapes. Raises CheckpointError.
+    the weights the sizes follow from the shapes. Raises CheckpointError, or ConfigError.
     """
     sources = Sources(
         Path(path),
         transformer_2=None if second is None else Path(second),
         loras=tuple((Path(file), strength) for file, strength in loras),
-        experts=experts,
+        experts=LoadOptions(experts=experts).experts,  # checked
     )
     with opened_once():
         return family_of(sources).load_transformer(sources, device, dtype)

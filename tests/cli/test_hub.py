@@ -302,7 +302,7 @@ def test_a_download_fetches_what_loading_reads_and_nothing_else(hub, published, 
     ("described", "content", "sentence"),
     [
         ("config.json", {"_class_name": "WanModel", "model_type": "i2v"}, "config.json belongs to a i2v model: give a"),
-        ("high_noise_model/config.json", {"model_type": "t2v"}, " holds a Wan2.2 model of two networks, for high and"),
+        ("high_noise_model/config.json", {"model_type": "i2v"}, "config.json belongs to a i2v model: give a Wan2.1"),
     ],
 )
 def test_a_model_of_no_use_is_not_downloaded(published, tmp_path, described, content, sentence) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from wan_names import diffusers_name
 
 from miga_engine import Engine
 from miga_engine.cli import main
-from miga_engine.errors import CheckpointError
+from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.memory import on_meta
 from miga_engine.models import load_bundle, load_transformer
 from miga_engine.models.family import Sources
@@ -165,7 +165,8 @@ def test_one_alone_is_refused_with_what_is_missing(tmp_path: Path, layout: str, 
         assert "--transformer-2" in sentence
     low = saved(tmp_path / "elsewhere.safetensors", LOW)
     if which == 0:
-        assert_both(load_transformer(folder / names[0], second=low))
+        for path in (root, folder / names[0]):
+            assert_both(load_transformer(path, second=low))
 
 
 def test_networks_of_two_sizes_are_refused(model: Path) -> None:
@@ -294,16 +295,21 @@ def test_the_fingerprint_is_of_both_networks(swap_on: str | None) -> None:
 
 def test_one_at_a_time_counts_as_one_on_the_device(model: Path) -> None:
     """In the shapes that memory is reckoned from: those of a load on `meta`, and of a copy of what is loaded."""
-    one = sum(tensor.nbytes for tensor in HIGH.values())
-    for experts, count in (("resident", 2), ("swap", 1)):
+    one, bundle = sum(tensor.nbytes for tensor in HIGH.values()), load_bundle(model)
+    for experts, swap_on, count in (("resident", None, 2), ("swap", "cpu", 1)):
         shapes = load_bundle(Sources(model, experts=experts), "meta").transformer
         assert sum(p.nbytes for p in shapes.parameters()) == count * one
-        bundle = load_bundle(Sources(model, experts=experts))
-        assert_both(bundle.transformer)
-        copied = on_meta(bundle).transformer
+        copied = on_meta(dataclasses.replace(bundle, transformer=pair(swap_on))).transformer
         assert sum(p.nbytes for p in copied.parameters()) == count * one
         assert {p.device.type for p in copied.parameters()} == {"meta"}
-        assert fingerprint(copy.deepcopy(pair())) == fingerprint(pair())
+
+
+def test_a_cpu_has_nothing_to_swap_with(model: Path) -> None:
+    both = load_transformer(model, experts="swap")
+    assert_both(both)
+    assert (both.bring(1), both.num_moves) == (both.low_noise_model, 0)
+    with pytest.raises(ConfigError, match="experts must be 'resident' or 'swap', got 'offload'"):
+        load_transformer(model, experts="offload")
 
 
 def test_published_size() -> None:

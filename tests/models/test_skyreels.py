@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from miga_engine.errors import CheckpointError
 from miga_engine.models import load_bundle, load_transformer
-from miga_engine.models.convert import convert
+from miga_engine.models.convert import convert, convert_model
+from miga_engine.models.family import Sources
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
 
 TOLERANCE = 3e-5  # of the largest output
@@ -138,6 +139,23 @@ def test_nothing_of_it_makes_wan2_1_another_model(tmp_path: Path) -> None:
     bundle = load_bundle(model(tmp_path / "a folder of SkyReels" / "Wan2.1-T2V-1.3B-720P"))
     assert (bundle.window_frames, bundle.facts.default_preset) == (21, "wan2.1")
     assert bundle.transformer.boundary_timestep is None
+
+
+def test_a_window_that_a_name_told_is_written_down(tmp_path: Path) -> None:
+    root = model(tmp_path / "SkyReels-V2-DF-14B-720P")
+    (root / "miga.json").write_text(json.dumps({"default_negative_prompt": "rain"}))
+    convert_model(Sources(root), tmp_path / "converted")
+    bundle = load_bundle(tmp_path / "converted")
+    assert (bundle.window_frames, bundle.facts.default_preset) == (31, "skyreels-v2-df")
+    assert bundle.default_negative_prompt == "rain"
+
+
+@pytest.mark.parametrize("said", [{}, {"inject_sample_info": False}])
+def test_a_converted_model_is_told_as_it_was(tmp_path: Path, said: dict) -> None:
+    convert_model(Sources(model(tmp_path / "model", **said)), tmp_path / "converted")
+    preset = "skyreels-v2-df" if said else "wan2.1"
+    assert load_bundle(tmp_path / "converted").facts.default_preset == preset
+    assert ("inject_sample_info" in json.loads((tmp_path / "converted" / "config.json").read_text())) is bool(said)
 
 
 @pytest.mark.parametrize("stem", ["SkyReels-V2-I2V-14B", "a"])

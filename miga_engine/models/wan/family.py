@@ -57,7 +57,7 @@ def _built(
     boundary = _variant(opened).boundary_timestep
     ratio = places.boundary_ratio(opened[0].path.parent)
     boundary = boundary if ratio is None else 1000 * ratio
-    is_swapped, is_read = sources.experts == "swap", target.type != "meta"
+    is_swapped, is_read = sources.experts == "swap" and target.type != "cpu", target.type != "meta"
     on = torch.device("cpu") if is_swapped and is_read else target
     high = _loaded(opened[0], on, dtype)
     # Anew, for a LoRA of both was closed with the first that read it.
@@ -235,9 +235,13 @@ def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | byt
     tokenizer, extra = places.tokenizer_file(sources), sources.folder / "miga.json"
     load_tokenizer(sources)  # known to be one
     is_json = tokenizer.suffix == ".json"
+    variant, said = _variant(opened), read_json(extra) if extra.is_file() else {}
+    config = _official_config(opened[0].config, variant)
+    if variant_of(opened[0].config, config, Path("unnamed"), len(opened)).window_frames != variant.window_frames:
+        said = {"window_frames": variant.window_frames, **said}  # which the old name told
     transformers: dict[str, Checkpoint | dict[str, Any] | bytes] = {}
     for one, folder in zip(opened, ("",) if len(opened) == 1 else places.OFFICIAL_PAIR, strict=True):
-        transformers[str(Path(folder, "config.json"))] = _official_config(one, _variant(opened))
+        transformers[str(Path(folder, "config.json"))] = config
         transformers[str(Path(folder, "diffusion_pytorch_model.safetensors"))] = one.checkpoint
     ratio = places.boundary_ratio(opened[0].path.parent)
     if ratio is not None:
@@ -249,13 +253,13 @@ def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | byt
         "google/umt5-xxl/" + ("tokenizer.json" if is_json else "spiece.model"): (
             read_bounded(tokenizer, MAX_TOKENIZER_BYTES) if is_json else spiece_in(tokenizer)
         ),
-        **({"miga.json": read_json(extra)} if extra.is_file() else {}),
+        **({"miga.json": said} if said else {}),
     }
 
 
-def _official_config(one: _Opened, variant: Variant) -> dict[str, Any]:
+def _official_config(config: WanDiTConfig, variant: Variant) -> dict[str, Any]:
     """The config.json that its makers would give a transformer: a sign of SkyReels-V2 only where it is one."""
-    sizes = dataclasses.asdict(one.config)
+    sizes = dataclasses.asdict(config)
     if variant.default_preset != "skyreels-v2-df":
         del sizes["inject_sample_info"]
     is_ti2v = one.config.in_dim == kinds.TI2V_CHANNELS

@@ -101,7 +101,8 @@ def networks(sources: Sources) -> tuple[Sources, ...]:
     if sources.transformer_2 is None:
         pair = _pair_at(sources.leading)
     else:
-        pair = (sources.leading, sources.transformer_2)
+        inside = sources.leading / OFFICIAL_PAIR[0]
+        pair = (inside if inside.is_dir() else sources.leading, sources.transformer_2)
         for path, noise in zip(pair, ("low", "high"), strict=True):
             if kinds.noise_of(path.name) == noise:
                 raise CheckpointError(
