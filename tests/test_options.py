@@ -20,7 +20,7 @@ from miga_engine.config import MigaConfig, StreamOptions
 from miga_engine.fields import option
 from miga_engine.integrations import embed
 from miga_engine.presets import PRESETS
-from miga_engine.request import Condition, Request
+from miga_engine.request import Request
 
 CALLS = {
     "from_pretrained": calls.LoadCall,
@@ -106,12 +106,6 @@ def test_records_resolve_to_what_session_files_hold() -> None:
     for name in ("seed", "miga"):
         with pytest.raises(KeyError):
             Request.from_record({k: v for k, v in request.to_record().items() if k != name})
-
-
-def test_a_condition_is_refused_by_a_model_that_takes_none_of_its_kind() -> None:
-    engine = Engine.from_pretrained("tiny", "meta")
-    with pytest.raises(ConfigError, match="condition is of kind 'sound', and this model follows image or video: leave"):
-        engine.resolve("a kite", num_frames=9, condition=Condition("sound", {}))
 
 
 def test_every_preset_decides_everything() -> None:
