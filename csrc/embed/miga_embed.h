@@ -53,11 +53,13 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  * options: a JSON object. Only "prompt" is needed: a text, or a timeline {"0": text, "160": text} by first frame.
  *   num_frames absent or null = endless. docs/options.md says what each option is.
  *   Of the video: prompt, solver, num_inference_steps, shift, sigmas, denoising_steps, guidance_scale, eta,
- *     use_scale_array, num_frames, seed, height, width, fps, guidance, guidance_scale_end, negative_prompt, method.
- *   Of the method, in an object of the name miga: zigzag_width, stage2_steps, refine_steps, guidance_frames,
- *     guidance_offset, guidance_spacing, guidance_anchor, stride, tail_signal, history_guidance, moving_phase, commit,
- *     commit_offset, past_context, window_order, window_batch, warmup, self_reflection, score_drop, judge_step,
- *     reference_groups, candidates, search_baseline, judge, channels, prompt_blend_frames.
+ *     use_scale_array, num_frames, image, video, video_frames, seed, height, width, fps, guidance, guidance_scale_end,
+ *     guidance_scale_low, negative_prompt, method.
+ *   Of the method, in an object of the name miga: zigzag_width, passes_per_advance, stage2_steps, refine_steps,
+ *     guidance_frames, guidance_offset, guidance_spacing, guidance_anchor, anchor_frames, reference_noise, stride,
+ *     tail_signal, history_guidance, moving_phase, commit, commit_offset, past_context, window_order, window_batch,
+ *     warmup, self_reflection, score_drop, judge_step, reference_groups, candidates, search_baseline, judge, channels,
+ *     prompt_blend_frames.
  *   Of the model: device, dtype, transformer, transformer_2, vae, text_encoder, tokenizer, lora, decoder, experts,
  *     download, revision, cache_dir, preset, attention, vae_dtype, compile, capture.
  *   Of the stream: overlap_decode, stop_on_drift, warn_on_drift.

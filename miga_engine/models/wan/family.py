@@ -262,7 +262,7 @@ def _official_config(config: WanDiTConfig, variant: Variant) -> dict[str, Any]:
     sizes = dataclasses.asdict(config)
     if variant.default_preset != "skyreels-v2-df":
         del sizes["inject_sample_info"]
-    is_ti2v = one.config.in_dim == kinds.TI2V_CHANNELS
+    is_ti2v = config.in_dim == kinds.TI2V_CHANNELS
     return {"_class_name": "WanModel", "model_type": "ti2v" if is_ti2v else "t2v", **sizes}
 
 
