@@ -90,7 +90,8 @@ class LoadOptions(Checked):
     )
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in (field.name for field in dataclasses.fields(LoadOptions)):
+            value = getattr(self, name)
             if isinstance(value, os.PathLike) or type(value).__module__ == "torch":
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
         object.__setattr__(self, "lora", weighted_files("lora", self.lora))

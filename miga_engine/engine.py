@@ -140,6 +140,7 @@ class Engine:
         dtype = str(_compute_dtype(given, target)).removeprefix("torch.")
         asked = dataclasses.asdict(part(given, LoadOptions))
         here = {"device": "meta", "dtype": dtype, "attention": "auto", "compile": False}
+        here |= {"experts": "resident"} if target.type == "cpu" else {}  # where nothing is copied
         shapes = cls._loaded(LoadCall(**asked | here), torch.device("meta"))
         request = shapes._resolve(given)
         if given.window_batch is not None:

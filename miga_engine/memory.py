@@ -360,6 +360,7 @@ def _windows(run: VideoRun) -> list[Window]:
     count = max(1, min(limit, most))
     # A frame before those committed, and cleaner than they, where the branches then read different frames.
     first = min(1, config.num_past(config.guidance_frames, run.window_frames))
+    run.store.step_index[: run.window_frames] = 0  # given frames stand there, which are clean
     run.store.step_index[0] = first
     commit_stop = min(first + run.stride, run.window_frames) if count > 1 else run.window_frames
     return [Window(np.arange(run.window_frames), first, commit_stop, first)] * count

@@ -88,6 +88,10 @@ class RunLayout:
             return self.num_steps - self.config.refine_steps + refined
         return self.handoff_step + level
 
+    def step_behind(self, level: int, frame: int) -> int:
+        """Step of a frame before the pass of a level advances it, which a given one never is."""
+        return self.num_steps if frame < self.num_given else self.step_before(level)
+
     @cached_property
     def stride(self) -> int:
         """Frames between two windows of a pass."""

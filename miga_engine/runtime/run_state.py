@@ -138,7 +138,7 @@ class _Check:
         for name, expected in (
             ("frame_number", [frame for _, frame in again]),
             ("prompt_row", [prompt_row(frame) for _, frame in again]),
-            ("step_index", [layout.step_before(level) for level, _ in again]),
+            ("step_index", [layout.step_behind(level, frame) for level, frame in again]),
         ):
             self._equal(name, behind[name], np.array(expected, np.int64))
 

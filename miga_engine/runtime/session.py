@@ -281,7 +281,7 @@ def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
 _MOST_CHARACTERS = 4096
 _MOST_NUMBER = 2**53
 _MOST_LORAS = 100
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")  # that may lie apart from the model
+_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")  # that may lie apart from the model
 _MODEL_TEXTS = ("name", "preset", "dtype", "vae_dtype", "attention", "transformer", "VAE", "device", "torch",
                 "miga_engine")  # fmt: skip
 _RUN_NUMBERS = ("head", "tail", "first", "num_passes", "emitted", "num_searches", "num_forwards", "parts_done",
