@@ -49,6 +49,12 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     request.miga.check(request.num_inference_steps, bundle.window_frames)
     if request.miga.commit == "trailing" and bundle.transformer.boundary_timestep is not None:
         raise ConfigError("commit 'trailing' needs a model of one network, and this has two: give 'leading'")
+    boundary = boundary_step(request, bundle)
+    if boundary is not None and request.miga.self_reflection and request.miga.judge_step > boundary:
+        raise ConfigError(
+            f"judge_step {request.miga.judge_step} lies behind step {boundary}, from which on the model's second network "
+            "denoises, and a search has one: lower judge_step, or switch self_reflection off"
+        )
     predicted = schedule_of(request).coefficients.prediction_type
     if (predicted == "flow") != (bundle.prediction_type == "velocity"):
         raise ConfigError(f"solver {request.solver!r} does not fit a model that predicts {bundle.prediction_type}")

@@ -253,6 +253,18 @@ def test_reference_noise_is_of_flow_models(engines) -> None:
     assert sentence == "reference_noise is 0.02 for solver 'ddim': it belongs to flow models, leave it out"
 
 
+def test_a_search_of_a_model_of_two_networks_stays_with_the_first(engines) -> None:
+    miga = dataclasses.replace(golden_model.MIGA, judge_step=4, reference_groups=1)
+    options = {**options_of("experts", miga=miga), "shift": 1.0}
+    sentence = refusal(lambda: engines["experts"].resolve(PROMPT, 30, **options), ConfigError)
+    assert sentence.startswith("judge_step 4 lies behind step 2, from which on the model's second network denoises")
+    lone = refusal(lambda: engines["wan"].resolve(PROMPT, 30, **options_of("wan"), guidance_scale_low=2.0), ConfigError)
+    assert lone == "guidance_scale_low is 2, and this model has one network: leave it out"
+    low = [engines["experts"].resolve(PROMPT, 30, **options_of("experts"), **given).guidance_scale_low
+           for given in ({}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_scale_low": 1.5})]  # fmt: skip
+    assert low == [3.0, None, 1.5]
+
+
 def test_a_condition_of_a_kind_that_a_model_does_not_know_is_refused(engines) -> None:
     condition = Condition("depth", 1, frames=small_models.PICTURE[None])
     sentence = refusal(

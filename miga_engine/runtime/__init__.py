@@ -4,7 +4,8 @@ interrupts                                   what must not be cut in two
 window_plan wavefront layout                 decide, in integers only
 frame_store network capture ranks guidance   what a pass is made of
 denoise                                      one pass: gather, forward, update, commit
-tail judges reflection stages                which pass comes next
+tail judges references reflection behind     what comes between passes over the queue, and behind them
+stages                                       which pass comes next
 decode pump drift session saving stream      frames leave, runs are saved and go on
 run_state session_info                       what a stranger's session file may hold, and what it tells
 """

@@ -83,9 +83,6 @@ CHANGES: dict[str, Change] = {
     "seed": _request(seed=-1),
     "rate": _request(fps=0),
     "an unknown option": _request(magic=1),
-    "a beginning that it never had": _request(
-        condition={"kind": "image", "num_frames": 1, "source": "a.png", "digest": "0"}
-    ),
     "a beginning of no kind": _request(condition={"kind": ["image"], "num_frames": 1}),
     "a beginning longer than the queue": _request(condition={"kind": "video", "num_frames": 10**9}),
     "a prompt of no text": _request(prompt={"0": 5}),

@@ -144,6 +144,40 @@ def test_a_video_begins_with_what_is_given_and_goes_on_as_whole_sequence_passes_
     assert torch.equal(made, oracle.run(40))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["parallel", "sequential"])
+@pytest.mark.parametrize("boundary_step", [3, 6, 11, 14])
+def test_each_window_goes_to_the_network_of_its_levels_with_the_scale_of_that(boundary_step, order):
+    """Searches, Stage 2 and refine included: what commits frames of one network reads no noise of the other's."""
+    schedule = make_schedule("unipc", 16, 5.0)
+    seen = []
+
+    class Two(PlainNetwork):
+        def prepare(self, expert):
+            seen.append(expert)
+
+        def __call__(self, batch):
+            assert seen[-1] == batch.expert
+            kept = batch.steps.gather(1, batch.keep)
+            assert ((kept >= boundary_step) == bool(batch.expert)).all()
+            return super().__call__(batch)
+
+    def run_of(**options):
+        config = toy_config(refine_steps=2, self_reflection=True, judge_step=3, score_drop=0.0, window_order=order,
+                            window_batch=4, **options)  # fmt: skip
+        return VideoRun(
+            Two(pseudo_network), schedule, config, window_frames=9, frame_shape=SHAPE, noise=counter_noise(5, SHAPE),
+            num_frames=40, boundary_step=boundary_step, guidance_scale=5.0, guidance_scale_low=2.0, device=CPU,
+        )  # fmt: skip
+
+    made = collect(run_of())
+    assert len(made) == 40
+    assert {*seen} == {0, 1}
+    run = run_of()
+    scales = run.denoiser.guidance._levels[:, 0]
+    assert scales.tolist() == [5.0] * boundary_step + [2.0] * (16 - boundary_step)
+
+
 def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt():
     changed_at = 23
     run = VideoRun(

@@ -87,6 +87,32 @@ def test_plan_refuses(arguments, sentence):
         plan_windows(*arguments)
 
 
+def _commits(layout: RunLayout, head: int, tail: int, num_passes: int | None, newest: int) -> list[int]:
+    windows = layout.queue_windows(head, tail, num_passes, newest)
+    return [int(frame) for window in windows for frame in window.frames[window.commit_start : window.commit_stop]]
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"commit_offset": -1, "past_context": True}, {"guidance_frames": 0}])
+def test_windows_lie_on_one_side_of_a_boundary_and_change_every_frame_but_the_given_once(options, apart) -> None:
+    """Over all boundaries, stages of the queue and numbers of given frames."""
+    config = MigaConfig(**{"zigzag_width": 2, "stage2_steps": 3, "guidance_frames": 2, "stride": 3, "judge_step": 3,
+                           "passes_per_advance": apart, "self_reflection": False, **options})  # fmt: skip
+    for boundary, num_given in itertools.product((None, 1, 4, 5, 11, 12), (0, 1, 5)):
+        layout = RunLayout(config, 15, 9, 60, num_given, boundary)
+        length = 2 * layout.num_groups
+        for head, newest, num_passes in itertools.product((0, 2, 8), range(apart), (None, 0, 1, 5)):
+            for tail in (head + length,) if num_passes is not None else range(head + 4, head + length, 2):
+                commits = _commits(layout, head, tail, num_passes, newest)
+                assert commits == [frame for frame in range(head, tail) if frame >= num_given]
+                if boundary is None:
+                    continue
+                for window in layout.queue_windows(head, tail, num_passes, newest):
+                    queued = window.frames[(window.frames >= head) & (window.frames >= num_given)]
+                    steps = (tail - 1 - queued) // 2 * apart + newest
+                    assert len({*(steps >= boundary).tolist()}) == 1
+
+
 def test_the_noisier_end_follows_the_other_options() -> None:
     """`commit_offset` -1 is what the number written out would be, and 0 where a window may leave none."""
     for window, stride, guidance in itertools.product((9, 13, 21), (None, 1, 4), (0, 1, 4)):
