@@ -52,8 +52,8 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     boundary = boundary_step(request, bundle)
     if boundary is not None and request.miga.self_reflection and request.miga.judge_step > boundary:
         raise ConfigError(
-            f"judge_step {request.miga.judge_step} lies behind step {boundary}, from which on the model's second network"
-            " denoises, and a search has one: lower judge_step, or switch self_reflection off"
+            f"judge_step {request.miga.judge_step} lies behind step {boundary}, from which on the model's second "
+            "network denoises, and a search has one: lower judge_step, or switch self_reflection off"
         )
     predicted = schedule_of(request).coefficients.prediction_type
     if (predicted == "flow") != (bundle.prediction_type == "velocity"):

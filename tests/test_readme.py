@@ -51,6 +51,8 @@ SHORTER_SHELL = {
     "--model ComfyUI": f"--model ComfyUI {SMALL}",
     "--download": f"--download {SMALL}",
     "--num-frames 2000": "--num-frames 145",
+    "--image picture.png": "--image picture.png --num-frames 9",
+    "--video kite.mp4": "--video kite.mp4 --num-frames 65",
     "--window-batch 4": "--window-batch 4 --zigzag-width 2 --guidance-frames 1 --stride 2",
     "torchrun --nproc-per-node 2": "torchrun --standalone --nproc-per-node 2",
     '-m miga_engine generate "…"': '-m miga_engine generate "…" --num-frames 9 --num-inference-steps 8 '

@@ -66,7 +66,7 @@ def test_impossible_requests_are_refused_before_any_work(engine, options, senten
         ({"zigzag_width": 0}, "zigzag_width must be a whole number of at least 1, got 0"),
         ({"stride": -1}, "stride must be a whole number"),
         ({"judge": "eyes"}, "judge must be 'latent' or 'x0', got 'eyes'"),
-        ({"saw_width": 7}, "unknown option 'saw_width'; the options are candidates, "),
+        ({"saw_width": 7}, "unknown option 'saw_width'; the options are anchor_frames, candidates, "),
         ({"score_drop": "much"}, "score_drop must be a number, got 'much'"),
         ({"self_reflection": "yes"}, "self_reflection must be true or false, got 'yes'"),
     ],

@@ -55,8 +55,8 @@ IGNORED_NAMES = (
 )  # fmt: skip
 """Options of the releases that say how they run, and not what the video shows."""
 _REFUSED = {
-    **dict.fromkeys(("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images"),
-                    "videos are made from text alone"),
+    **dict.fromkeys(("first_frame", "last_frame", "src_video", "src_mask", "src_ref_images"),
+                    "a video begins with --image or --video, and follows no other picture"),
     "prompt_file": "give one prompt",
     "miga_config": "give its options, or the file as --config",
 }  # fmt: skip
@@ -126,8 +126,9 @@ def translated(options: Mapping[Any, Any], where: str) -> dict[Any, Any]:
             raise ConfigError(f"{where} gives {name} as {reprlib.repr(given[name])}: start miga with torchrun instead")
     if given.get("use_prompt_extend") not in (None, False):
         raise ConfigError(f"{where} gives use_prompt_extend, which is not to be had: write the long prompt out")
-    if (task := given.get("task")) is not None and not str(task).startswith("t2v-1.3B") and task != "t2v-14B":
-        raise ConfigError(f"{where} gives task as {reprlib.repr(task)}: t2v-1.3B and t2v-14B are to be had")
+    known = ("t2v-1.3B", "t2v-14B", "t2v-A14B", "ti2v-5B")
+    if (task := given.get("task")) is not None and not str(task).startswith(known):
+        raise ConfigError(f"{where} gives task as {reprlib.repr(task)}: {', '.join(known)} are to be had")
     if (size := given.get("size")) is not None:
         sides = re.fullmatch(r"(\d{1,5})[*x](\d{1,5})", str(size))
         if sides is None or "width" in given or "height" in given:

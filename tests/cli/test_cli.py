@@ -338,9 +338,9 @@ def test_a_seed_of_minus_one_is_drawn_and_said(caplog) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--task", "i2v-14B"], "gives task as 'i2v-14B': t2v-1.3B and t2v-14B are to be had"),
+        (["--task", "i2v-14B"], "gives task as 'i2v-14B': t2v-1.3B, t2v-14B, t2v-A14B, ti2v-5B are to be had"),
         (["--size", "big"], "gives size as 'big': give width*height"),
-        (["--image", "a.png"], "gives image, which is not to be had: videos are made from text alone"),
+        (["--last_frame", "a.png"], "gives last_frame, which is not to be had: a video begins with --image"),
         (["--ulysses_size", "4"], "gives ulysses_size as 4: start miga with torchrun instead"),
         (["--use_prompt_extend"], "gives use_prompt_extend, which is not to be had"),
         (["--frame_num", "9", "--num-frames", "5"], "num_frames is given twice, once as --frame_num"),
