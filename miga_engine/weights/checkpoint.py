@@ -27,7 +27,7 @@ class Checkpoint(ABC):
     """Tensors of one component: `shapes` by key without reading data, `read(key)` for one tensor on the CPU.
 
     `metadata` is what the file says beside its tensors: of a safetensors file the `__metadata__` of its header, of a
-    GGUF file its key-value pairs.
+    GGUF file its key-value pairs, of a training's `.pt` the `table` that the tensors lie in.
     """
 
     is_closed = False

@@ -56,7 +56,9 @@ class PickleCheckpoint(Checkpoint):
                 raise not_mapped(path, error) from error
             raise CheckpointError(f"{path} is cut short or damaged ({first_line(error)}): download it again") from error
         if isinstance(content, dict):
-            content = next((content[name] for name in _TABLES if isinstance(content.get(name), dict)), content)
+            table = next((name for name in _TABLES if isinstance(content.get(name), dict)), None)
+            content = content if table is None else content[table]
+            self.metadata = {} if table is None else {"table": table}
         is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
         if not is_named or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path} is not a table of named tensors: give the model's weights file")

@@ -200,3 +200,18 @@ def test_its_memory_is_estimated(official: Path, engine: Engine) -> None:
     decoder = vae.stream_decoder()
     decoder.push(torch.zeros(1, 48, 2, 2, 4))
     assert estimate.resident["decoder feature cache"] == sum(tensor.nbytes for tensor in decoder.state().values())
+
+
+def test_a_file_of_a_causal_training_loads_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {f"model.{key}": value for key, value in random_wan.transformer().items()}
+    torch.save({"generator": tensors, "generator_ema": tensors}, tmp_path / "a.pt")
+    load_transformer(tmp_path / "a.pt", "meta")
+    assert not caplog.messages
+    load_transformer(tmp_path / "a.pt")
+    assert [message.partition(", as CausVid")[0] for message in caplog.messages] == [
+        f"{tmp_path}/a.pt holds a generator"
+    ]
+    caplog.clear()
+    torch.save(tensors, tmp_path / "b.pt")
+    load_transformer(tmp_path / "b.pt")
+    assert not caplog.messages

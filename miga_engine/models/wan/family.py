@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ from miga_engine.weights.load import load_module
 from miga_engine.weights.lora import Lora
 from miga_engine.weights.untrusted import read_bounded, read_json
 
+_log = logging.getLogger("miga_engine")
+
 _VAE_OF = {16: "the VAE of Wan2.1 (Wan2.1_VAE.pth)", kinds.TI2V_CHANNELS: "the VAE of Wan2.2 (Wan2.2_VAE.pth)"}
 
 
@@ -49,6 +52,13 @@ def _built(
 ) -> WanDiT | WanExperts:
     dtype = dtype or network_dtype(opened[0].checkpoint, "patch_embedding.bias")
     target = torch.device(device or "cpu")
+    if opened[0].is_causal and target.type != "meta":
+        _log.warning(
+            "%s holds a generator, as CausVid, Self-Forcing and Rolling Forcing have it, whose training had each block "
+            "of frames see the ones before it alone: here the frames of a window see one another, which is another "
+            "network but for Rolling Forcing's (--preset wan2.1-rolling), and how good its pictures are is not known",
+            opened[0].checkpoint.path,
+        )
     if len(opened) == 1:
         return _loaded(opened[0], target, dtype)
     of_high, of_low = (dataclasses.asdict(one.config) for one in opened)
@@ -74,6 +84,7 @@ class _Opened(NamedTuple):
     config: WanDiTConfig
     stored: Mapping[str, Any]  # its config.json
     path: Path  # of its folder, or of its file where that was named
+    is_causal: bool  # in a file as trainings of networks have it that make a block of frames after another
 
 
 def _opened_transformers(sources: Sources) -> list[_Opened]:
@@ -87,7 +98,8 @@ def _opened_transformers(sources: Sources) -> list[_Opened]:
         said = _stored_config(files[0], variants.CLASS_NAMES) or (opened[0].stored if opened else {})
         config = layouts.transformer_config(official, said)
         loras = [Lora(open_checkpoint(file), strength) for file, strength in one.loras]
-        opened.append(_Opened(merge_loras(official, loras), config, said, one.leading))
+        is_causal = str(stored.metadata.get("table", "")).startswith("generator")
+        opened.append(_Opened(merge_loras(official, loras), config, said, one.leading, is_causal))
     return opened
 
 
