@@ -241,7 +241,7 @@ class Engine:
         return Stream(
             self.start(request, events, attention),
             self.bundle.vae.stream_decoder(),
-            request,
+            request.without_frames(),
             lambda: {**self.identity(), "attention_choices": dict(attention)},
             chunk_frames=options.chunk_frames,
             events=events,

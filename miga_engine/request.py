@@ -100,6 +100,12 @@ class Request(SamplingConfig):
         None, "what `image` or `video` was found to be, in a request that is resolved", kind=object, is_hosted=False
     )  # fmt: skip
 
+    def without_frames(self) -> Request:
+        """The same without the pictures that it begins with, of which a run holds what it needs."""
+        if self.condition is None:
+            return self
+        return dataclasses.replace(self, condition=dataclasses.replace(self.condition, frames=None))
+
     @property
     def timeline(self) -> dict[int, str]:
         """The prompt as texts by their first video frame."""

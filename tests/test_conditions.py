@@ -62,8 +62,10 @@ def test_the_first_frames_are_what_was_given_decoded(engines: dict[str, Engine],
     engine, given = engines[name], {"image": small_models.PICTURE, "video": small_models.CLIP}[kind]
     num_frames = small_models.MODELS[name].num_frames
     stream = engine.stream(PROMPT, num_frames, **options_of(name, **{kind: given}))
-    condition = stream.request.condition
+    condition = engine.resolve(PROMPT, num_frames, **options_of(name, **{kind: given})).condition
     assert condition is not None
+    assert stream.request.condition == condition
+    assert stream.request.condition.frames is None
     first = next(stream)  # before the first pass
     frames = torch.cat([first.frames, frames_of(stream)])
     assert len(frames) == num_frames

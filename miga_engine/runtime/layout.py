@@ -178,7 +178,7 @@ class RunLayout:
     def queue_plan(self, head: int, tail: int, num_passes: int | None, newest: int = 0) -> list[Cut]:
         """How a pass cuts the queue `head … tail − 1` and the padding before it; given frames are not committed.
 
-        `num_passes` of Stage 1 before it, None in warm-up; `newest` is the step of the frames at the tail.
+        `num_passes` of Stage 1 before it, None in warm-up; `newest` is the step of the newest group, of noise.
         """
         first = self.first_read(head)
         border = first if self.boundary_step is None else self._border(tail, newest)

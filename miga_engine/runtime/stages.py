@@ -217,7 +217,7 @@ class VideoRun:
         """An ordinary clip of `window_frames` frames, behind those that are given; clean, it starts the queue."""
         num_given, slots = self.layout.num_given, self.store.slots(range(self.window_frames))
         if self.config.warmup == "noise" and not num_given:
-            self._start_from_noise()
+            self.stage = WARMUP  # which begins with its first group
             return
         if self._next == PUSH:
             given, fresh = range(num_given), range(num_given, self.window_frames)
@@ -231,11 +231,6 @@ class VideoRun:
             self.denoiser.run([window], noise_series=NOISE_SERIES[SEED_CLIP])
         if self.store.step_index[slots[-1]] == self.schedule.num_steps:
             self._start_queue(cat_clean(self.store, slots, num_given))
-
-    def _start_from_noise(self) -> None:
-        """No seed clip: the queue begins with its first group of noise."""
-        with self.store.changing():
-            self.stage, self._next = WARMUP, PUSH
 
     def _start_queue(self, clip: torch.Tensor) -> None:
         """Re-noise the seed clip to the noisiest levels, one a group of zigzag_width frames; what is given stays."""
@@ -276,10 +271,11 @@ class VideoRun:
         self._queue_pass(WARMUP, then=PUSH)
 
     @property
-    def _is_advance(self) -> bool:
-        """Whether the passes over the queue, of which `passes_per_advance` make an advance, have made one."""
-        newest = self.store.step_index[self.store.slots([self.tail - 1])[0]]
-        return bool(newest == self.config.passes_per_advance)
+    def _passes_done(self) -> int:
+        """Of the `passes_per_advance` passes over the queue that make an advance, those before the next."""
+        if self.stage == STAGE1:
+            return self.num_passes % self.config.passes_per_advance
+        return int(self.store.step_index[self.store.slots([self.tail - 1])[0]]) - (self._next != QUEUE)
 
     def _advance_queue(self) -> None:
         """One pass over the queue, pop the head group, push a group of noise, and the unified windows now ready."""
@@ -325,7 +321,7 @@ class VideoRun:
 
     def _end_pass(self, stage: str, then: str) -> None:
         """On to what follows an advance, or to its next pass."""
-        is_advance = self._is_advance
+        is_advance = self._passes_done + 1 == self.config.passes_per_advance
         with self.store.changing():
             self.num_passes += stage == STAGE1 and not is_advance
             self._next = then if is_advance else QUEUE
@@ -335,9 +331,8 @@ class VideoRun:
 
     def _queue_windows(self, num_passes: int | None) -> list[Window]:
         windows = []
-        newest = self.store.step_index[self.store.slots([self.tail - 1])[0]]
         for frames, num_guidance, commit_start, commit_stop in self.layout.queue_windows(
-            self.head, self.tail, num_passes, int(newest)
+            self.head, self.tail, num_passes, self._passes_done
         ):
             most = self.layout.num_in_front(len(frames), num_guidance)
             slots, in_front = self.references.anchored(self.store.slots(frames), num_guidance, most)

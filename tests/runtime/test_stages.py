@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import SHAPE, Oracle, PlainNetwork, collect, counter_noise, pseudo_network, toy_config, toy_run
 
+from miga_engine.config import fifo_config
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Denoiser
 from miga_engine.runtime.reflection import Reflection
@@ -127,6 +128,7 @@ def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(opti
     (4, {"passes_per_advance": 5, "stage2_steps": 1}),
     (7, {"past_context": True, "commit_offset": -1, "guidance_frames": 1, "zigzag_width": 1, "guidance_anchor": True,
          "history_guidance": "all", "refine_steps": 2}),
+    (9, {"guidance_frames": 0, "commit_offset": -1, "past_context": True}),
     (8, {"zigzag_width": 2, "commit_offset": 2, "tail_signal": 0.1}), (3, {"guidance_frames": 0, "stage2_steps": 0}),
 ])  # fmt: skip
 def test_a_video_begins_with_what_is_given_and_goes_on_as_whole_sequence_passes_do(
@@ -176,6 +178,17 @@ def test_each_window_goes_to_the_network_of_its_levels_with_the_scale_of_that(bo
     run = run_of()
     scales = run.denoiser.guidance._levels[:, 0]
     assert scales.tolist() == [5.0] * boundary_step + [2.0] * (16 - boundary_step)
+
+
+def test_a_clip_that_fills_the_window_goes_on_as_fifo_does():
+    """The whole first queue is given or stands before it, and nothing of it changes: the first pass is over nothing."""
+    config = fifo_config(toy_config(), 9)
+    given = torch.randn(9, *SHAPE)
+    run = toy_run(config, 30, given=given)
+    made = collect(run)
+    assert torch.equal(made[:9], given)
+    assert len(made) == 30
+    assert not torch.equal(made[9:18], made[18:27])
 
 
 def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt():
