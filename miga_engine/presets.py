@@ -64,7 +64,7 @@ _ROLLING_SAMPLING = dataclasses.replace(
 # SkyReels-V2's asynchronous schedule as a queue, groups of 5 frames 5 steps apart, and its numbers (§9).
 _SKYREELS_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=30, shift=8.0, guidance_scale=6.0)
 _SKYREELS = dataclasses.replace(_OURS, zigzag_width=5, passes_per_advance=5, stage2_steps=0, stride=15, judge_step=10,
-                                past_context=True, reference_noise=0.02)  # fmt: skip
+                                past_context=True, moving_phase=False, reference_noise=0.02)  # fmt: skip
 _TI2V_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=50)
 _TI2V = dataclasses.replace(_OURS, stride=15, reference_noise=0.0)  # its first frame was clean in training
 _A14B_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=40, shift=12.0, guidance_scale=4.0)

@@ -155,13 +155,14 @@ def schedule_of(request: Request) -> Schedule:
     )
 
 
-def network_calls(request: Request, window_frames: int) -> str:
-    """What a resolved request asks of a network with this native window, in a line."""
-    layout = RunLayout(request.miga, request.num_inference_steps, window_frames, None)
+def network_calls(request: Request, window_frames: int, boundary: int | None = None) -> str:
+    """What a resolved request asks of a network with this native window, or of two with this boundary, in a line."""
+    layout = RunLayout(request.miga, request.num_inference_steps, window_frames, None, boundary_step=boundary)
     windows, frames = layout.reading
     guidance = Guidance(
-        schedule_of(request), torch.device("cpu"), request.guidance, request.guidance_scale, request.guidance_scale_end
-    )
+        schedule_of(request), torch.device("cpu"), request.guidance, request.guidance_scale, request.guidance_scale_end,
+        request.guidance_scale_low, boundary,
+    )  # fmt: skip
     return (
         f"{request.num_inference_steps} steps: for each latent frame {windows:.2f} windows of up to {window_frames} "
         f"latent frames, {frames:.1f} frames read, {'2 branches' if guidance.is_on else '1 branch'}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from miga_engine.models.wan.variants import VARIANTS
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.layout import RunLayout
+from miga_engine.schedule import make_schedule
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- calls -->\n", "<!-- /calls -->\n"
@@ -27,7 +28,7 @@ def row(name: str) -> str:
     preset = PRESETS[name]
     window, ratio = next(model for prefix, model in MODELS.items() if name.startswith(prefix))
     sampling = preset.sampling_for(preset.miga)
-    layout = RunLayout(preset.miga, sampling.num_inference_steps, window, None)
+    layout = RunLayout(preset.miga, sampling.num_inference_steps, window, None, boundary_step=_boundary_step(name))
     branches = 1 if sampling.guidance_scale == 1 else 2
     windows, frames = layout.reading
     cells = (
@@ -35,6 +36,16 @@ def row(name: str) -> str:
         f"{windows:.2f}", f"{branches * frames:.1f}", f"{branches * windows * preset.fps / ratio:.1f}",
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def _boundary_step(name: str) -> int | None:
+    """The first step of the second network of a preset's model, None where it has one."""
+    boundary = next((v.boundary_timestep for v in VARIANTS if v.default_preset == name), None)
+    if boundary is None:
+        return None
+    sampling = PRESETS[name].sampling
+    timesteps = make_schedule(sampling.solver, sampling.num_inference_steps, sampling.shift).timesteps
+    return int((timesteps >= boundary).sum())
 
 
 def table() -> str:

@@ -9,7 +9,6 @@ import models_table
 import pytest
 import torch
 
-from miga_engine.config import LoadOptions
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
 from miga_engine.models.wan.variants import VARIANTS
 from miga_engine.options import form
@@ -62,7 +61,7 @@ def test_each_model_of_the_family_has_a_card_with_its_window_and_its_preset() ->
 
 
 def test_presets_and_options_that_the_page_names_are_there() -> None:
-    options = {"--" + option.name.replace("_", "-") for option in form([LoadOptions])}
+    options = {"--" + option.name.replace("_", "-") for option in form()}
     assert set(re.findall(r"(--[a-z][\w-]+)", TEXT)) <= options
     for card in cards():
         assert set(re.findall(r"`(\w[\w.-]+)`", card[3])) <= set(PRESETS)

@@ -30,7 +30,7 @@ def generate(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     prompt, writing = prompt_timeline(settings), WriteOptions(**picked(settings, WriteOptions))
     from miga_engine.cli.render import Outputs
-    from miga_engine.resolve import network_calls
+    from miga_engine.resolve import boundary_step, network_calls
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.weights.files import opened_once
 
@@ -42,7 +42,7 @@ def generate(options: argparse.Namespace) -> int:
         engine = load_engine(settings, ranks)
         request = engine.resolve(prompt, **asked)
         if outputs is not None and not writing.quiet:
-            say(network_calls(request, engine.bundle.window_frames))
+            say(network_calls(request, engine.bundle.window_frames, boundary_step(request, engine.bundle)))
         batches: list[int] = []
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:

@@ -237,8 +237,8 @@ class RunLayout:
         unified passes a window of every `stride` frames.
         """
         config, length = self.config, self.config.zigzag_width * self.num_groups
-        num_passes = self.stride if config.moving_phase else 1
-        passes = [self.queue_windows(self.num_given, self.num_given + length, number) for number in range(num_passes)]
+        head, num_passes = self.num_given + self.padding, self.stride if config.moving_phase else 1
+        passes = [self.queue_windows(head, head + length, number) for number in range(num_passes)]
         in_queue = [
             len(window.frames) + self.num_in_front(len(window.frames), window.num_guidance)
             for windows in passes
