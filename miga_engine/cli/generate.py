@@ -13,7 +13,7 @@ from miga_engine.cli.settings import load_engine, prompt_timeline, read_settings
 from miga_engine.cli.terminal import say
 from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.config import LoadOptions, StreamOptions
-from miga_engine.errors import ConfigError, MigaError
+from miga_engine.errors import ConfigError, MigaError, printable
 from miga_engine.options import as_recorded, picked
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def generate(options: argparse.Namespace) -> int:
         request = engine.resolve(prompt, **asked)
         if outputs is not None and not writing.quiet:
             say(network_calls(request, engine.bundle.window_frames, boundary_step(request, engine.bundle)))
+            if (given := request.condition) is not None:
+                of = "the picture" if given.kind == "image" else f"the last {given.num_frames} frames"
+                say(f"begins with {of} of {printable(given.source)}, in {request.width}×{request.height}")
         batches: list[int] = []
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
