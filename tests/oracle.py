@@ -144,10 +144,17 @@ class Oracle:
             guidance = guidance_indices(start, m, config.zigzag_width, config.guidance_offset, config.guidance_spacing)
             stop = start + (local if guidance else self.window)
             read = [frames[i] for i in guidance] + frames[start:stop]
+            num_guidance = len(guidance)
             if guidance and config.guidance_anchor:
                 read[0] = self.anchor
-            first, offset = max(commit_start, num_past), len(guidance) - start
-            result[first:commit_stop] = self.window_step(read, first + offset, commit_stop + offset, len(guidance))
+            elif (
+                config.guidance_anchor
+                and len(read) < self.window
+                and self.anchor.number not in [f.number for f in read]
+            ):
+                read, num_guidance = [self.anchor, *read], 1
+            first, offset = max(commit_start, num_past), num_guidance - start
+            result[first:commit_stop] = self.window_step(read, first + offset, commit_stop + offset, num_guidance)
         return result
 
     def unified(self, popped: list[Frame], total: int) -> list[list[Frame]]:

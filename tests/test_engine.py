@@ -24,6 +24,7 @@ from miga_engine import ConfigError, Engine
 from miga_engine.config import MigaConfig, fifo_config
 from miga_engine.presets import PRESETS
 from miga_engine.prompts import PromptTimeline
+from miga_engine.resolve import layout_of
 from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.stream import Chunk
 
@@ -352,7 +353,7 @@ def test_of_many_prompts_only_those_at_hand_are_held(models, family, monkeypatch
     monkeypatch.setattr(PromptTimeline, "most_prompt_rows", lambda self, num_latents: len(self))
     assert torch.equal(engine.generate(prompt, num_frames, **options).frames, few)
     small, large = (table._context.layers[0][0].shape[0] for table in tables)
-    layout = engine._layout(engine.resolve(prompt, num_frames=num_frames, **options))
+    layout = layout_of(engine.resolve(prompt, num_frames=num_frames, **options), engine.bundle)
     assert small <= layout.capacity + 2 < large
 
 

@@ -46,6 +46,8 @@ class BehindQueue:
 
     def renoise(self, slots: np.ndarray, noise: torch.Tensor) -> None:
         """Refine: noise clean latents to step T − refine_steps."""
+        if not len(slots):
+            return
         store, schedule = self.store, self.denoiser.schedule
         step = schedule.num_steps - self.config.refine_steps
         index = store.index(slots)

@@ -185,7 +185,7 @@ class Denoiser:
     def _forward_all(self, windows: Sequence[Window]) -> None:
         """Model output of all committed frames, in the windows' order, to the beginning of `_outputs`."""
         bounds = np.cumsum([0] + [window.commit_stop - window.commit_start for window in windows])
-        batches = _split(windows, [self._expert(window) for window in windows], self._share_windows)
+        batches = _split(windows, self._share_windows, [self._expert(window) for window in windows])
         mine = range(len(batches)) if self.ranks is None else self.ranks.share(len(batches))
         for batch in batches[mine.start : mine.stop]:
             start = batch.start
@@ -374,15 +374,13 @@ def _check_table(name: str, table: np.ndarray, end: int) -> None:
         )
 
 
-def _split(windows: Sequence[Window], experts: Sequence[int], limit: int) -> list[range]:
+def _split(windows: Sequence[Window], limit: int, experts: Sequence[int] = ()) -> list[range]:
     """Runs of neighbouring windows of equal length for one network, at most `limit` together."""
+    alike = [(len(window.slots), *experts[i : i + 1]) for i, window in enumerate(windows)]
     batches: list[range] = []
-    for i, window in enumerate(windows):
+    for i in range(len(windows)):
         last = batches[-1] if batches else range(0)
-        is_other = len(last) > 0 and (
-            len(windows[last.start].slots) != len(window.slots) or experts[last.start] != experts[i]
-        )
-        if len(last) in (0, limit) or is_other:
+        if len(last) in (0, limit) or alike[last.start] != alike[i]:
             batches.append(range(i, i + 1))
         else:
             batches[-1] = range(last.start, i + 1)

@@ -246,11 +246,13 @@ class VideoRun:
         sources = torch.from_numpy(numbers.clip(0, self.window_frames - 1)).to(clip.device)
         noise = self.noise(Purpose.WARMUP, numbers)
         noised = add_noise(self.schedule, clip[sources], noise, torch.from_numpy(steps))
-        num_given = max(self.layout.num_given - head, 0) if self.layout.num_given else 0
-        noised[:num_given] = self.references.shown(clip[sources[:num_given]], numbers[:num_given])
-        steps[:num_given] = self.schedule.num_steps
+        if self.layout.num_given:
+            still = slice(0, self.layout.num_given - head)
+            noised[still] = self.references.shown(clip[sources[still]], numbers[still])
+            steps[still] = self.schedule.num_steps
         anchor_numbers = self.references.anchor_numbers(range(self.window_frames))
-        anchor = self.references.shown(clip[anchor_numbers], anchor_numbers)
+        first = self.store.index(np.asarray(anchor_numbers, dtype=np.int64))
+        anchor = self.references.shown(clip[first], anchor_numbers)
         padding = range(head - self.padding, head)
         before = clip[torch.from_numpy(np.asarray(padding, dtype=np.int64).clip(0, None)).to(clip.device)]
         with self.store.changing():

@@ -39,9 +39,13 @@ def video(num_frames: int = 31, *, window_batch: int = 1, network=pseudo_network
 def test_batches_hold_equal_windows_in_order(limit: int) -> None:
     lengths = [9, 9, 9, 4, 9, 9, 4, 4, 4]
     windows = [Window(np.arange(n), 0, 1) for n in lengths]
-    batches = _split(windows, [0] * len(windows), limit)
+    batches = _split(windows, limit)
     assert [i for batch in batches for i in batch] == list(range(len(lengths)))
     assert all(len({lengths[i] for i in batch}) == 1 and 1 <= len(batch) <= limit for batch in batches)
+    experts = [0, 0, 0, 0, 1, 1, 1, 1, 0]
+    batches = _split(windows, limit, experts)
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    assert all(len({(lengths[i], experts[i]) for i in batch}) == 1 for batch in batches)
     assert _split([], limit) == []
 
 

@@ -98,11 +98,11 @@ def test_searches_read_the_anchor_of_their_own_prompt(has_anchor):
     def watched(reference, candidates):
         windows = search_windows(reference, candidates)
         for window in windows:
-            is_anchored = window.slots[0] in run._anchor
+            is_anchored = window.slots[0] in run.references.anchor
             rows = store.prompt_row[window.slots[int(is_anchored) :]]
-            assert is_anchored == (has_anchor and bool((rows == store.prompt_row[run._anchor]).all()))
+            assert is_anchored == (has_anchor and bool((rows == store.prompt_row[run.references.anchor]).all()))
             assert len(window.slots) <= 9
-            assert not np.isin(window.committed, [*run._anchor, *reference]).any()
+            assert not np.isin(window.committed, [*run.references.anchor, *reference]).any()
             searches.append(is_anchored)
         committed = np.concatenate([window.committed for window in windows])
         assert sorted(committed) == sorted(candidates.ravel())  # each once
