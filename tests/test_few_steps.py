@@ -215,6 +215,28 @@ RUNS = {
             FEW, self_reflection=True, judge_step=1, reference_groups=1, candidates=2, score_drop=0.0, refine_steps=1
         ),
     },
+    "lcm from noise on, with a sink": {
+        "solver": "lcm",
+        "miga": dataclasses.replace(
+            FEW,
+            stage2_steps=0,
+            guidance_frames=2,
+            guidance_anchor=True,
+            anchor_frames=2,
+            stride=2,
+            commit_offset=1,
+            past_context=True,
+            warmup="noise",
+            reference_noise=0.0,
+            moving_phase=False,
+        ),
+    },
+    "euler with a sink and groups two steps apart": {
+        "solver": "euler",
+        "miga": dataclasses.replace(
+            FEW, stage2_steps=0, guidance_frames=2, guidance_anchor=True, anchor_frames=2, passes_per_advance=2
+        ),
+    },
     "lcm of evenly spaced levels": {"solver": "lcm", "denoising_steps": None, "num_inference_steps": 5, "miga": FEW},
 }
 

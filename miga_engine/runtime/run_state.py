@@ -266,7 +266,7 @@ class _Check:
             fits = not any(anchor.values())
         else:
             fits = (
-                0 <= anchor["frame_number"] <= max(self.head, 0)
+                0 <= anchor["frame_number"] <= max(self.head, self.layout.num_anchors - 1)
                 and anchor["step_index"] == self.layout.num_steps
                 and anchor["history_length"] == 0
                 and anchor["prompt_row"] == prompt_row(anchor["frame_number"])
