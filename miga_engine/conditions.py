@@ -71,18 +71,15 @@ def _read(kind: str, path: str | os.PathLike[str], fps: Fraction, most: int) -> 
     """The picture of a file, or the last frames of a clip at the video's rate, `[H,W,3]` uint8."""
     from miga_engine.video.reading import check_bytes, opened_video
 
+    kept: deque[np.ndarray[Any, Any]] = deque(maxlen=most)
     with opened_video(path) as video:
-        if kind == "video":
-            kept: deque[np.ndarray[Any, Any]] = deque(_at_rate(video.frames, video.fps, fps), most)
-        else:
-            kept = deque()
-            for frame in video.frames:
-                kept.append(frame)
-                if len(kept) > 1:
-                    raise ConfigError(f"{os.fspath(path)} holds more than one picture: give it as the video")
+        for number, frame in enumerate(_at_rate(video.frames, video.fps, fps) if kind == "video" else video.frames):
+            if kind == "image" and number:
+                raise ConfigError(f"{os.fspath(path)} holds more than one picture: give it as the video")
+            kept.append(frame)
+            check_bytes(path, frame.nbytes * len(kept))
     if not kept:
         raise ConfigError(f"{os.fspath(path)} holds no frames: give another file")
-    check_bytes(path, sum(frame.nbytes for frame in kept))
     return list(kept)
 
 
