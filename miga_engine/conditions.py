@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import reprlib
 from collections import deque
@@ -73,7 +75,9 @@ def _read(kind: str, path: str | os.PathLike[str], fps: Fraction, most: int) -> 
 
     kept: deque[np.ndarray[Any, Any]] = deque(maxlen=most)
     with opened_video(path) as video:
-        for number, frame in enumerate(_at_rate(video.frames, video.fps, fps) if kind == "video" else video.frames):
+        for number, frame in enumerate(
+            _at_rate(video.frames, video.fps, fps, most) if kind == "video" else video.frames
+        ):
             if kind == "image" and number:
                 raise ConfigError(f"{os.fspath(path)} holds more than one picture: give it as the video")
             kept.append(frame)
@@ -84,17 +88,14 @@ def _read(kind: str, path: str | os.PathLike[str], fps: Fraction, most: int) -> 
 
 
 def _at_rate(
-    frames: Iterator[np.ndarray[Any, Any]], rate: Fraction | None, fps: Fraction
+    frames: Iterator[np.ndarray[Any, Any]], rate: Fraction | None, fps: Fraction, most: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Of frames at a rate those that are shown at the times of another: left out, or repeated."""
-    if not rate or rate == fps:
-        yield from frames
-        return
-    step, number = rate / fps, 0
-    for i, frame in enumerate(frames):
-        while number * step < i + 1:
-            yield frame
-            number += 1
+    """Of frames at a rate those that are shown at the times of another: left out, or repeated, `most` times at most."""
+    number = 0
+    for i, frame in enumerate(frames, 1):
+        end = math.ceil(i * fps / rate) if rate else i
+        yield from itertools.repeat(frame, min(end - number, most))
+        number = end
 
 
 def _array(kind: str, given: Any) -> list[np.ndarray[Any, Any]]:

@@ -194,9 +194,11 @@ def test_a_picture_fills_the_video_and_what_is_over_is_cut_off_evenly() -> None:
 @pytest.mark.parametrize(("rate", "fps"), [(24, 16), (30, 24), ("24000/1001", 16), (8, 16), (10, 24), (16, 16)])
 def test_a_clip_of_another_rate_is_shown_at_the_same_times(rate: Any, fps: Any) -> None:
     numbers = [np.full((1, 1, 3), n, np.uint8) for n in range(60)]
-    shown = [int(frame[0, 0, 0]) for frame in _at_rate(iter(numbers), Fraction(rate), Fraction(fps))]
+    shown = [int(frame[0, 0, 0]) for frame in _at_rate(iter(numbers), Fraction(rate), Fraction(fps), 10)]
     assert shown == [int(n * Fraction(rate) / Fraction(fps)) for n in range(len(shown))]
     assert abs(len(shown) - 60 * Fraction(fps) / Fraction(rate)) < 1
+    hardly = [*_at_rate(iter(numbers[:2]), Fraction(1, 10**12), Fraction(16), 5)]  # a rate that no clip has
+    assert [int(frame[0, 0, 0]) for frame in hardly] == [0] * 5 + [1] * 5
 
 
 @pytest.mark.parametrize(("options", "num_frames"), [({}, 9), ({"video_frames": 5}, 5), ({"video_frames": 1}, 1)])
