@@ -2,8 +2,8 @@
 
 Each scene's first frames are given with a caption that leaves the time of day open. Printed of the frames behind them:
 the share with the given time of day, and with the subject, colour and land that the caption names; how far the first
-frame behind is from the last given, beside the true world's own step; and the PSNR of the given frames as they come
-out.
+made frame is from the last given, beside the step that the VAE makes there of the true world; and the PSNR of the
+given frames as they come out.
 
 `python -m bench.study.begin` takes some five minutes on two cores.
 """
@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from miga_engine import Engine
 from miga_engine.tiny import world
@@ -31,7 +33,7 @@ CASES: Mapping[str, tuple[int, dict[str, Any]]] = {
     f"a clip of {CLIP_FRAMES}, 2 % of noise": (CLIP_FRAMES, {"reference_noise": 0.02}),
 }
 """What is given: video frames, and options of the method."""
-COLUMNS = (*ATTRIBUTES, "step behind, levels", "true step, levels", "PSNR of what is given, dB")
+COLUMNS = (*ATTRIBUTES, "step to the first made, levels", "the VAE's own there", "PSNR of what is given, dB")
 
 
 def scenes(count: int) -> list[world.Scene]:
@@ -44,18 +46,27 @@ def scenes(count: int) -> list[world.Scene]:
     ]
 
 
+def reconstructed(engine: Engine, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """What the VAE makes of true frames `[T,H,W,3]`."""
+    with torch.no_grad():
+        latents = engine.bundle.vae.encode(to_tensor(frames).transpose(0, 1)[None])
+        decoded = engine.bundle.vae.decode(latents)[0].permute(1, 2, 3, 0)
+    return ((decoded + 1) * 127.5).round().numpy().astype(np.int64)
+
+
 def measured(engine: Engine, scene: world.Scene, case: str, num_frames: int) -> list[float]:
     """A row of `COLUMNS` for a video of a scene; NaN where nothing is given."""
     count, method = CASES[case]
     prompt = world.caption(scene).removesuffix(f" at {scene.time}")
-    true, _ = world.render(scene, 0, max(count, 1) + 1)
+    true, _ = world.render(scene, 0, max(count, 1) + engine.bundle.frame_ratio)
     given = {} if not count else {"image": true[0]} if count == 1 else {"video": true[:count]}
     made = engine.generate(prompt, num_frames, seed=scene.seed, miga=method, **given).frames.numpy()
     behind = made[count:]
     shares = frame_accuracy(load_classifier(), to_tensor(behind), scene)
     if not count:
         return [*shares.values(), *[float("nan")] * 3]
-    steps = [np.abs(b.astype(int) - a).mean() for a, b in ((made[count - 1], behind[0]), (true[-2], true[-1]))]
+    again = reconstructed(engine, true)
+    steps = [np.abs(b.astype(int) - a).mean() for a, b in ((made[count - 1], behind[0]), again[count - 1 : count + 1])]
     error = np.square(made[:count].astype(float) - true[:count]).mean()
     return [*shares.values(), *steps, 10 * np.log10(255**2 / error)]
 
