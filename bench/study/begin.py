@@ -11,6 +11,7 @@ given frames as they come out.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bench.command import Parser, run_command
 from miga_engine import Engine
 from miga_engine.tiny import world
 from miga_engine.tiny.classifier import ATTRIBUTES, frame_accuracy, load_classifier, to_tensor
@@ -71,12 +73,18 @@ def measured(engine: Engine, scene: world.Scene, case: str, num_frames: int) -> 
     return [*shares.values(), *steps, 10 * np.log10(255**2 / error)]
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        prog="python -m bench.study.begin", description="How much of what a video begins with stays in it: a table."
+    )
+    parser.add_argument("--scenes", type=int, default=6, metavar="N", help="a video each (default: 6)")
+    parser.add_argument("--num-frames", type=int, default=73, metavar="N", help="of each video (default: 73)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scenes", type=int, default=6)
-    parser.add_argument("--num-frames", type=int, default=73)
-    options = parser.parse_args()
     engine = Engine.from_pretrained("tiny", "cpu")
     print(f"| given | {' | '.join(COLUMNS)} |")
     print(f"| --- |{' ---: |' * len(COLUMNS)}")
@@ -89,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(build_parser(), run))
