@@ -213,7 +213,8 @@ class _Check:
         is_queued = frames >= self.head
         group = (frames - self.head) // layout.config.zigzag_width
         expected = np.where(is_queued, (groups - 1 - group) * layout.config.passes_per_advance + lowest, expected)
-        expected[frames < layout.num_given] = layout.num_steps
+        if layout.num_given:  # and what stands before them
+            expected[frames < layout.num_given] = layout.num_steps
         if any(np.array_equal(steps, expected + is_ahead) for is_ahead in self._parts_ahead(frames)):
             return
         raise _unfit("step_index", steps.tolist()[:8])
