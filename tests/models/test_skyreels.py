@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import random_wan
 import torch
-from diffusers import SkyReelsV2Transformer3DModel
+from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel
+from oracle import collect, toy_run
 from refusals import refusal
 from safetensors.torch import save_file
 
@@ -17,6 +19,8 @@ from miga_engine.models import load_bundle, load_transformer
 from miga_engine.models.convert import convert, convert_model
 from miga_engine.models.family import Sources
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
+from miga_engine.presets import PRESETS
+from miga_engine.runtime.denoise import Window
 
 TOLERANCE = 3e-5  # of the largest output
 TIMESTEPS = torch.tensor([[999.0, 500.0, 3.0], [20.0, 20.0, 700.0]])
@@ -167,3 +171,29 @@ def test_image_to_video_is_refused_by_name(tmp_path: Path, stem: str, keys: tupl
     save_file(tensors, tmp_path / f"{stem}.safetensors")
     sentence = refusal(lambda: load_transformer(tmp_path / f"{stem}.safetensors"), CheckpointError)
     assert "is a SkyReels-V2 image-to-video model (I2V), and not a " in sentence
+
+
+@pytest.mark.slow
+def test_the_queue_of_the_preset_has_the_steps_of_the_asynchronous_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once six blocks are on their way, each pass finds frames at the steps at which an iteration of Diffusers does."""
+    _, counted, is_updated, _ = SkyReelsV2DiffusionForcingPipeline.generate_timestep_matrix(
+        None, 120, torch.arange(30, 0, -1), 120, ar_step=5, causal_block_size=5
+    )
+    rows = [(row[mask] - 1).tolist() for row, mask in zip(counted, is_updated, strict=True)]  # they count from 1
+    theirs = [row for row in rows if len(row) == 30]
+    theirs = theirs[next(i for i, row in enumerate(theirs) if row[-1] == 0) :]
+
+    preset, seen = PRESETS["skyreels-v2-df"], []
+    config = dataclasses.replace(preset.miga, self_reflection=False)
+    run = toy_run(config, 100, steps=preset.sampling.num_inference_steps, window=25)
+    queue_windows = run._queue_windows
+
+    def watched(num_passes: int | None) -> list[Window]:
+        if num_passes is not None:
+            seen.append(run.store.step_index[run.store.slots(range(run.head, run.tail))].tolist())
+        return queue_windows(num_passes)
+
+    monkeypatch.setattr(run, "_queue_windows", watched)
+    collect(run)
+    assert min(len(theirs), len(seen)) > 60
+    assert all(ours == iteration for ours, iteration in zip(seen, theirs, strict=False))
