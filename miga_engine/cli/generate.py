@@ -44,8 +44,8 @@ def generate(options: argparse.Namespace) -> int:
         if outputs is not None and not writing.quiet:
             say(network_calls(request, engine.bundle.window_frames, boundary_step(request, engine.bundle)))
             if (given := request.condition) is not None:
-                of = "the picture" if given.kind == "image" else f"the last {given.num_frames} frames"
-                say(f"begins with {of} of {printable(given.source)}, in {request.width}×{request.height}")
+                frames = "" if given.kind == "image" else f"the last {given.num_frames} frames of "
+                say(f"begins with {frames}{printable(given.source)}, in {request.width}×{request.height}")
         batches: list[int] = []
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
