@@ -120,8 +120,7 @@ def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["unipc", "lcm"])
-@pytest.mark.parametrize("reference_noise", [None, 0.0, 0.02])
+@pytest.mark.parametrize(("solver", "reference_noise"), [("unipc", None), ("lcm", 0.0), ("unipc", 0.02)])
 @pytest.mark.parametrize(("num_given", "options"), [
     (1, {"guidance_anchor": True, "zigzag_width": 1, "commit_offset": -1}),
     (1, {"refine_steps": 3}), (5, {"stage2_steps": 0, "refine_steps": 3}), (9, {}),
