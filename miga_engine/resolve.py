@@ -72,8 +72,8 @@ def _with_condition(request: Request, bundle: ModelBundle) -> Request:
             )
         if request.num_frames is not None and request.num_frames <= condition.num_frames:
             raise ConfigError(
-                f"num_frames is {request.num_frames}, and the video begins with {condition.num_frames} frames that are "
-                f"given: ask for more"
+                f"num_frames is {request.num_frames}, and the video begins with what is given, {condition.num_frames}: "
+                "ask for more"
             )
     return dataclasses.replace(request, condition=condition, image=None, video=None, video_frames=None)
 

@@ -229,8 +229,8 @@ def test_no_more_is_given_than_the_first_queue_holds(engines) -> None:
          "frames: use 5 or 9"),
         ({"video": small_models.CLIP, "video_frames": 13}, "video_frames is 13 and the clip has 11 at 16 fps: ask for "
          "fewer"),
-        ({"video": small_models.CLIP, "num_frames": 9}, "num_frames is 9, and the video begins with 9 frames that are "
-         "given: ask for more"),
+        ({"video": small_models.CLIP, "num_frames": 9}, "num_frames is 9, and the video begins with what is "
+         "given, 9: ask for more"),
         ({"image": small_models.CLIP}, "image must be a file, or uint8 [H,W,3], got uint8 [11, 20, 30, 3]"),
         ({"image": small_models.PICTURE.float()}, "image must be a file, or uint8 [H,W,3], got float32 [40, 70, 3]"),
         ({"video": 5}, "video must be a file, or uint8 [T,H,W,3], got int64 []"),
