@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "onednn", "cudnn", "xformers", "flash", "sage", "reference")
 """Who may compute attention; `miga_engine.ops.frame_attention` says what each needs."""
 
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+"""What may lie apart from a model, by the names of the options that say where."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """In which networks may be held."""
 

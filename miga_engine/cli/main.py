@@ -116,7 +116,7 @@ def _build_parser() -> argparse.ArgumentParser:
          "events": "scores, searches and chunks as JSON lines, appended"},
     )  # fmt: skip
     add_flags(
-        resuming, LoadOptions, ["model", "device", *PLACES],
+        resuming, LoadOptions, ["model", "device", *PLACES, "experts"],
         {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
     )  # fmt: skip
     add_flags(resuming, StreamOptions)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.config_file import RELEASED_NAMES, read_config, read_value, translated
-from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig
+from miga_engine.config import NUM_FRAMES, PARTS, LoadOptions, MigaConfig
 from miga_engine.errors import ConfigError
 from miga_engine.options import picked
 from miga_engine.request import Request
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from miga_engine.runtime.ranks import Ranks
 
 
-PLACES = ("transformer", "vae", "text_encoder", "tokenizer", "lora", "download", "revision", "cache_dir")
+PLACES = (*PARTS, "lora", "download", "revision", "cache_dir")
 """Options of loading that say where weights are, beside the model's own, and that a session leaves open."""
 
 

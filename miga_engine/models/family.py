@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 
+from miga_engine.config import PARTS
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transformer
 from miga_engine.weights.checkpoint import Checkpoint
 
 Device = torch.device | str | None
-PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
-"""What may lie apart from a model, by the names of the options that say where."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from miga_engine.config import LoadOptions
+from miga_engine.config import PARTS, LoadOptions
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle
-from miga_engine.models.family import PARTS, Device, Family, Sources
+from miga_engine.models.family import Device, Family, Sources
 from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transformer
 from miga_engine.models.videocrafter2.family import VIDEOCRAFTER2
 from miga_engine.models.wan.family import WAN

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from miga_engine.config import PARTS
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import ConfigError, MigaError, OutputError, SessionError
 from miga_engine.files import beside, hold, is_beside, open_own, path_written_whole
@@ -281,7 +282,6 @@ def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
 _MOST_CHARACTERS = 4096
 _MOST_NUMBER = 2**53
 _MOST_LORAS = 100
-_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")  # that may lie apart from the model
 _MODEL_TEXTS = ("name", "preset", "dtype", "vae_dtype", "attention", "transformer", "VAE", "device", "torch",
                 "miga_engine")  # fmt: skip
 _RUN_NUMBERS = ("head", "tail", "first", "num_passes", "emitted", "num_searches", "num_forwards", "parts_done",
@@ -300,7 +300,7 @@ def _check_types(record: dict[str, Any]) -> None:
     _require(isinstance(model.get("CPU", ""), str) and isinstance(model["compile"], bool))
     _require(_is_name(model.get("decoder", "vae")) and _is_name(model.get("text encoder", "")))
     files, merged = model.get("files", {}), model.get("lora", [])
-    _require(isinstance(files, dict) and set(files) <= set(_PARTS) and all(map(_is_name, files.values())))
+    _require(isinstance(files, dict) and set(files) <= set(PARTS) and all(map(_is_name, files.values())))
     hub = model.get("hub", {})
     _require(isinstance(hub, dict) and set(hub) <= {"revision", "cache_dir"} and all(map(_is_name, hub.values())))
     _require(isinstance(merged, list) and len(merged) <= _MOST_LORAS)

@@ -27,6 +27,7 @@ from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.experts import WanExperts
 from miga_engine.models.wan.kinds import noise_of, stem_of
 from miga_engine.runtime.session import fingerprint
+from miga_engine.video.reading import read_video
 
 HIGH, LOW = random_wan.transformer(seed=1), random_wan.transformer(seed=2)
 NAMES = ("high_noise_model", "low_noise_model")
@@ -391,3 +392,20 @@ def test_info_says_which_network_a_file_is(tmp_path: Path, capsys, name: str, no
 def test_names_of_a_pair_have_one_stem(names: tuple[str, str]) -> None:
     assert [noise_of(name) for name in names] == ["high", "low"]
     assert stem_of(names[0]) == stem_of(names[1]) != stem_of(names[0].replace("4", "5").replace("2", "3"))
+
+
+@pytest.mark.slow
+def test_the_command_resumes_with_both_networks_named(model: Path, tmp_path: Path, capsys) -> None:
+    high, low = ((model / name).rename(tmp_path / name) for name in NAMES)
+    method = {"zigzag_width": 2, "stage2_steps": 3, "guidance_frames": 1, "stride": 2, "judge_step": 3}
+    (model / "miga.json").write_text(json.dumps({"window_frames": 5}))
+    engine = Engine.from_pretrained(model, "cpu", transformer=high, transformer_2=low)
+    sizes = {"height": 32, "width": 48, "num_inference_steps": 10, "shift": 5.0}
+    whole = engine.generate("a kite", 21, **sizes, miga=method).frames
+    with engine.stream("a kite", 21, **sizes, miga=method) as stream:
+        begun = next(stream).frames
+        stream.save(tmp_path / "run.safetensors")
+    places = ["--model", str(model), "--transformer", str(high), "--transformer-2", str(low), "--experts", "swap"]
+    command = ["resume", str(tmp_path / "run.safetensors"), *places, "--output", str(tmp_path / "rest.mkv"), "--quiet"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert torch.equal(torch.cat([begun, torch.from_numpy(read_video(tmp_path / "rest.mkv"))]), whole)
