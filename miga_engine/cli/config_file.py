@@ -127,7 +127,7 @@ def translated(options: Mapping[Any, Any], where: str) -> dict[Any, Any]:
     if given.get("use_prompt_extend") not in (None, False):
         raise ConfigError(f"{where} gives use_prompt_extend, which is not to be had: write the long prompt out")
     known = ("t2v-1.3B", "t2v-14B", "t2v-A14B", "ti2v-5B")
-    if (task := given.get("task")) is not None and not str(task).startswith(known):
+    if (task := given.get("task")) is not None and task not in known and not str(task).startswith(known[0]):
         raise ConfigError(f"{where} gives task as {reprlib.repr(task)}: {', '.join(known)} are to be had")
     if (size := given.get("size")) is not None:
         sides = re.fullmatch(r"(\d{1,5})[*x](\d{1,5})", str(size))
