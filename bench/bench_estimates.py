@@ -6,12 +6,12 @@ safetensors have true names and shapes and no content: files with holes, of whic
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 import shutil
 import struct
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,10 +106,13 @@ def row(name: str) -> str:
 
 
 def main() -> None:
-    """Print the table; with names of models as arguments those lines alone."""
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=CASES, default=CASES, metavar="NAME", help=", ".join(CASES))
+    options = parser.parse_args()
     print("| model | preset | weights | ring | a forward, decoding beside it | encoding prompts | in all |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in sys.argv[1:] or CASES:
+    for name in options.models:
         print(row(name), flush=True)
 
 
