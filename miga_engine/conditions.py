@@ -38,18 +38,15 @@ def condition_of(given: Request, bundle: ModelBundle, most_latents: int) -> Cond
     if len(named) == 2:
         raise ConfigError("image and video are both given: keep one of the two")
     ((kind, source),) = named.items()
-    if kind not in bundle.facts.conditions:
-        raise ConfigError(f"this model begins no video with what is given: leave {kind} out")
     most = 1 if kind == "image" else bundle.num_video_frames(most_latents)
     if given.video_frames is not None:
         _check_count(given.video_frames, most, bundle)
     is_file = isinstance(source, str | os.PathLike)
     found = _read(kind, source, frame_rate(given.fps), most) if is_file else _array(kind, source)
-    count = most if given.video_frames is None else given.video_frames
-    if given.video_frames is not None and len(found) < count:
+    count = given.video_frames or min(most, len(found))
+    if len(found) < count:
         raise ConfigError(f"video_frames is {count} and the clip has {len(found)} at {given.fps} fps: ask for fewer")
-    count = min(count, len(found))
-    count = bundle.num_video_frames(bundle.num_latent_frames(count + 1) - 1) if count > 1 else 1  # whole latent frames
+    count = bundle.num_video_frames(bundle.num_whole_latents(count))
     frames = _fitted(torch.from_numpy(np.stack(found[-count:])), given.height, given.width)
     name = os.path.basename(os.fspath(source)) if is_file else ""
     digest = hashlib.blake2b(frames.numpy().tobytes(), digest_size=8).hexdigest()
@@ -58,13 +55,10 @@ def condition_of(given: Request, bundle: ModelBundle, most_latents: int) -> Cond
 
 def _check_count(count: int, most: int, bundle: ModelBundle) -> None:
     """ConfigError unless so many video frames are whole latent frames, and no more than there may be."""
-    latents = bundle.num_latent_frames(count)
-    fits = bundle.num_video_frames(latents)
-    if fits != count and fits <= most:
-        raise ConfigError(
-            f"video_frames is {count}, which is no whole number of latent frames: use "
-            f"{bundle.num_video_frames(latents - 1)} or {fits}"
-        )
+    latents = bundle.num_whole_latents(count)
+    below, above = bundle.num_video_frames(latents), bundle.num_video_frames(latents + 1)
+    if below != count and above <= most:
+        raise ConfigError(f"video_frames is {count}, which is no whole number of latent frames: use {below} or {above}")
     if count > most:
         raise ConfigError(f"video_frames is {count}, and a video begins with at most {most} frames here: ask for fewer")
 

@@ -90,7 +90,7 @@ def layout_of(request: Request, bundle: ModelBundle) -> RunLayout:
 def boundary_step(request: Request, bundle: ModelBundle) -> int | None:
     """The first step of a resolved request that the second of a model's two networks is for; None where it has one."""
     boundary = bundle.transformer.boundary_timestep
-    return None if boundary is None else int((schedule_of(request).timesteps >= boundary).sum())
+    return None if boundary is None else schedule_of(request).num_steps_from(boundary)
 
 
 def _low_scale(given: Request, preset: Preset, bundle: ModelBundle) -> float | None:

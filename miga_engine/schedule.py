@@ -98,6 +98,10 @@ class Schedule(NamedTuple):
         """[T+1] float32: x = alphas·x0 + sigmas·noise (1 − sigma for flow models, sqrt(alpha_bar) for DDIM)."""
         return self.coefficients.alphas
 
+    def num_steps_from(self, timestep: float) -> int:
+        """Steps whose timestep is this one or noisier, which is the first step_index below it."""
+        return int((self.timesteps >= timestep).sum())
+
     @property
     def uses_noise(self) -> bool:
         """Whether any step adds fresh noise, so that `sampler_update` needs its `noise`."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import places
+
 from miga_engine.models.wan.variants import VARIANTS
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.layout import RunLayout
@@ -44,8 +46,7 @@ def _boundary_step(name: str) -> int | None:
     if boundary is None:
         return None
     sampling = PRESETS[name].sampling
-    timesteps = make_schedule(sampling.solver, sampling.num_inference_steps, sampling.shift).timesteps
-    return int((timesteps >= boundary).sum())
+    return make_schedule(sampling.solver, sampling.num_inference_steps, sampling.shift).num_steps_from(boundary)
 
 
 def table() -> str:
@@ -55,9 +56,7 @@ def table() -> str:
 
 def main() -> None:
     """Put the table into the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    places.put_between(PAGE, BEGIN, END, table())
 
 
 if __name__ == "__main__":

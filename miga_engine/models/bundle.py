@@ -160,6 +160,10 @@ class ModelBundle:
         """Latent frames whose decoded clip has at least `num_video_frames` >= 1 frames."""
         return -(-(num_video_frames - 1) // self.frame_ratio) + 1
 
+    def num_whole_latents(self, num_video_frames: int) -> int:
+        """Latent frames that decode to at most `num_video_frames` >= 1 frames."""
+        return (num_video_frames - 1) // self.frame_ratio + 1
+
     def first_video_frame(self, latent_frame: int) -> int:
         """Number of the first video frame that latent frame `latent_frame` (from 0) decodes to."""
         return self.num_video_frames(latent_frame) if latent_frame else 0

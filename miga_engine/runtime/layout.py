@@ -244,10 +244,8 @@ class RunLayout:
             for windows in passes
             for window in windows
         ]
-        num_made, in_unified = (
-            num_passes * config.zigzag_width / config.passes_per_advance,
-            self.num_levels / self.stride,
-        )
+        num_made = num_passes * config.zigzag_width / config.passes_per_advance
+        in_unified = self.num_levels / self.stride
         return Reading(
             len(in_queue) / num_made + in_unified, sum(in_queue) / num_made + in_unified * self.window_frames
         )

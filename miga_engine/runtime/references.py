@@ -42,6 +42,11 @@ class References:
             return clean
         return (1 - sigma) * clean + sigma * self.noise(Purpose.REFERENCE, np.asarray(numbers, np.int64))
 
+    def clean(self, slots: np.ndarray, num_given: int) -> Tensor:
+        """A clip `[n,C,H,W]` that is clean and begins with given frames, which `sample` may hold with noise."""
+        index = self.store.index(slots)
+        return torch.cat([self.store.x0[index[:num_given]], self.store.sample[index[num_given:]]])
+
     def put(self, slots: np.ndarray, sample: Tensor, clean: Tensor, numbers: Sequence[int] | range) -> None:
         """Write frames that are clean and shown as `sample`, both `[n,C,H,W]`."""
         with self.store.changing():
@@ -88,9 +93,3 @@ class References:
         if is_there or not num_in_front:
             return slots, 0
         return np.concatenate([self.anchor, slots]), count
-
-
-def cat_clean(store: FrameStore, slots: np.ndarray, num_given: int) -> torch.Tensor:
-    """Clean frames `[n,C,H,W]` of a clip that begins with given ones, which `sample` may hold with noise."""
-    index = store.index(slots)
-    return torch.cat([store.x0[index[:num_given]], store.sample[index[num_given:]]])

@@ -23,7 +23,7 @@ from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
-from miga_engine.runtime.references import References, cat_clean
+from miga_engine.runtime.references import References
 from miga_engine.runtime.reflection import Reflection
 from miga_engine.runtime.tail import Tail
 from miga_engine.schedule import Schedule, add_noise
@@ -230,7 +230,7 @@ class VideoRun:
             window = Window(slots, num_given, len(slots), self.config.num_past(0, num_given))
             self.denoiser.run([window], noise_series=NOISE_SERIES[SEED_CLIP])
         if self.store.step_index[slots[-1]] == self.schedule.num_steps:
-            self._start_queue(cat_clean(self.store, slots, num_given))
+            self._start_queue(self.references.clean(slots, num_given))
 
     def _start_queue(self, clip: torch.Tensor) -> None:
         """Re-noise the seed clip to the noisiest levels, one a group of zigzag_width frames; what is given stays."""

@@ -6,7 +6,8 @@ import places
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from vae_streams import assert_pieces_are_the_whole, assert_resumes
 
 from miga_engine.errors import ConfigError
 from miga_engine.models import load_vae
@@ -75,27 +76,18 @@ def test_stream_equals_whole_decode_bit_for_bit(
     vae: WanVAE, golden: dict[str, torch.Tensor], pieces: list[int]
 ) -> None:
     latents = golden["latent"][None, ..., :4, :4]
-    decoder = vae.stream_decoder()
-    frames = [decoder.push(piece) for piece in latents.split(pieces, dim=2)]
-    assert [f.shape[2] for f in frames] == [4 * n - 3 * (i == 0) for i, n in enumerate(pieces)]
-    assert torch.equal(torch.cat(frames, dim=2), vae.decode(latents))
+    assert_pieces_are_the_whole(vae, latents, pieces)
 
 
 @pytest.mark.slow
 def test_stream_resumes_from_its_saved_state(vae: WanVAE, golden: dict[str, torch.Tensor], tmp_path: Path) -> None:
     latents = golden["latent"][None, ..., :4, :4]
-    whole = vae.decode(latents)
     for done in (1, 2, 3):
-        decoder = vae.stream_decoder()
-        decoder.push(latents[:, :, :done])
-        save_file(decoder.state(), tmp_path / "state.safetensors")
-        resumed = vae.stream_decoder()
-        resumed.load_state(load_file(tmp_path / "state.safetensors"))
-        assert torch.equal(resumed.push(latents[:, :, done:]), whole[:, :, 4 * done - 3 :])
+        assert_resumes(vae, latents, done, tmp_path / "state.safetensors")
     with pytest.raises(
         ConfigError, match=r"decoder state names nonsense, which this VAE lacks: resume with its own VAE"
     ):
-        resumed.load_state({"nonsense": whole})
+        vae.stream_decoder().load_state({"nonsense": latents})
 
 
 def test_saved_state_is_never_written_into(tiny: WanVAE) -> None:

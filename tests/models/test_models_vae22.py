@@ -12,8 +12,9 @@ import random_wan
 import torch
 from diffusers import AutoencoderKLWan
 from refusals import refusal
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from vae_streams import assert_pieces_are_the_whole, assert_resumes
 
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models import load_vae
@@ -89,21 +90,14 @@ def test_whole_clip_pass_equals_the_stream(vae: WanVAE, latents: Tensor) -> None
 
 @pytest.mark.parametrize("pieces", [[4], [1, 1, 1, 1], [2, 2], [1, 3], [3, 1]])
 def test_stream_equals_whole_decode_bit_for_bit(vae: WanVAE, latents: Tensor, pieces: list[int]) -> None:
-    decoder = vae.stream_decoder()
-    frames = [decoder.push(piece) for piece in latents.split(pieces, dim=2)]
-    assert [f.shape[2] for f in frames] == [4 * n - 3 * (i == 0) for i, n in enumerate(pieces)]
-    assert torch.equal(torch.cat(frames, dim=2), vae.decode(latents))
+    assert_pieces_are_the_whole(vae, latents, pieces)
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_stream_resumes_from_its_saved_state(vae: WanVAE, latents: Tensor, tmp_path: Path, done: int) -> None:
-    whole = vae.decode(latents)
+    assert_resumes(vae, latents, done, tmp_path / "state.safetensors")
     decoder = vae.stream_decoder()
     decoder.push(latents[:, :, :done])
-    save_file(decoder.state(), tmp_path / "state.safetensors")
-    resumed = vae.stream_decoder()
-    resumed.load_state(load_file(tmp_path / "state.safetensors"))
-    assert torch.equal(resumed.push(latents[:, :, done:]), whole[:, :, 4 * done - 3 :])
     other = WanVAE(WanVAEConfig(dim=4, z_dim=48, num_res_blocks=1)).stream_decoder()
     with pytest.raises(ConfigError, match=r"names decoder\.\S+, which this VAE lacks: resume with its own VAE$"):
         other.load_state(decoder.state())

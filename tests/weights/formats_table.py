@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import places
 import random_wan
 import torch
 from torch import Tensor
@@ -319,9 +320,7 @@ def table() -> str:
 
 def main() -> None:
     """Put the table into the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    places.put_between(PAGE, BEGIN, END, table())
 
 
 if __name__ == "__main__":

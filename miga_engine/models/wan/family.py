@@ -180,7 +180,6 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
             default_preset=variant.default_preset,
             default_negative_prompt=variant.default_negative_prompt,
             protocol_frames=variant.protocol_frames,
-            conditions=variant.conditions,
         ),
         texts_form=texts_form,
         open_text_encoder=open_text_encoder,

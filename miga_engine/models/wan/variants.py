@@ -41,8 +41,6 @@ class Variant:
     default_negative_prompt: str = WAN_DEFAULT_NEGATIVE_PROMPT
     protocol_frames: int = 161
     """Video frames of MIGA's evaluation."""
-    conditions: tuple[str, ...] = ("image", "video")
-    """Kinds of condition that a video can be made to follow beside its text."""
 
 
 def _is_skyreels(signs: Signs) -> bool:
