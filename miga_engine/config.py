@@ -154,9 +154,9 @@ class MigaConfig(Checked):
         "and let searches read it too: it holds what the prompt leaves open",
     )
     anchor_frames: int = _count(1, "latent frames that the anchor holds, from the prompt's first on", least=1)
-    reference_noise: float | None = option(
-        None, "share of noise in the frames that are only read, the anchor and what a video begins with, of which the "
-        "network is told: 0.02 for SkyReels-V2-DF, 0 for models that were trained with a clean first frame",
+    reference_sigma: float | None = option(
+        None, "noise level sigma of the frames that are only read, the anchor and what a video begins with, of which "
+        "the network is told: 0.02 for SkyReels-V2-DF, 0 for models that were trained with a clean first frame",
         shown="none, and the network is told the last step's", most=1,
     )  # fmt: skip
     stride: int | None = _count(None, "latent frames between window starts", shown="half the model's window", least=1)

@@ -55,7 +55,7 @@ _DISTILLED_8 = dataclasses.replace(
 )
 # Rolling Forcing: a group a level in one window, behind its first block and the one before the queue, both clean.
 _ROLLING = MigaConfig(
-    zigzag_width=3, stage2_steps=0, guidance_frames=3, guidance_anchor=True, anchor_frames=3, reference_noise=0.0,
+    zigzag_width=3, stage2_steps=0, guidance_frames=3, guidance_anchor=True, anchor_frames=3, reference_sigma=0.0,
     stride=15, commit_offset=3, past_context=True, moving_phase=False, warmup="noise", self_reflection=False,
 )  # fmt: skip
 _ROLLING_SAMPLING = dataclasses.replace(
@@ -64,13 +64,13 @@ _ROLLING_SAMPLING = dataclasses.replace(
 # SkyReels-V2's asynchronous schedule as a queue, groups of 5 frames 5 steps apart, and its numbers (§9).
 _SKYREELS_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=30, shift=8.0, guidance_scale=6.0)
 _SKYREELS = dataclasses.replace(_OURS, zigzag_width=5, passes_per_advance=5, stage2_steps=0, stride=15, judge_step=10,
-                                past_context=True, moving_phase=False, reference_noise=0.02)  # fmt: skip
+                                past_context=True, moving_phase=False, reference_sigma=0.02)  # fmt: skip
 _TI2V_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=50)
-_TI2V = dataclasses.replace(_OURS, stride=15, reference_noise=0.0)  # its first frame was clean in training
+_TI2V = dataclasses.replace(_OURS, stride=15, reference_sigma=0.0)  # its first frame was clean in training
 _A14B_SAMPLING = dataclasses.replace(_UNIPC, num_inference_steps=40, shift=12.0, guidance_scale=4.0)
 _A14B = dataclasses.replace(_WAN_OURS, stage2_steps=8, judge_step=8)
 _PUSA_SAMPLING = dataclasses.replace(_UNIPC, solver="euler", num_inference_steps=10, guidance_scale=3.0)
-_PUSA = dataclasses.replace(_WAN_OURS, zigzag_width=2, stage2_steps=2, judge_step=2, reference_noise=0.0)
+_PUSA = dataclasses.replace(_WAN_OURS, zigzag_width=2, stage2_steps=2, judge_step=2, reference_sigma=0.0)
 _VC2_OURS = dataclasses.replace(_OURS, stage2_steps=9, stride=8, judge_step=13, reference_groups=3, candidates=5)
 _VC2_PAPER = MigaConfig(zigzag_width=4, stage2_steps=9, guidance_frames=6, stride=8, judge_step=13,
                         reference_groups=3, candidates=5, window_order="sequential")  # fmt: skip

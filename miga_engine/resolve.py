@@ -151,7 +151,7 @@ def schedule_of(request: Request) -> Schedule:
         use_scale_array=request.use_scale_array,
         sigmas=request.sigmas,
         denoising_steps=request.denoising_steps,
-        reference_sigma=request.miga.reference_noise,
+        reference_sigma=request.miga.reference_sigma,
     )
 
 

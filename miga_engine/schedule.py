@@ -149,7 +149,7 @@ def make_schedule(
         raise ConfigError(f"{' and '.join(given)} are given for solver {name!r}: {reason}")
     if name == "ddim" and reference_sigma is not None:
         raise ConfigError(
-            f"reference_noise is {reference_sigma:g} for solver 'ddim': it belongs to flow models, leave it out"
+            f"reference_sigma is {reference_sigma:g} for solver 'ddim': it belongs to flow models, leave it out"
         )
     if name == "ddim":
         return _ddim_schedule(num_steps, eta, use_scale_array, prediction)

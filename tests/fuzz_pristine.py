@@ -149,7 +149,7 @@ def build_pristine(root: Path) -> None:
         miga = dataclasses.replace(golden_model.MIGA, guidance_anchor=name != "early", score_drop=-1.0, candidates=2)
         clip = torch.arange(9 * 32 * 48 * 3).view(9, 32, 48, 3).to(torch.uint8)
         given = {"seed clip": {"image": clip[0]}, "early": {"video": clip}}.get(name, {})
-        miga = dataclasses.replace(miga, reference_noise=0.02 if given else None)
+        miga = dataclasses.replace(miga, reference_sigma=0.02 if given else None)
         ticks = iter(range(1, 10**6))
         stream = engine.stream(
             {0: "a kite", 12: "a balloon"}, num_frames=45, seed=1, miga=miga, **golden_model.OPTIONS, **given,

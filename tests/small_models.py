@@ -54,7 +54,7 @@ MODELS = {
             **OPTIONS,
             "width": 64,
             "image": PICTURE,
-            "miga": dataclasses.replace(MIGA, zigzag_width=1, guidance_anchor=True, reference_noise=0.0),
+            "miga": dataclasses.replace(MIGA, zigzag_width=1, guidance_anchor=True, reference_sigma=0.0),
         },
         30,
     ),
@@ -65,7 +65,7 @@ MODELS = {
             "video": CLIP,
             "miga": dataclasses.replace(
                 MIGA, stage2_steps=2, passes_per_advance=2, judge_step=2, reference_groups=1, guidance_anchor=True,
-                commit_offset=-1, past_context=True, reference_noise=0.02, score_drop=0.0,
+                commit_offset=-1, past_context=True, reference_sigma=0.02, score_drop=0.0,
             ),
         },
         30,

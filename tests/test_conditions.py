@@ -253,11 +253,11 @@ def test_a_clip_is_no_picture(engines, tmp_path: Path) -> None:
     )
 
 
-def test_reference_noise_is_of_flow_models(engines) -> None:
+def test_reference_sigma_is_of_flow_models(engines) -> None:
     options = options_of("videocrafter2")
-    miga = dataclasses.replace(options["miga"], reference_noise=0.02)
+    miga = dataclasses.replace(options["miga"], reference_sigma=0.02)
     sentence = refusal(lambda: engines["videocrafter2"].resolve(PROMPT, 9, **{**options, "miga": miga}), ConfigError)
-    assert sentence == "reference_noise is 0.02 for solver 'ddim': it belongs to flow models, leave it out"
+    assert sentence == "reference_sigma is 0.02 for solver 'ddim': it belongs to flow models, leave it out"
 
 
 def test_a_search_of_a_model_of_two_networks_stays_with_the_first(engines) -> None:

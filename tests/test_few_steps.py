@@ -227,7 +227,7 @@ RUNS = {
             commit_offset=1,
             past_context=True,
             warmup="noise",
-            reference_noise=0.0,
+            reference_sigma=0.0,
             moving_phase=False,
         ),
     },

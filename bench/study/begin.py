@@ -28,11 +28,11 @@ CLIP_FRAMES = 25
 CASES: Mapping[str, tuple[int, dict[str, Any]]] = {
     "nothing": (0, {}),
     "a picture": (1, {}),
-    "a picture, told 0": (1, {"reference_noise": 0.0}),
-    "a picture, 2 % of noise": (1, {"reference_noise": 0.02}),
+    "a picture, told 0": (1, {"reference_sigma": 0.0}),
+    "a picture, 2 % of noise": (1, {"reference_sigma": 0.02}),
     f"a clip of {CLIP_FRAMES}": (CLIP_FRAMES, {}),
-    f"a clip of {CLIP_FRAMES}, told 0": (CLIP_FRAMES, {"reference_noise": 0.0}),
-    f"a clip of {CLIP_FRAMES}, 2 % of noise": (CLIP_FRAMES, {"reference_noise": 0.02}),
+    f"a clip of {CLIP_FRAMES}, told 0": (CLIP_FRAMES, {"reference_sigma": 0.0}),
+    f"a clip of {CLIP_FRAMES}, 2 % of noise": (CLIP_FRAMES, {"reference_sigma": 0.02}),
 }
 """What is given: video frames, and options of the method."""
 COLUMNS = (*ATTRIBUTES, "step to the first made, levels", "the VAE's own there", "PSNR of what is given, dB")

@@ -56,7 +56,7 @@ MIGA_API const char *miga_version(void) MIGA_NOEXCEPT;
  *     use_scale_array, num_frames, image, video, video_frames, seed, height, width, fps, guidance, guidance_scale_end,
  *     guidance_scale_low, negative_prompt, method.
  *   Of the method, in an object of the name miga: zigzag_width, passes_per_advance, stage2_steps, refine_steps,
- *     guidance_frames, guidance_offset, guidance_spacing, guidance_anchor, anchor_frames, reference_noise, stride,
+ *     guidance_frames, guidance_offset, guidance_spacing, guidance_anchor, anchor_frames, reference_sigma, stride,
  *     tail_signal, history_guidance, moving_phase, commit, commit_offset, past_context, window_order, window_batch,
  *     warmup, self_reflection, score_drop, judge_step, reference_groups, candidates, search_baseline, judge, channels,
  *     prompt_blend_frames.

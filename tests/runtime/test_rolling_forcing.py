@@ -76,7 +76,7 @@ def run_of(golden: dict[str, Tensor], transformer: WanDiT, **changes: Any) -> tu
     config, sampling = dataclasses.replace(PRESET.miga, **changes), PRESET.sampling
     schedule = make_schedule(
         sampling.solver, 5, sampling.shift, denoising_steps=sampling.denoising_steps,
-        reference_sigma=config.reference_noise,
+        reference_sigma=config.reference_sigma,
     )  # fmt: skip
     network = Network(transformer, golden["text"], schedule.network_timesteps)
 
@@ -151,7 +151,7 @@ def distances_by_context(golden: dict[str, Tensor], transformer: WanDiT) -> dict
     for name, changes in {
         "preset": {},
         "no sink": {"guidance_anchor": False, "guidance_frames": 0, "commit_offset": 6},
-        "told the last level": {"reference_noise": None},
+        "told the last level": {"reference_sigma": None},
         "no context": {"guidance_anchor": False, "guidance_frames": 0, "commit_offset": 0, "past_context": False},
     }.items():
         run, _ = run_of(golden, transformer, **changes)

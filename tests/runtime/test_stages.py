@@ -120,7 +120,7 @@ def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("solver", "reference_noise"), [("unipc", None), ("lcm", 0.0), ("unipc", 0.02)])
+@pytest.mark.parametrize(("solver", "reference_sigma"), [("unipc", None), ("lcm", 0.0), ("unipc", 0.02)])
 @pytest.mark.parametrize(("num_given", "options"), [
     (1, {"guidance_anchor": True, "zigzag_width": 1, "commit_offset": -1}),
     (1, {"refine_steps": 3}), (5, {"stage2_steps": 0, "refine_steps": 3}), (9, {}),
@@ -131,10 +131,10 @@ def test_a_queue_whose_groups_are_several_steps_apart_equals_whole_sequence(opti
     (8, {"zigzag_width": 2, "commit_offset": 2, "tail_signal": 0.1}), (3, {"guidance_frames": 0, "stage2_steps": 0}),
 ])  # fmt: skip
 def test_a_video_begins_with_what_is_given_and_goes_on_as_whole_sequence_passes_do(
-    num_given, options, reference_noise, solver
+    num_given, options, reference_sigma, solver
 ):
     config = toy_config(**options)
-    schedule = make_schedule(solver, 16, 5.0, reference_sigma=reference_noise)
+    schedule = make_schedule(solver, 16, 5.0, reference_sigma=reference_sigma)
     given = torch.randn(num_given, *SHAPE, generator=torch.Generator().manual_seed(num_given))
     oracle = Oracle(pseudo_network, schedule, config, 9, counter_noise(5, SHAPE), 5.0, list(given))
     run = toy_run(config, 40, schedule=schedule, given=given)
