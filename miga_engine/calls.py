@@ -1,12 +1,17 @@
-"""What the methods of `Engine` are asked for: the records of `config` put together, and what only Python can give."""
+"""What the methods of `Engine` are asked for, the records of `config` put together and what only Python can give, and
+what they give."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
+from typing import Any
+
+import torch
 
 from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
+from miga_engine.device import own_modes
 from miga_engine.fields import option
 from miga_engine.options import with_default
 from miga_engine.request import Request
@@ -21,6 +26,24 @@ class Progress:
     num_frames_out: int
     num_frames: int | None
     chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video: `frames` uint8 `[T,H,W,3]` on the CPU."""
+
+    frames: torch.Tensor
+    fps: int | str
+    metadata: Mapping[str, Any]
+
+    @own_modes()
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write an mp4, mkv (lossless), PNG sequence or raw file, by suffix; OutputError where that cannot be."""
+        from miga_engine.video.outputs import open_sink
+
+        height, width = self.frames.shape[1:3]
+        with open_sink(path, self.fps, width, height, metadata=dict(self.metadata), overwrite=overwrite) as sink:
+            sink.write(self.frames)
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,15 @@ class ResumeCall(StreamControls):
 
     path: str | os.PathLike[str] = option(MISSING, "the session file", kind=object, is_hosted=False)
     num_frames: int | None = with_default(Request, "num_frames", None)
+
+
+@dataclass(frozen=True)
+class ReplayCall(StreamControls):
+    """What `replay` is asked for."""
+
+    path: str | os.PathLike[str] = option(MISSING, "the session file", kind=object, is_hosted=False)
+    image: object = with_default(Request, "image", None)
+    video: object = with_default(Request, "video", None)
 
 
 @dataclass(frozen=True)

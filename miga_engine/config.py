@@ -195,9 +195,10 @@ class MigaConfig(Checked):
     )
     warmup: str = option(
         "grow",
-        "the first queue: grown behind an ordinary clip, or copies of its first frame (FIFO), or noise from the first "
-        "group on, with no clip before it (Rolling Forcing)",
-        choices=("grow", "copies", "noise"),
+        "the first queue: grown behind an ordinary clip, or the same, and the clip is what the video begins with, so "
+        "that its frames come out as soon as it is made (clip), or copies of its first frame (FIFO), or noise from the "
+        "first group on, with no clip before it (Rolling Forcing)",
+        choices=("grow", "clip", "copies", "noise"),
     )
     self_reflection: bool = option(True, "watch the consistency score, and search again where it falls [DCE]")
     score_drop: float = option(0.01, "fall of the score that triggers a search [delta_adju]", least=None)

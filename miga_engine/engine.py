@@ -6,8 +6,7 @@ import dataclasses
 import functools
 import os
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +17,12 @@ from miga_engine.calls import (
     GenerateCall,
     LoadCall,
     Progress,
+    ReplayCall,
     ResumeCall,
     RunCall,
     StreamCall,
     StreamControls,
+    Video,
 )
 from miga_engine.conditions import encoded
 from miga_engine.config import LoadOptions
@@ -34,41 +35,30 @@ from miga_engine.models.loading import file_bytes, load_bundle, sources_of
 from miga_engine.noise import CounterNoise
 from miga_engine.options import part, takes
 from miga_engine.presets import PRESETS, Preset
-from miga_engine.prompts import PromptTimeline
+from miga_engine.prompts import PromptEmbeddings
 from miga_engine.request import Request
-from miga_engine.resolve import layout_of, resolved, schedule_of
-from miga_engine.resuming import attention_choices, differences, identity, request_and_state
+from miga_engine.resolve import layout_of, resolved, schedule_of, timeline_of
+from miga_engine.resuming import (
+    attention_choices,
+    check_state,
+    differences,
+    identity,
+    request_and_state,
+    request_to_replay,
+)
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.ranks import Ranks
-from miga_engine.runtime.run_state import check_run_state, check_stream_state
-from miga_engine.runtime.session import State, load_session, taking_apart
+from miga_engine.runtime.session import Session, load_session, taking_apart
 from miga_engine.runtime.stages import VideoRun
+from miga_engine.runtime.steering import LivePrompts, Steering
 from miga_engine.runtime.stream import Events, Stream
 from miga_engine.tiny import WEIGHTS_DIR
 from miga_engine.video.rate import frame_rate
 
 if TYPE_CHECKING:
     from miga_engine.memory import MemoryEstimate
-
-
-@dataclass(frozen=True)
-class Video:
-    """A finished video: `frames` uint8 `[T,H,W,3]` on the CPU."""
-
-    frames: torch.Tensor
-    fps: int | str
-    metadata: Mapping[str, Any]
-
-    @own_modes()
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write an mp4, mkv (lossless), PNG sequence or raw file, by suffix; OutputError where that cannot be."""
-        from miga_engine.video.outputs import open_sink
-
-        height, width = self.frames.shape[1:3]
-        with open_sink(path, self.fps, width, height, metadata=dict(self.metadata), overwrite=overwrite) as sink:
-            sink.write(self.frames)
 
 
 MOST_WINDOWS = 8
@@ -213,17 +203,40 @@ class Engine:
         changed where this engine is not the one of the session.
         """
         path = given.path
-        session = load_session(path)
-        warnings = [] if session.warning is None else [session.warning]
-        warnings += differences(path, session.model, self.identity(), self.name)
+        session, warnings = self._session(path)
         with taking_apart(path):
             request, state = request_and_state(path, session, given.num_frames, self._resolve)
-            self._check_state(request, state)
+            check_state(request, state, self.bundle)
         stream = self._run(request, part(given, StreamControls), attention_choices(path, session))
         stream.load(path, state, has_extension=state is session.state and session.extension is not None)
         for warning in warnings:
             stream.warn(warning)
         return stream
+
+    @own_modes()
+    @takes(ReplayCall)
+    def replay(self, given: ReplayCall) -> Stream:
+        """The video of a session once more, from its first frame, as it was seen: with every change that its stream was
+        told, at the same moments, bit for bit.
+
+        It ends with the last frame that the saved stream had given, and can be saved and gone on with there. What the
+        video began with is not in the file and has to be given again. SessionError as with `resume`.
+        """
+        path = given.path
+        session, warnings = self._session(path)
+        with taking_apart(path):
+            request = request_to_replay(path, session, given.image, given.video, self._resolve)
+        until = session.state.numbers["num_frames_out"]
+        stream = self._run(request, part(given, StreamControls), attention_choices(path, session), until)
+        for warning in warnings:
+            stream.warn(warning)
+        return stream
+
+    def _session(self, path: str | os.PathLike[str]) -> tuple[Session, list[str]]:
+        """A session file of this engine's model, and what is to be said of it."""
+        session = load_session(path)
+        warnings = [] if session.warning is None else [session.warning]
+        return session, warnings + differences(path, session.model, self.identity(), self.name)
 
     @takes(RunCall)
     def run(self, given: RunCall) -> Stream:
@@ -234,12 +247,19 @@ class Engine:
         return resolved(part(given, Request), self.preset, self.bundle)
 
     @own_modes()
-    def _run(self, request: Request, options: StreamControls, attention: dict[str, str] | None = None) -> Stream:
+    def _run(
+        self,
+        request: Request,
+        options: StreamControls,
+        attention: dict[str, str] | None = None,
+        until: int | None = None,
+    ) -> Stream:
         attention = {} if attention is None else attention
         events = Events(options.on_event)
         is_on_gpu = self.device.type == "cuda"
+        steering = self._steered(request, events, attention)
         return Stream(
-            self.start(request, events, attention),
+            steering.run,
             self.bundle.vae.stream_decoder(),
             request.without_frames(),
             lambda: {**self.identity(), "attention_choices": dict(attention)},
@@ -251,6 +271,9 @@ class Engine:
             warn_on_drift=options.warn_on_drift,
             num_video_frames=self.bundle.num_video_frames,
             attention=attention,
+            steering=steering,
+            until=until,
+            preview_decoder=self.bundle.vae.stream_decoder,
         )
 
     def made_of(self) -> dict[str, Any]:
@@ -264,21 +287,6 @@ class Engine:
         """What computes the frames, as session files record it: all of it decides over the last bits."""
         return identity(self.bundle, self.sources, self.name, self.preset_name, self.device)
 
-    def _check_state(self, request: Request, state: State) -> None:
-        """SessionError unless a saved state is one of a run of this request."""
-        bundle, shape = self.bundle, self._frame_shape(request)
-        run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
-        layout, uses_noise = layout_of(request, bundle), schedule_of(request).uses_noise
-        check_run_state(layout, shape, self._timeline(request).prompt_row, uses_noise, run, state.numbers["run"])
-        check_stream_state(
-            state.numbers,
-            state.tensors,
-            frame_shape=shape,
-            picture_shape=(request.height, request.width),
-            num_prompts=len(request.prompt),
-            num_video_frames=bundle.num_video_frames,
-        )
-
     @own_modes()
     def start(
         self,
@@ -288,10 +296,14 @@ class Engine:
     ) -> VideoRun:
         """The run of a resolved request, for those who take its latents themselves; DeviceError if memory is short.
 
-        attention: see `ops.attention_choices`; the run's choices are added to it.
+        attention: see `ops.attention_choices`; the run's choices are added to it. What the request's stream was told
+        while it ran is left to `stream`.
         """
+        return self._steered(request, emit, {} if attention is None else attention).run
+
+    def _steered(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> Steering:
         try:
-            return self._start(request, emit, {} if attention is None else attention)
+            return self._start(request, emit, attention)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -300,21 +312,24 @@ class Engine:
                 "choose a smaller picture or bfloat16; `miga estimate` tells what it needs"
             ) from error
 
-    def _start(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> VideoRun:
+    def _start(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> Steering:
         config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
         bundle = self.bundle
         schedule = schedule_of(request)
-        timeline = self._timeline(request)
-        frame_shape = self._frame_shape(request)
+        timeline = timeline_of(request, bundle)
+        frame_shape = bundle.frame_shape(request.height, request.width)
         layout = layout_of(request, bundle)
         _refuse_the_impossible(layout, frame_shape, self.device)
         texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
-        num_prompts = timeline.most_prompt_rows(layout.num_remembered)
-        num_slots = 1 + layout.num_anchors + num_prompts  # 1: of the negative prompt
-        num_slots, condition = min(num_slots, len(texts)), request.condition
-        rate = float(frame_rate(request.fps))
-        network = PromptedTransformer(bundle, texts, schedule.network_timesteps, attention, num_slots, rate)
-        return VideoRun(
+        condition, rate = request.condition, float(frame_rate(request.fps))
+
+        def num_slots(texts: PromptEmbeddings) -> int:
+            num_prompts = texts.timeline.most_prompt_rows(layout.num_remembered)
+            return min(1 + layout.num_anchors + num_prompts, len(texts))  # 1: of the negative prompt
+
+        network = PromptedTransformer(bundle, texts, schedule.network_timesteps, attention, num_slots(texts), rate)
+        prompts = LivePrompts(network, texts, bundle.encode_prompts, num_slots)
+        run = VideoRun(
             network,
             schedule,
             config,
@@ -330,19 +345,12 @@ class Engine:
             guidance_scale_end=request.guidance_scale_end,
             guidance_scale_low=request.guidance_scale_low,
             device=self.device,
-            prompt_row=timeline.prompt_row,
+            prompt_row=prompts.row,
             emit=emit,
             capture=self.capture,
             ranks=self.ranks,
         )
-
-    def _frame_shape(self, request: Request) -> tuple[int, int, int]:
-        """(C, h, w) of a latent frame."""
-        factor = self.bundle.spatial_factor
-        return self.bundle.latent_channels, request.height // factor, request.width // factor
-
-    def _timeline(self, request: Request) -> PromptTimeline:
-        return PromptTimeline(request.timeline, request.miga.prompt_blend_frames, self.bundle.first_video_frame)
+        return Steering(run, prompts, request.changes)
 
     def _window_batch(self, request: Request) -> int:
         """Windows that go together: as asked, or what the GPU's memory holds beside everything else; 1 on CPUs."""

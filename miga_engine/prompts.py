@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from miga_engine.errors import ConfigError
 
 MAX_PROMPT_CHARS = 10_000  # several times what any text encoder reads
 MAX_PROMPTS = 1000
+MAX_CHANGES = 10_000
+"""Of a stream while it goes on."""
 
 
 def check_prompt(prompt: str | Mapping[int, str]) -> dict[int, str]:
@@ -62,22 +64,44 @@ class PromptTimeline:
     the blends.
 
     prompts: `{first video frame: text}`, containing frame 0.
-    blend_frames: 0 = a hard cut.
+    blend_frames: 0 = a hard cut; of all prompts, or of each by its first video frame.
     first_video_frame: maps a latent frame number to the first video frame it decodes to.
     """
 
-    def __init__(self, prompts: Mapping[int, str], blend_frames: int, first_video_frame: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        prompts: Mapping[int, str],
+        blend_frames: int | Mapping[int, int],
+        first_video_frame: Callable[[int], int],
+    ) -> None:
         self.starts = sorted(prompts)
         self.texts = [prompts[start] for start in self.starts]
-        self.blend_frames = blend_frames
+        blends = dict.fromkeys(self.starts, blend_frames) if isinstance(blend_frames, int) else dict(blend_frames)
+        self._blends = blends
         self.first_video_frame = first_video_frame
         self._changes = [_Change(0, 0, 1 + len(self.starts))]
         for entry, start in enumerate(self.starts[1:], 1):
-            stop = min([start + blend_frames, *self.starts[entry + 1 : entry + 2]])
+            stop = min([start + self._blends[start], *self.starts[entry + 1 : entry + 2]])
             first = bisect_left(range(start), start, key=first_video_frame)
             num_blends = bisect_left(range(first, first + stop - start), stop, key=first_video_frame)
             before = self._changes[-1]
             self._changes.append(_Change(first, num_blends, before.first_row + before.num_blends))
+
+    def changed(self, entries: Iterable[tuple[int, str, int]]) -> PromptTimeline:
+        """The timeline with these (first video frame, text, blend_frames), each in place of one that begins then."""
+        prompts, blends = dict(zip(self.starts, self.texts, strict=True)), dict(self._blends)
+        for start, text, blend_frames in entries:
+            prompts[start], blends[start] = text, blend_frames
+        return PromptTimeline(prompts, blends, self.first_video_frame)
+
+    def texts_from(self, frame: int) -> list[str]:
+        """The texts that video frames from this one on are shown."""
+        return self.texts[max(bisect_right(self.starts, frame) - 2, 0) :]  # of a blend, two
+
+    @property
+    def settled(self) -> list[int]:
+        """The first video frame of each prompt that shows nothing of the one before it."""
+        return [start + self._blends[start] if start else 0 for start in self.starts]
 
     def prompt_row(self, latent_frame: int) -> int:
         """Row of the embedding that this latent frame is denoised with."""
@@ -99,7 +123,8 @@ class PromptTimeline:
 
     def encode(self, negative_prompt: str, encode: Callable[[list[str]], Tensor]) -> PromptEmbeddings:
         """The rows themselves. Each text is encoded alone, so that the embedding of one does not depend on others."""
-        return PromptEmbeddings(self, [encode([text])[0] for text in (negative_prompt, *self.texts)])
+        texts = {text: _kept(encode([text])[0]) for text in dict.fromkeys((negative_prompt, *self.texts))}
+        return PromptEmbeddings(self, negative_prompt, texts)
 
     def blend(self, prompt_row: int) -> tuple[int, float] | None:
         """Of a row between two prompts: (row of the earlier one, share of the later); None of another."""
@@ -108,7 +133,8 @@ class PromptTimeline:
         if prompt_row < self._changes[0].first_row:
             return None
         frame = self.first_video_frame(change.first_latent + prompt_row - change.first_row)
-        return entry, (frame - self.starts[entry] + 1) / (self.blend_frames + 1)
+        start = self.starts[entry]
+        return entry, (frame - start + 1) / (self._blends[start] + 1)
 
     def __len__(self) -> int:
         """Rows there are."""
@@ -126,27 +152,51 @@ class _Change(NamedTuple):
 class PromptEmbeddings:
     """Text embeddings `[T,D]` by row of a timeline, held on the host and blended when they are asked for."""
 
-    def __init__(self, timeline: PromptTimeline, texts: list[Tensor]) -> None:
-        self._timeline = timeline
-        # Of shapes alone nothing can be fetched, and nothing need be.
-        self._texts = [torch.empty_like(text, device="cpu") if text.is_meta else text.cpu() for text in texts]
-        self.num_tokens = max(len(text) for text in texts)
-        """T of the longest."""
+    def __init__(
+        self, timeline: PromptTimeline, negative_prompt: str, texts: Mapping[str, Tensor], num_tokens: int = 0
+    ) -> None:
+        self.timeline = timeline
+        self._negative_prompt = negative_prompt
+        self._texts = texts
+        self.num_tokens = max([num_tokens, *map(len, texts.values())])
+        """T of the longest text there has been."""
+
+    def changed(
+        self, entries: Sequence[tuple[int, str, int]], encode: Callable[[list[str]], Tensor], first_frame: int
+    ) -> PromptEmbeddings:
+        """The rows of the timeline with these entries, see `PromptTimeline.changed`, from a video frame on: those
+        before it are not held. Texts that are known are not encoded again."""
+        timeline = self.timeline.changed(entries)
+        texts, num_tokens = dict(self._texts), self.num_tokens
+        wanted = {self._negative_prompt, *timeline.texts_from(first_frame)}
+        for text in dict.fromkeys(text for _, text, _ in entries if text not in texts):
+            encoded = _kept(encode([text])[0])
+            num_tokens = max(num_tokens, len(encoded))
+            if text in wanted:
+                texts[text] = encoded
+        held = {text: texts[text] for text in texts if text in wanted}
+        return PromptEmbeddings(timeline, self._negative_prompt, held, num_tokens)
 
     def __len__(self) -> int:
-        return len(self._timeline)
+        return len(self.timeline)
 
     def __getitem__(self, prompt_row: int) -> Tensor:
         if not 0 <= prompt_row < len(self):
             raise IndexError(f"there is no text of prompt row {prompt_row}, only of {len(self)}")
-        blend = self._timeline.blend(prompt_row)
+        blend = self.timeline.blend(prompt_row)
         if blend is None:
-            return self._texts[prompt_row]
+            names = (self._negative_prompt, *self.timeline.texts)
+            return self._texts[names[prompt_row]]
         earlier, share = blend
-        texts = self._texts[earlier : earlier + 2]
+        texts = [self._texts[name] for name in self.timeline.texts[earlier - 1 : earlier + 1]]
         length = max(map(len, texts))
         old, new = (pad(text, (0, 0, 0, length - len(text))) for text in texts)
         return torch.lerp(old, new, share)
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))
+
+
+def _kept(text: Tensor) -> Tensor:
+    """An embedding as it is held; of shapes alone nothing can be fetched, and nothing need be."""
+    return torch.empty_like(text, device="cpu") if text.is_meta else text.cpu()

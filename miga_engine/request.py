@@ -44,6 +44,42 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a running stream was told: from video frame `frame` on another `prompt`, to which the text runs over
+    `blend_frames` video frames, or another `guidance_scale`; one of the two is None.
+
+    It took place once the run had done `tick` ticks, between two of them, which is all that a repetition must know.
+    `restarts`: the queue was grown anew behind its head. Latent frames of the queue from `frame` on took it at once.
+    """
+
+    tick: int
+    frame: int
+    prompt: str | None = None
+    blend_frames: int = 0
+    guidance_scale: float | None = None
+    restarts: bool = False
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Change:
+        """What `dataclasses.asdict` gave; TypeError or ValueError where it did not."""
+        made = cls(**record)
+        numbers = (made.tick, made.frame, made.blend_frames)
+        are_whole = all(type(number) is int and 0 <= number <= MAX_FRAME for number in numbers)
+        is_text = made.guidance_scale is None and isinstance(made.prompt, str)
+        is_scale = made.prompt is None and type(made.guidance_scale) is float and 0 <= made.guidance_scale <= MAX_FRAME
+        if not are_whole or is_text == is_scale or type(made.restarts) is not bool:
+            raise ValueError("what a running stream was told")
+        return made
+
+    def told(self) -> dict[str, Any]:
+        """What an event says of it."""
+        if self.prompt is None:
+            return {"frame": self.frame, "guidance_scale": self.guidance_scale, "passes": self.tick}
+        names = ("frame", "prompt", "blend_frames", "restarts")
+        return {**{name: getattr(self, name) for name in names}, "passes": self.tick}
+
+
+@dataclass(frozen=True)
 class Request(SamplingConfig):
     """A video, as it is asked for; once resolved, with every option filled in, as metadata and session files record it.
 
@@ -99,6 +135,10 @@ class Request(SamplingConfig):
     condition: Condition | None = option(
         None, "what `image` or `video` was found to be, in a request that is resolved", kind=object, is_hosted=False
     )  # fmt: skip
+    changes: tuple[Change, ...] = option(
+        (), "what the stream was told while it ran (`Stream.set_prompt`), which a repetition does at the same moments",
+        kind=object, is_hosted=False,
+    )  # fmt: skip
 
     def without_frames(self) -> Request:
         """The same without the pictures that it begins with, of which a run holds what it needs."""
@@ -123,7 +163,9 @@ class Request(SamplingConfig):
             raise KeyError("options of a request are missing, or too many")
         condition = record.get("condition")
         condition = None if condition is None else Condition.from_record(condition)
-        return cls(**{**record, "prompt": prompt, "miga": MigaConfig(**record["miga"]), "condition": condition})
+        changes = tuple(map(Change.from_record, record.get("changes", ())))
+        miga = MigaConfig(**record["miga"])
+        return cls(**{**record, "prompt": prompt, "miga": miga, "condition": condition, "changes": changes})
 
     def metadata(self, model: str, **made_of: Any) -> dict[str, Any]:
         """JSON-able record: model and what else it was made of, prompt, seed, configuration, version."""
@@ -134,12 +176,15 @@ class Request(SamplingConfig):
     def _recorded(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in _RECORDED}
         values |= {"miga": dataclasses.asdict(self.miga), "condition": self.condition and self.condition.to_record()}
+        values |= {"changes": [dataclasses.asdict(change) for change in self.changes]}
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        defaults["changes"] = []
         is_left_out = {name: name in _RECORDED_IF_GIVEN and values[name] == defaults[name] for name in _RECORDED}
         return {name: values[name] for name in _RECORDED if not is_left_out[name]}
 
 
-_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end", "guidance_scale_low", "sigmas", "denoising_steps", "condition")
+_RECORDED_IF_GIVEN = ("guidance", "guidance_scale_end", "guidance_scale_low", "sigmas", "denoising_steps", "condition",
+                      "changes")  # fmt: skip
 """Without them a record is what it was before there were these options, and such a record is understood."""
 _SAMPLING = {option.name for option in dataclasses.fields(SamplingConfig)}
 _RECORDED = sorted(

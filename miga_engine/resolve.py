@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from miga_engine.conditions import condition_of
 from miga_engine.config import MigaConfig, SamplingConfig, fifo_config, replace_options
 from miga_engine.errors import ConfigError
 from miga_engine.presets import Preset
-from miga_engine.prompts import check_prompt, check_text
-from miga_engine.request import Request
+from miga_engine.prompts import MAX_CHANGES, PromptTimeline, check_prompt, check_text
+from miga_engine.request import Change, Request
 from miga_engine.runtime.guidance import Guidance
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.schedule import Schedule, make_schedule
@@ -46,6 +47,7 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
             nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
             raise ConfigError(f"{name} must be a multiple of {multiple} pixels, got {size}; use {nearest}")
     check_text("negative_prompt", request.negative_prompt)
+    _check_changes(request.changes)
     request.miga.check(request.num_inference_steps, bundle.window_frames)
     if request.miga.commit == "trailing" and bundle.transformer.boundary_timestep is not None:
         raise ConfigError("commit 'trailing' needs a model of one network, and this has two: give 'leading'")
@@ -59,6 +61,17 @@ def resolved(given: Request, preset: Preset, bundle: ModelBundle) -> Request:
     if (predicted == "flow") != (bundle.prediction_type == "velocity"):
         raise ConfigError(f"solver {request.solver!r} does not fit a model that predicts {bundle.prediction_type}")
     return _with_condition(request, bundle)
+
+
+def _check_changes(changes: tuple[Change, ...]) -> None:
+    """ConfigError unless a stream may have been told this: it may come out of a stranger's file."""
+    if len(changes) > MAX_CHANGES:
+        raise ConfigError(f"the stream was changed {len(changes)} times: it may be {MAX_CHANGES} times")
+    if any(later.tick < change.tick for change, later in itertools.pairwise(changes)):
+        raise ConfigError("what the stream was told is not in the order of its ticks")
+    for change in changes:
+        if change.prompt is not None:
+            check_text("a prompt that the stream was told", change.prompt)
 
 
 def _with_condition(request: Request, bundle: ModelBundle) -> Request:
@@ -85,6 +98,11 @@ def layout_of(request: Request, bundle: ModelBundle) -> RunLayout:
     num_given = 0 if given is None else bundle.num_latent_frames(given.num_frames)
     boundary = boundary_step(request, bundle)
     return RunLayout(request.miga, request.num_inference_steps, bundle.window_frames, num_latents, num_given, boundary)
+
+
+def timeline_of(request: Request, bundle: ModelBundle) -> PromptTimeline:
+    """The prompts of a resolved request, without what its stream was told while it ran."""
+    return PromptTimeline(request.timeline, request.miga.prompt_blend_frames, bundle.first_video_frame)
 
 
 def boundary_step(request: Request, bundle: ModelBundle) -> int | None:

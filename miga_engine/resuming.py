@@ -12,14 +12,17 @@ import torch
 
 from miga_engine._version import __version__
 from miga_engine.config import ATTENTION_BACKENDS
-from miga_engine.errors import SessionError
+from miga_engine.errors import ConfigError, SessionError
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.family import Sources
 from miga_engine.models.layers import allows_tf32
 from miga_engine.options import as_recorded
 from miga_engine.request import Request
+from miga_engine.resolve import layout_of, schedule_of, timeline_of
+from miga_engine.runtime.run_state import check_run_state, check_stream_state
 from miga_engine.runtime.session import Session, State, fingerprint
 from miga_engine.runtime.session_info import weighted
+from miga_engine.runtime.steering import entries
 from miga_engine.weights.hub import is_hub_name
 from miga_engine.weights.untrusted import short
 
@@ -106,6 +109,48 @@ def request_and_state(
     if request.num_frames is not None and request.num_frames < out:
         raise SessionError(f"the session {path} has {out} frames already: give --num-frames of at least {out}")
     return request, state
+
+
+def request_to_replay(
+    path: str | os.PathLike[str],
+    session: Session,
+    image: Any,
+    video: Any,
+    resolve: Callable[[Request], Request],
+) -> Request:
+    """The request of a session, to be made from its first frame on with the picture or clip that is given again."""
+    asked = Request.from_record(session.request)
+    given: dict[str, Any] = {"image": image, "video": video}
+    if (condition := asked.condition) is None:
+        if any(value is not None for value in given.values()):
+            raise ConfigError(f"the video of {path} began with nothing that was given: leave image and video out")
+        return resolve(asked)
+    if given[condition.kind] is None or sum(value is not None for value in given.values()) > 1:
+        name = f" ({short(condition.source)})" if condition.source else ""
+        raise ConfigError(f"the video of {path} began with a given {condition.kind}{name}: give that again")
+    given["video_frames"] = condition.num_frames if condition.kind == "video" else None
+    request = resolve(dataclasses.replace(asked, condition=None, **given))
+    if request.condition is None or request.condition.digest != condition.digest:
+        raise SessionError(f"the video of {path} began with another {condition.kind} than the one given: give that one")
+    return request
+
+
+def check_state(request: Request, state: State, bundle: ModelBundle) -> None:
+    """SessionError unless a saved state is one of a run of this request."""
+    shape = bundle.frame_shape(request.height, request.width)
+    run = {name.removeprefix("run/"): tensor for name, tensor in state.tensors.items() if name.startswith("run/")}
+    numbers, num_changes = state.numbers["run"], len(request.changes)
+    timeline = timeline_of(request, bundle).changed(entries(request.changes[: max(numbers["num_changes"], 0)]))
+    layout, uses_noise = layout_of(request, bundle), schedule_of(request).uses_noise
+    check_run_state(layout, shape, timeline.prompt_row, uses_noise, run, numbers, num_changes)
+    check_stream_state(
+        state.numbers,
+        state.tensors,
+        frame_shape=shape,
+        picture_shape=(request.height, request.width),
+        num_prompts=len(timeline.starts),
+        num_video_frames=bundle.num_video_frames,
+    )
 
 
 def attention_choices(path: str | os.PathLike[str], session: Session) -> dict[str, str]:

@@ -127,6 +127,10 @@ class ModelBundle:
         """Pixels per latent position, along height and width."""
         return self.vae.config.spatial_factor
 
+    def frame_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a latent frame of pictures of this size, in pixels."""
+        return self.latent_channels, height // self.spatial_factor, width // self.spatial_factor
+
     @property
     def frame_ratio(self) -> int:
         """Video frames per latent frame after the first."""

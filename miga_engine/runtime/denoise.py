@@ -142,6 +142,11 @@ class Denoiser:
         """Begin the next pass at its first window, whatever an earlier one left."""
         self._parts_done = 0
 
+    def forget_graphs(self) -> None:
+        """Capture forwards anew: what they read lies elsewhere."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
     def progress(self) -> dict[str, int]:
         """What a resumed run must know beside its frames."""
         return {
@@ -223,8 +228,7 @@ class Denoiser:
         while self.window_batch >= too_many:
             self.window_batch //= 2
         self.emit("window_batch", window_batch=self.window_batch, reason="out of memory")
-        if self._graphs is not None:
-            self._graphs.clear()  # of batches that are too large now
+        self.forget_graphs()  # of batches that are too large now
         if self.store.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -332,13 +336,14 @@ class Denoiser:
             # The kernel draws counter-based noise itself; a tape is given as it is.
             draw = self.noise.undrawn if isinstance(self.noise, CounterNoise) else self.noise
             noise = draw(Purpose.SOLVER, store.frame_number[slots], series=(noise_series << 16) + steps)
-        index = store.index(np.concatenate([slots, steps, store.history_length[slots]])).view(3, count)
+        level_rows = self.guidance.level_rows(store.frame_number[slots], steps)
+        index = store.index(np.concatenate([slots, steps, store.history_length[slots], level_rows])).view(4, count)
         history_length = np.minimum(store.history_length[slots] + 1, 2)
         cond = self._outputs[0, :count]
         uncond = self._outputs[1, :count] if self._num_branches == 2 else None
         weights = None
         if uncond is not None:
-            weights = self.guidance.weights(store.sample, cond, uncond, slots=index[0], step_index=index[1])
+            weights = self.guidance.weights(store.sample, cond, uncond, slots=index[0], step_index=index[3])
 
         def update() -> None:
             ops.sampler_update(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from miga_engine.colour import LUMA
+from miga_engine.errors import DriftError
+from miga_engine.runtime.events import Chunk, Events
 
 NUM_LEVELS = 256
 
@@ -47,25 +49,39 @@ class DriftMeter:
         }
 
 
-class DriftMeters:
+class DriftWatch:
     """One meter a prompt: colours are compared with those of the first chunk that shows the same prompt.
 
-    `starts`: the first frame of each prompt, in order. `warned` holds the prompts, by their place in that order, of
-    whose drift somebody was told.
+    starts: the first frame of each prompt, in order. Where colours have moved by more than `warn`, once a prompt it is
+    said, and by more than `stop`, it is an error. `warned` holds the prompts, by their place, of which it was said.
     """
 
-    def __init__(self, starts: Sequence[int]) -> None:
-        self._starts = starts
-        self._meters: dict[int, DriftMeter] = {}
+    def __init__(self, starts: Sequence[int], stop: float | None = None, warn: float | None = None) -> None:
+        self.starts = starts
         self.warned: set[int] = set()
+        self._stop, self._warn = stop, warn
+        self._meters: dict[int, DriftMeter] = {}
 
-    def entry(self, first_frame: int) -> int:
-        """Which prompt shows at a frame of this number."""
-        return bisect_right(self._starts, first_frame) - 1
-
-    def measure(self, first_frame: int, frames: Tensor) -> dict[str, Any]:
-        """What `DriftMeter.measure` says of frames, the first of which is number `first_frame` of the video."""
-        return self._meters.setdefault(self.entry(first_frame), DriftMeter()).measure(frames)
+    def watch(self, chunk: Chunk, events: Events) -> DriftError | None:
+        """Measure a chunk and tell of it; the error of one that has moved too far."""
+        if events.on_event is None and self._stop is None and self._warn is None:
+            return None
+        entry = bisect_right(self.starts, chunk.first_frame) - 1
+        drift = self._meters.setdefault(entry, DriftMeter()).measure(chunk.frames)
+        if events.on_event is not None:
+            where = {"index": chunk.index, "first_frame": chunk.first_frame, "num_frames": len(chunk.frames)}
+            events("drift", **where, **drift)
+        moved = (
+            f"the colours of frames {chunk.first_frame} to {chunk.first_frame + len(chunk.frames) - 1} have moved "
+            f"by {drift['drift']:.3f} from the beginning"
+        )
+        remedy = "try another seed, more guidance frames, or a lower guidance scale"
+        if self._warn is not None and drift["drift"] > self._warn and entry not in self.warned:
+            events.warn(f"{moved}, more than warn_on_drift {self._warn:g}, and the run goes on: {remedy}")
+            self.warned.add(entry)
+        if self._stop is not None and drift["drift"] > self._stop:
+            return DriftError(f"{moved}, more than stop_on_drift {self._stop:g}: {remedy}")
+        return None
 
     def references(self) -> dict[str, list[list[float]] | None]:
         """What a session file must know."""

@@ -6,9 +6,10 @@ one latent frame. Every rule is linear in what a frame has: v = w_d·(v_c − v_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,7 @@ class Guidance:
     scale: at the first step, None for no guidance; scale_end: at the last, None for the same; linear in sigma between.
     scale_low: from `boundary_step` on, None for the same as before it.
     `is_on`: whether there is an unconditional branch, which a scale of 1 throughout, with any rule, is not.
+    While the run goes on, `changed` gives latent frames from one on another `scale`.
     """
 
     def __init__(
@@ -91,26 +93,57 @@ class Guidance:
         boundary_step: int | None = None,
     ) -> None:
         self.scale = 1.0 if scale is None else float(scale)
-        last = self.scale if scale_end is None else float(scale_end)
-        low = self.scale if scale_low is None or boundary_step is None else float(scale_low)
+        self._schedule, self._device, self._boundary_step = schedule, device, boundary_step
+        self._scale_end = None if scale_end is None else float(scale_end)
+        self._scale_low = None if scale_low is None or boundary_step is None else float(scale_low)
+        last = self.scale if self._scale_end is None else self._scale_end
+        low = self.scale if self._scale_low is None else self._scale_low
         self.is_on = (self.scale, last, low) != (1.0, 1.0, 1.0)
         self._rule = RULES[rule]
-        self._levels: Tensor | None = None
+        self._scales = {0: self.scale}  # by the first latent frame that has it
+        self._levels: Tensor | None = None  # [E·T,4], of each of the scales
         if self.is_on and (rule != "cfg" or not self.scale == last == low):
-            sigmas = schedule.sigmas[:-1].double()
-            scales = last + (self.scale - last) * (sigmas - sigmas[-1]) / (sigmas[0] - sigmas[-1])
-            if low != self.scale:
-                scales[boundary_step:] = low
-            rows, moves = schedule.coefficients.rows64[:, 0], torch.ones_like(sigmas)
-            if schedule.coefficients.prediction_type == "flow":
-                moves[0] = 0
-            columns = Levels(scales, rows[:, COLUMNS.index("m_x")], rows[:, COLUMNS.index("m_v")], moves)
-            self._levels = torch.stack(columns, 1).to(device)  # [T,4]
+            self._levels = self._table([self.scale])
+
+    def changed(self, frame: int, scale: float) -> Callable[[], None]:
+        """What gives latent frames from `frame` on this scale, up to the next one that has another already. All that
+        can fail is done here."""
+        scales = dict(sorted({**self._scales, frame: scale}.items()))
+        table = self._table(scales.values())
+
+        def change() -> None:
+            self._scales, self._levels = scales, table
+
+        return change
+
+    def level_rows(self, frame_numbers: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Rows of the table of scales for latent frames at these steps, int64 `[n]`."""
+        if len(self._scales) == 1:
+            return steps
+        entries = np.searchsorted(np.fromiter(self._scales, np.int64), frame_numbers, side="right") - 1
+        return steps + self._schedule.num_steps * entries.clip(min=0)
+
+    def _table(self, scales: Iterable[float]) -> Tensor:
+        return torch.cat([self._levels_at(scale) for scale in scales]).to(self._device)
+
+    def _levels_at(self, scale: float) -> Tensor:
+        """`[T,4]`, the columns of `Levels`, of a run with this scale at its first step."""
+        sigmas = self._schedule.sigmas[:-1].double()
+        last = scale if self._scale_end is None else self._scale_end
+        scales = last + (scale - last) * (sigmas - sigmas[-1]) / (sigmas[0] - sigmas[-1])
+        if self._scale_low is not None and self._scale_low != scale:
+            scales[self._boundary_step :] = self._scale_low
+        rows, moves = self._schedule.coefficients.rows64[:, 0], torch.ones_like(sigmas)
+        if self._schedule.coefficients.prediction_type == "flow":
+            moves[0] = 0
+        columns = Levels(scales, rows[:, COLUMNS.index("m_x")], rows[:, COLUMNS.index("m_v")], moves)
+        return torch.stack(columns, 1)
 
     def weights(
         self, sample: Tensor, velocity_cond: Tensor, velocity_uncond: Tensor, *, slots: Tensor, step_index: Tensor
     ) -> Tensor | None:
-        """`guidance_weights` of `ops.sampler_update`, `[n,3]`; None where `scale` alone says it. Tensors as there."""
+        """`guidance_weights` of `ops.sampler_update`, `[n,3]`; None where `scale` alone says it. Tensors as there;
+        `step_index` is `level_rows` of it, which are the steps themselves while there is one scale."""
         if self._levels is None:
             return None
         levels = Levels(*self._levels.index_select(0, step_index).to(sample.dtype).unbind(1))

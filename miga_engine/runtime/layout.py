@@ -89,8 +89,8 @@ class RunLayout:
         return self.handoff_step + level
 
     def step_behind(self, level: int, frame: int) -> int:
-        """Step of a frame before the pass of a level advances it, which a given one never is."""
-        return self.num_steps if frame < self.num_given else self.step_before(level)
+        """Step of a frame before the pass of a level advances it, which one that is still never is."""
+        return self.num_steps if frame < self.num_still else self.step_before(level)
 
     @cached_property
     def stride(self) -> int:
@@ -136,6 +136,12 @@ class RunLayout:
         return min(self.window_frames, self.first_head + self.num_first_groups * self.config.zigzag_width)
 
     @property
+    def num_still(self) -> int:
+        """First frames that no pass changes once there is a queue: those given, and of `warmup` "clip" the seed clip's
+        that the first queue holds."""
+        return self.most_given if self.config.warmup == "clip" else self.num_given
+
+    @property
     def capacity(self) -> int:
         """Slots of the ring: the queue, the wavefront behind it, and the padding."""
         width, window = self.config.zigzag_width, self.window_frames
@@ -176,7 +182,7 @@ class RunLayout:
         return first + np.asarray(frames, np.int64) % max(self.num_behind, 1)
 
     def queue_plan(self, head: int, tail: int, num_passes: int | None, newest: int = 0) -> list[Cut]:
-        """How a pass cuts the queue `head … tail − 1` and the padding before it; given frames are not committed.
+        """How a pass cuts the queue `head … tail − 1` and the padding before it; still frames are not committed.
 
         `num_passes` of Stage 1 before it, None in warm-up; `newest` is the step of the newest group, of noise.
         """
@@ -207,8 +213,8 @@ class RunLayout:
         return [Cut(first, end, first + start, first + begin, first + stop) for start, begin, stop in plan]
 
     def first_changed(self, frame: int) -> int:
-        """The first frame from this one on that a pass may change: given ones, and what is before them, are read."""
-        return max(frame, self.num_given) if self.num_given else frame
+        """The first frame from this one on that a pass may change: still ones, and what is before them, are read."""
+        return max(frame, self.num_still) if self.num_still else frame
 
     def queue_windows(self, head: int, tail: int, num_passes: int | None, newest: int = 0) -> list[QueueWindow]:
         """The windows of a pass over the queue `head … tail − 1`, guidance frames included; the rest as above."""
@@ -237,7 +243,7 @@ class RunLayout:
         unified passes a window of every `stride` frames.
         """
         config, length = self.config, self.config.zigzag_width * self.num_groups
-        head, num_passes = self.num_given + self.padding, self.stride if config.moving_phase else 1
+        head, num_passes = self.num_still + self.padding, self.stride if config.moving_phase else 1
         passes = [self.queue_windows(head, head + length, number) for number in range(num_passes)]
         in_queue = [
             len(window.frames) + self.num_in_front(len(window.frames), window.num_guidance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,11 +73,26 @@ class PromptedTransformer:
         self._prompts, self._attention = prompts, attention
         self._levels = self._transformer.encode_timesteps(timesteps, fps)
         self._num_slots = num_slots or len(prompts)
-        negative = self._encode(NEGATIVE_ROW)
-        self._context: Any = negative.table(self._num_slots, self._transformer.num_text_keys(prompts.num_tokens))
-        self._context.write(NEGATIVE_ROW, negative)
+        self._context: Any = self._table(prompts, self._num_slots)
         # Prompt rows by when they were last at hand, but for that of the negative prompt, which stays.
         self._slot_of = {NEGATIVE_ROW: NEGATIVE_ROW}
+
+    @torch.no_grad()
+    def changed(self, prompts: PromptEmbeddings, num_slots: int) -> Callable[[], None]:
+        """What gives the network other prompts, with the same negative one: once that is called, rows are theirs.
+
+        All that can fail is done here. The table is another one where it must hold more than it did.
+        """
+        num_keys = [self._transformer.num_text_keys(texts.num_tokens) for texts in (self._prompts, prompts)]
+        is_larger = num_slots > self._num_slots or num_keys[1] > num_keys[0]
+        num_slots = max(num_slots, self._num_slots)
+        table = self._table(prompts, num_slots) if is_larger else self._context
+
+        def change() -> None:
+            self._prompts, self.num_prompts, self._num_slots = prompts, len(prompts), num_slots
+            self._context, self._slot_of = table, {NEGATIVE_ROW: NEGATIVE_ROW}
+
+        return change
 
     @torch.no_grad()
     def place_prompts(self, prompt_rows: np.ndarray, /) -> np.ndarray:
@@ -108,6 +124,12 @@ class PromptedTransformer:
                 keep=batch.keep,
                 **chosen,
             )
+
+    def _table(self, prompts: PromptEmbeddings, num_slots: int) -> Any:
+        negative = self._transformer.encode_context(prompts[NEGATIVE_ROW][None].to(self._device))
+        table = negative.table(num_slots, self._transformer.num_text_keys(prompts.num_tokens))
+        table.write(NEGATIVE_ROW, negative)
+        return table
 
     def _encode(self, prompt_row: int) -> Any:
         return self._transformer.encode_context(self._prompts[prompt_row][None].to(self._device))

@@ -14,9 +14,11 @@ from torch import Tensor
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import DeviceError, NumericsError, SessionError
 from miga_engine.models.protocols import StreamDecoder
+from miga_engine.request import Change
 from miga_engine.runtime.decode import Decoding, on_side_stream
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.stages import DONE, VideoRun
+from miga_engine.runtime.steering import Ask, Steering
 
 
 class Pump:
@@ -24,7 +26,8 @@ class Pump:
 
     An error is kept as `failure`, so that the frames made before it come first. An interrupt changes nothing: whatever
     is called next goes on. `is_cancelled` is asked between ticks; `num_video_frames` says how many frames a number of
-    latent frames decodes to.
+    latent frames decodes to. `steering`, and what it is asked for, `asks`, come between ticks; `tell` hears of each
+    change that the run takes up, or None in its place where it is too late for what was asked.
     """
 
     def __init__(
@@ -35,8 +38,14 @@ class Pump:
         overlap: bool,
         is_cancelled: Callable[[], bool],
         num_video_frames: Callable[[int], int],
+        steering: Steering | None = None,
+        tell: Callable[[Change | None, Ask | None], None] = lambda change, ask: None,
     ) -> None:
         self.run = run
+        self.steering = steering
+        self.asks: deque[Ask] = deque()
+        """What any thread may add to."""
+        self._heard: deque[Ask] = deque()  # of these, what all ranks know
         self.is_over = False
         self.failure: Exception | None = None
         self._decoder = decoder
@@ -47,6 +56,7 @@ class Pump:
         self._num_latents = 0  # taken from the run
         self._is_cancelled = is_cancelled
         self._num_video_frames = num_video_frames
+        self._tell = tell
 
     def advance(self, before_parting: Callable[[], None]) -> None:
         """One tick, or at the end the frames still being decoded; an error is kept until the frames before are out.
@@ -55,10 +65,11 @@ class Pump:
         """
         try:
             self._decode()  # what an interrupt left
-            if self.run.stage == DONE or self._asks_to_stop():
+            if self.run.stage == DONE or self._is_to_stop():
                 self._decoding.settle(0)
                 self.is_over = True
                 return
+            self._steer()
             if self.run.parts_next:
                 before_parting()
             with torch.no_grad():
@@ -127,6 +138,8 @@ class Pump:
             return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
         self.run.load_state(part("run/"), numbers)
+        if self.steering is not None:
+            self.steering.load()
         self._num_latents = self.run.emitted
         num_decoded = numbers["emitted"] - len(tensors.get("undecoded", ()))
         self._load_decoder(part("decoder/"), is_first=num_decoded == 0)
@@ -146,9 +159,27 @@ class Pump:
         if num_frames != num_expected:
             raise SessionError("the saved decoder has seen other frames than the saved run: resume from another copy")
 
-    def _asks_to_stop(self) -> bool:
-        ranks, asked = self.run.denoiser.ranks, self._is_cancelled()
-        return asked if ranks is None else ranks.agree(asked)
+    def _is_to_stop(self) -> bool:
+        """Whether rank 0 was asked to; what it was asked for beside that is then known to all."""
+        ranks, is_cancelled, asks = self.run.denoiser.ranks, self._is_cancelled(), list(self.asks)
+        if ranks is not None:
+            is_cancelled, asks = ranks.agree((is_cancelled, asks))
+        with uninterrupted():
+            self._heard.extend(asks)
+            for _ in asks if self.is_writer else ():
+                self.asks.popleft()
+        return is_cancelled
+
+    def _steer(self) -> None:
+        """Let the run take up what it is told, if it stands between two ticks."""
+        if self.steering is None or not self.run.is_between_ticks:
+            return
+        while (change := self.steering.due()) is not None:
+            self._tell(change, None)
+        while self._heard:
+            ask = self._heard[0]
+            change = self.steering.ask(ask, then=self._heard.popleft)
+            self._tell(change, ask)
 
     def _decode(self) -> None:
         """Hand over what became clean, and take what came out of the decoder."""

@@ -24,7 +24,7 @@ if dist.is_available():
     # never be destroyed, and its threads would run into the interpreter's end, which then aborts now and then.
     import torch.distributed.nn
 
-Answer = TypeVar("Answer", bool, int)
+Answer = TypeVar("Answer")
 
 
 class Ranks:

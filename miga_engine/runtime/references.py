@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from miga_engine.noise import Purpose
-from miga_engine.runtime.denoise import NoiseSource
+from miga_engine.runtime.denoise import NoiseSource, Window
 from miga_engine.runtime.frame_store import FrameStore
+from miga_engine.runtime.layout import QueueWindow, RunLayout
 from miga_engine.schedule import Schedule
 
 
@@ -78,6 +79,17 @@ class References:
             return None
         numbers = self.anchor_numbers(range(others[0], popped.stop))
         return self.shown(self.store.x0[self.store.index(self.store.slots(numbers))], numbers), numbers
+
+    def windows(self, cuts: Sequence[QueueWindow], layout: RunLayout) -> list[Window]:
+        """The windows of a pass over the queue, the anchor in those that read it."""
+        windows = []
+        for frames, num_guidance, commit_start, commit_stop in cuts:
+            most = layout.num_in_front(len(frames), num_guidance)
+            slots, in_front = self.anchored(self.store.slots(frames), num_guidance, most)
+            commit_start, commit_stop = commit_start + in_front, commit_stop + in_front
+            num_past = layout.config.num_past(num_guidance + in_front, commit_start)
+            windows.append(Window(slots, commit_start, commit_stop, num_past))
+        return windows
 
     def anchored(self, slots: np.ndarray, num_guidance: int, num_in_front: int) -> tuple[np.ndarray, int]:
         """The slots of a window with the anchor in the place of its farthest guidance frames or, as `num_in_front` has

@@ -26,10 +26,10 @@ _NEXT = {
     WARMUP: (PUSH, QUEUE, JUDGE),
     STAGE1: (QUEUE, JUDGE, POP, UNIFIED),
     FLUSH: (UNIFIED,),
-    DONE: (QUEUE, UNIFIED),
+    DONE: (PUSH, QUEUE, UNIFIED),
 }
 _MOST_FRAMES = 2 * MAX_FRAME
-_MOST_FORWARDS = 2**53
+_MOST_FORWARDS = _MOST_TICKS = 2**53
 
 
 def check_run_state(
@@ -39,13 +39,15 @@ def check_run_state(
     uses_noise: bool,
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
+    num_changes: int = 0,
 ) -> None:
     """SessionError unless `(tensors, numbers)` is what `VideoRun.state` may give of a run of this layout.
 
-    `uses_noise`: whether the solver is stochastic; `frame_shape`, `prompt_row`: as of `VideoRun`. The content of
-    the latents is free: it may be anything that a network can have made.
+    `uses_noise`: whether the solver is stochastic; `frame_shape`, `prompt_row`: as of `VideoRun` once it has
+    taken up its changes, of which there are `num_changes` at most. The content of the latents is free: it may be
+    anything that a network can have made.
     """
-    _Check(layout, uses_noise, numbers).all_of(frame_shape, prompt_row, tensors)
+    _Check(layout, uses_noise, numbers, num_changes).all_of(frame_shape, prompt_row, tensors)
 
 
 def check_stream_state(
@@ -76,7 +78,7 @@ def check_stream_state(
     _whole(numbers, "num_chunks", 0, out)
     if any(int(entry) >= num_prompts for entry in numbers["drift"]):
         raise _unfit("drift", sorted(numbers["drift"]))
-    if any(entry >= num_prompts for entry in numbers.get("drift_warned", ())):
+    if any(entry >= num_prompts for entry in numbers["drift_warned"]):
         raise _unfit("drift_warned", numbers["drift_warned"])
     if (numbers["output"] is None) != ("output_frames" not in lengths):
         raise _unfit("output", numbers["output"])
@@ -85,7 +87,7 @@ def check_stream_state(
 
 
 class _Check:
-    def __init__(self, layout: RunLayout, uses_noise: bool, numbers: Mapping[str, Any]) -> None:
+    def __init__(self, layout: RunLayout, uses_noise: bool, numbers: Mapping[str, Any], num_changes: int) -> None:
         self.layout, self.uses_noise = layout, uses_noise
         self.stage = _one_of(numbers, "stage", tuple(_NEXT))
         self.next = _one_of(numbers, "next", _NEXT[self.stage])
@@ -93,7 +95,10 @@ class _Check:
         self.tail = _whole(numbers, "tail", self.head, self.head + layout.capacity)
         self.has_parted = numbers.get("has_parted")
         self.num_passes = _whole(numbers, "num_passes", 0, _MOST_FRAMES)
-        through = max(self.head, layout.num_given)
+        self.num_changes = _whole(numbers, "num_changes", 0, num_changes)
+        _whole(numbers, "num_ticks", 0, _MOST_TICKS)
+        self.num_still = layout.num_given if self.stage == SEED_CLIP else layout.num_still
+        through = max(self.head, self.num_still)
         delivered = through if layout.num_frames is None else min(through, layout.num_frames)
         self.emitted = _whole(numbers, "emitted", 0, delivered)
         self.parts_done = _whole(numbers, "parts_done", 0, MAX_OPTION)
@@ -114,7 +119,7 @@ class _Check:
             raise _unfit("tail", self.tail)
         self._parting()
         groups = self._num_groups()
-        first_head = 0 if self.stage in (SEED_CLIP, WARMUP) else layout.first_head
+        first_head = layout.first_head if self.stage != SEED_CLIP else 0
         advances, self.passes_done = divmod(self.num_passes, layout.config.passes_per_advance)
         if self.head != first_head + advances * layout.config.zigzag_width:
             raise _unfit("num_passes", self.num_passes)
@@ -164,9 +169,9 @@ class _Check:
         most = self.layout.num_available(max(self.head, 0))
         for level in range(len(done)):
             most = _whole({"unified": done[level]}, "unified", 0, most)
-        if self.stage in (SEED_CLIP, WARMUP) and any(done):
+        if self.stage == SEED_CLIP and any(done):
             raise _unfit("unified", done)
-        if done and self.emitted > max(done[-1], self.layout.num_given):
+        if done and self.emitted > max(done[-1], self.num_still):
             raise _unfit("emitted", self.emitted)
         return done
 
@@ -175,7 +180,8 @@ class _Check:
         score = numbers.get("previous_score")
         if score is not None and not (isinstance(score, float | int) and math.isfinite(score) and abs(score) < 2):
             raise _unfit("previous_score", score)
-        passes = self.num_passes + self.layout.handoff_step + 1 if self.layout.config.self_reflection else 0
+        again = (1 + self.num_changes) * (self.layout.handoff_step + 1)  # of each queue that was grown
+        passes = self.num_passes + again if self.layout.config.self_reflection else 0
         _whole(numbers, "num_searches", 0, passes)
 
     def _num_groups(self) -> int:
@@ -188,6 +194,8 @@ class _Check:
         groups, rest = divmod(length, layout.config.zigzag_width)
         if self.stage == WARMUP:
             fits = layout.num_first_groups + (self.next != PUSH) <= groups <= layout.num_groups - 1
+        elif self.stage == DONE and self.next == PUSH:  # all that was asked for was in the seed clip
+            fits = groups == layout.num_first_groups and self.emitted <= layout.num_still
         else:
             fits = groups == layout.num_groups - (self.next == UNIFIED)
         if rest or not fits:
@@ -213,8 +221,8 @@ class _Check:
         is_queued = frames >= self.head
         group = (frames - self.head) // layout.config.zigzag_width
         expected = np.where(is_queued, (groups - 1 - group) * layout.config.passes_per_advance + lowest, expected)
-        if layout.num_given:  # and what stands before them
-            expected[frames < layout.num_given] = layout.num_steps
+        if layout.num_still:  # and what stands before them
+            expected[frames < layout.num_still] = layout.num_steps
         if any(np.array_equal(steps, expected + is_ahead) for is_ahead in self._parts_ahead(frames)):
             return
         raise _unfit("step_index", steps.tolist()[:8])

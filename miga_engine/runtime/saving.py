@@ -43,7 +43,7 @@ class Saving:
         self.autosave: Autosave | None = None
         self.extension: Path | None = None
         """The file that holds the last moment from which the run could still be made longer."""
-        self._request = request
+        self.request = request
         self._model = model
 
     def write(self, path: str | os.PathLike[str], pump: Pump, given: Mapping[str, Any], output: Output | None) -> bool:
@@ -64,5 +64,5 @@ class Saving:
             position, tensors["output_frames"] = output.checkpoint()
         keeps_extension = self.autosave is not None and self.autosave.keeps_extension
         state = State({"run": run, **given, "output": position, "keeps_extension": keeps_extension}, tensors)
-        save_session(path, Session(self._request.to_record(), model, state, extension))
+        save_session(path, Session(self.request.to_record(), model, state, extension))
         return True

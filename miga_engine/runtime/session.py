@@ -31,10 +31,10 @@ from miga_engine.config import PARTS
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import ConfigError, MigaError, OutputError, SessionError
 from miga_engine.files import beside, hold, is_beside, open_own, path_written_whole
-from miga_engine.prompts import MAX_PROMPTS
+from miga_engine.prompts import MAX_CHANGES, MAX_PROMPTS
 from miga_engine.runtime.drift import NUM_LEVELS
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".safetensors"
 
 _FORMAT = "miga_engine session"
@@ -281,11 +281,12 @@ def taking_apart(path: str | os.PathLike[str]) -> Iterator[None]:
 
 _MOST_CHARACTERS = 4096
 _MOST_NUMBER = 2**53
+_MOST_ENTRIES = MAX_PROMPTS + MAX_CHANGES
 _MOST_LORAS = 100
 _MODEL_TEXTS = ("name", "preset", "dtype", "vae_dtype", "attention", "transformer", "VAE", "device", "torch",
                 "miga_engine")  # fmt: skip
-_RUN_NUMBERS = ("head", "tail", "first", "num_passes", "emitted", "num_searches", "num_forwards", "parts_done",
-                "window_batch", "share_windows")  # fmt: skip
+_RUN_NUMBERS = ("head", "tail", "first", "num_passes", "num_ticks", "num_changes", "emitted", "num_searches",
+                "num_forwards", "parts_done", "window_batch", "share_windows")  # fmt: skip
 
 
 def _check_types(record: dict[str, Any]) -> None:
@@ -321,10 +322,12 @@ def _check_state_types(numbers: Any) -> None:
         _require(_is_whole(numbers[name], 0))
     _require(isinstance(numbers["keeps_extension"], bool) and isinstance(numbers["drift"], dict))
     for entry, levels in numbers["drift"].items():
-        _require(0 <= int(entry) <= MAX_PROMPTS and len(levels) == 3 and all(len(row) == NUM_LEVELS for row in levels))
+        _require(
+            0 <= int(entry) <= _MOST_ENTRIES and len(levels) == 3 and all(len(row) == NUM_LEVELS for row in levels)
+        )
         _require(all(type(share) is float and 0 <= share <= 1.001 for row in levels for share in row))
-    warned = numbers.get("drift_warned", [])  # which older files do not have
-    _require(isinstance(warned, list) and len(warned) <= MAX_PROMPTS and all(_is_whole(entry, 0) for entry in warned))
+    warned = numbers["drift_warned"]
+    _require(isinstance(warned, list) and len(warned) <= _MOST_ENTRIES and all(_is_whole(entry, 0) for entry in warned))
     output = numbers["output"]
     if output is not None:
         _require(_is_whole(output["num_frames"], 0))

@@ -18,19 +18,21 @@ from miga_engine.config import MigaConfig
 from miga_engine.errors import SessionError
 from miga_engine.noise import Purpose
 from miga_engine.runtime.behind import NOISE_SERIES, BehindQueue
-from miga_engine.runtime.denoise import Denoiser, NoiseSource, Window
+from miga_engine.runtime.denoise import Denoiser, NoiseSource
 from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.network import WindowNetwork
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.references import References
 from miga_engine.runtime.reflection import Reflection
+from miga_engine.runtime.seeding import Seeding, Seeds
 from miga_engine.runtime.tail import Tail
-from miga_engine.schedule import Schedule, add_noise
+from miga_engine.schedule import Schedule
 
 SEED_CLIP, WARMUP, STAGE1, FLUSH, DONE = "seed_clip", "warmup", "stage1", "flush", "done"
 PUSH, QUEUE, JUDGE, POP, UNIFIED = "push", "queue", "judge", "pop", "unified"
 """What a tick does next; it moves on as one with the change of the state that it names."""
+_COUNTERS = ("head", "tail", "num_passes", "num_ticks", "num_changes", "emitted")
 
 
 class CleanLatents(NamedTuple):
@@ -81,9 +83,8 @@ class VideoRun:
         ranks: Ranks | None = None,
     ) -> None:
         config.check(schedule.num_steps, window_frames)
-        self.layout = layout = RunLayout(
-            config, schedule.num_steps, window_frames, num_frames, num_given, boundary_step
-        )
+        num_steps = schedule.num_steps
+        self.layout = layout = RunLayout(config, num_steps, window_frames, num_frames, num_given, boundary_step)
         self.schedule = schedule
         self.config = config
         self.window_frames = window_frames
@@ -106,9 +107,14 @@ class VideoRun:
         self._tail_noise = Tail(self.store, schedule, noise, config.tail_signal)
         self.reflection = None
         if config.self_reflection:
-            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, anchor, num_given)
+            still = layout.num_still
+            self.reflection = Reflection(self.denoiser, config, window_frames, self.stride, emit, anchor, still)
+        self._seeding = Seeding(self.denoiser, layout, self.references)
         self.stage = SEED_CLIP
         self._next = PUSH
+        self.num_ticks = 0
+        self.num_changes = 0
+        """What the run was told, see `request.Change`, and has taken up."""
         self._announced = ""
         self.head = 0
         self.tail = 0
@@ -145,20 +151,46 @@ class VideoRun:
         if self.stage != self._announced:
             self._announced = self.stage
             self.emit("stage", stage=self.stage, head=self.head, tail=self.tail)
-        what_a_tick_does = {
-            SEED_CLIP: self._denoise_seed_clip,  # one step of an ordinary clip, which then starts the queue
-            WARMUP: self._fill_queue,  # a group of noise into the queue and a pass over it, until it is full
-            STAGE1: self._advance_queue,  # a pass over the queue, a group out of it and one into it; ready blocks
-            FLUSH: self._finish,  # the blocks of Stage 2 and refine that are left
-            DONE: lambda: None,
-        }
+        what_a_tick_does = {SEED_CLIP: self._denoise_seed_clip, WARMUP: self._fill_queue, STAGE1: self._advance_queue,
+                            FLUSH: self._finish, DONE: lambda: None}  # fmt: skip
         what_a_tick_does[self.stage]()
         self.denoiser.check_finite()
         return self._take_clean()
 
     @property
+    def is_between_ticks(self) -> bool:
+        """Whether the run stands where a tick ends, and not in one that was interrupted; `num_ticks` tells which."""
+        is_begun = self.stage == STAGE1 or (self.stage == WARMUP and self._passes_done > 0)
+        if self.stage == SEED_CLIP:
+            is_begun = 0 < self._seeding.num_steps_left < self.schedule.num_steps
+        is_at_start = self._next == PUSH or (self._next == QUEUE and is_begun)
+        return is_at_start and self._num_finished == self.emitted
+
+    def change(self, changes: Callable[[], None], *, restarts: bool = False) -> None:
+        """Between two ticks, take up what changes `prompt_row` or the scale of guidance, as one with what follows.
+
+        `restarts`: the queue begins anew behind its head; what has left it stays. See `steering.can_restart`.
+        """
+        seeds = self._seeding.queue_anew(self.head, series=1 + self.num_changes) if restarts else None
+        with self.store.changing():
+            changes()
+            self.num_changes += 1
+            is_set = self.store.step_index[self.references.anchor] == self.schedule.num_steps
+            slots = self._kept_slots(range(self.first_kept, self.tail), self.references.anchor[is_set])
+            numbers = self.store.frame_number[slots].tolist()
+            self.store.prompt_row[slots] = [self.prompt_row(max(number, 0)) for number in numbers]
+            if seeds is not None:
+                self._begin_queue(seeds)
+                if self.reflection is not None:
+                    self.reflection.previous_score = None
+
+    @property
     def parts_next(self) -> bool:
         """Whether the next tick is the first that a longer run, or an endless one, may do otherwise."""
+        if self.stage == SEED_CLIP:  # of which all that is asked for may be a part
+            is_last = self._next == QUEUE and self._seeding.num_steps_left <= 1
+            is_last |= self.layout.num_given == self.window_frames
+            return is_last and self.num_frames is not None and self.num_frames <= self.layout.num_still
         next_head = self.head + self.config.zigzag_width
         is_popping = (self.num_passes + 1) % self.config.passes_per_advance == 0
         return self.stage == STAGE1 and is_popping and not self.has_parted and self.layout.has_parted(next_head)
@@ -168,29 +200,31 @@ class VideoRun:
         """Whether the end of the run has begun to shape it: it can be finished from here, and not made longer."""
         return self.stage in (FLUSH, DONE) or self.layout.has_parted(self.head)
 
+    def predicted(self) -> torch.Tensor | None:
+        """The next frame to leave the run, `[C,H,W]` float32, as it is predicted clean; None before its first step."""
+        slot = self.store.slots([min(self.emitted, self.tail - 1)])[0] if self.tail else 0
+        return self.store.x0[slot].clone() if self.store.step_index[slot] else None
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, numbers) that the following ticks depend on, beside what the run was made from.
 
         The tensors are those of `FrameStore` for the frames that are still needed, float32 `[n,C,H,W]` and int64
         `[n]`; the numbers go through JSON unchanged.
         """
-        first = min(self.emitted, self._num_through, self.layout.first_read(self.head))
+        first = self.first_kept
         reflection = self.reflection
         numbers = {
             "stage": self.stage,
             "next": self._next,
             "has_parted": self.has_parted,
-            "head": self.head,
-            "tail": self.tail,
             "first": first,
-            "num_passes": self.num_passes,
-            "emitted": self.emitted,
+            **{name: getattr(self, name) for name in _COUNTERS},
             "unified": list(self.unified.done),
             "previous_score": None if reflection is None else reflection.previous_score,
             "num_searches": 0 if reflection is None else reflection.num_searches,
             **self.denoiser.progress(),
         }
-        return self.store.state(self._kept_slots(range(first, self.tail))), numbers
+        return self.store.state(self._kept_slots(range(first, self.tail), self.references.anchor)), numbers
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from `state` of a run made alike, but for `num_frames` where that run had not parted from a longer.
@@ -198,70 +232,53 @@ class VideoRun:
         What comes out of a file is first to go through `run_state.check_run_state`.
         """
         self.unified.done = list(numbers["unified"])
-        self.store.load_state(self._kept_slots(range(numbers["first"], numbers["tail"])), tensors)
+        kept = self._kept_slots(range(numbers["first"], numbers["tail"]), self.references.anchor)
+        self.store.load_state(kept, tensors)
         self.stage, self._next = numbers["stage"], numbers["next"]
-        self.head, self.tail = numbers["head"], numbers["tail"]
-        self.num_passes, self.emitted = numbers["num_passes"], numbers["emitted"]
+        for name in _COUNTERS:
+            setattr(self, name, numbers[name])
         if self.reflection is not None:
             self.reflection.previous_score = numbers["previous_score"]
             self.reflection.num_searches = numbers["num_searches"]
         self.denoiser.load_progress(numbers)
 
-    def _kept_slots(self, frames: range) -> np.ndarray:
+    @property
+    def first_kept(self) -> int:
+        """The first frame that what follows depends on."""
+        return min(self.emitted, self._num_through, self.layout.first_read(self.head))
+
+    def _kept_slots(self, frames: range, anchor: np.ndarray) -> np.ndarray:
         """Slots whose content a state holds: these frames, the anchor, and what the unified passes read again."""
         again = map(self.unified.read_again, self.unified.done)
         behind = [self.layout.slots_behind(level, frames) for level, frames in enumerate(again)]
-        return np.concatenate([self.store.slots(frames), self.references.anchor, *behind])
+        return np.concatenate([self.store.slots(frames), anchor, *behind])
 
     def _denoise_seed_clip(self) -> None:
         """An ordinary clip of `window_frames` frames, behind those that are given; clean, it starts the queue."""
-        num_given, slots = self.layout.num_given, self.store.slots(range(self.window_frames))
+        num_given = self.layout.num_given
         if self.config.warmup == "noise" and not num_given:
             self.stage = WARMUP  # which begins with its first group
             return
         if self._next == PUSH:
-            given, fresh = range(num_given), range(num_given, self.window_frames)
-            shown = self.references.shown(self.store.x0[self.store.index(slots[:num_given])], given)
-            noise = self.noise(Purpose.SEED_CLIP, np.asarray(fresh, np.int64))
+            noise, show_given = self._seeding.noise()
             with self.store.changing():
-                self.store.sample[self.store.index(slots[:num_given])] = shown
-                self._push(fresh, noise, then=QUEUE)
-        if self.store.step_index[slots[-1]] < self.schedule.num_steps:
-            window = Window(slots, num_given, len(slots), self.config.num_past(0, num_given))
-            self.denoiser.run([window], noise_series=NOISE_SERIES[SEED_CLIP])
-        if self.store.step_index[slots[-1]] == self.schedule.num_steps:
-            self._start_queue(self.references.clean(slots, num_given))
+                show_given()
+                self._push(range(num_given, self.window_frames), noise, then=QUEUE)
+        if self._seeding.num_steps_left:
+            self._seeding.step(then=self._count_tick)
+        if not self._seeding.num_steps_left:
+            self._seeding.first_queue(self._seeding.clip(), self._begin_queue)
 
-    def _start_queue(self, clip: torch.Tensor) -> None:
-        """Re-noise the seed clip to the noisiest levels, one a group of zigzag_width frames; what is given stays."""
-        width, head, num_groups = self.config.zigzag_width, self.layout.first_head, self.layout.num_first_groups
-        if self.config.warmup == "copies":
-            steps = np.arange(num_groups - 1, -1, -1).repeat(width)
-            stage, then = STAGE1, QUEUE
-        else:
-            steps = np.arange(num_groups, 0, -1).repeat(width)
-            stage, then = WARMUP, PUSH
-        steps *= self.config.passes_per_advance
-        numbers = np.arange(head, head + num_groups * width)
-        sources = torch.from_numpy(numbers.clip(0, self.window_frames - 1)).to(clip.device)
-        noise = self.noise(Purpose.WARMUP, numbers)
-        noised = add_noise(self.schedule, clip[sources], noise, torch.from_numpy(steps))
-        if self.layout.num_given:
-            still = slice(0, self.layout.num_given - head)
-            noised[still] = self.references.shown(clip[sources[still]], numbers[still])
-            steps[still] = self.schedule.num_steps
-        anchor_numbers = self.references.anchor_numbers(range(self.window_frames))
-        first = self.store.index(np.asarray(anchor_numbers, dtype=np.int64))
-        anchor = self.references.shown(clip[first], anchor_numbers)
-        padding = range(head - self.padding, head)
-        before = clip[torch.from_numpy(np.asarray(padding, dtype=np.int64).clip(0, None)).to(clip.device)]
+    def _count_tick(self) -> None:
+        self.num_ticks += 1
+
+    def _begin_queue(self, seeds: Seeds) -> None:
+        is_full = self.config.warmup == "copies"
         with self.store.changing():
-            if self.config.guidance_anchor:
-                self.references.set_anchor(anchor, anchor_numbers)
-            self.references.put(self.store.slots(padding), before, before, padding)
-            self._push(range(head, head + num_groups * width), noised, step_index=steps, then=then)
-            self.store.x0[self.store.index(self.store.slots(numbers))] = clip[sources]
-            self.head, self.stage = head, stage
+            self._push(seeds.numbers, seeds.sample, step_index=seeds.steps, then=QUEUE if is_full else PUSH)
+            self.store.x0[self.store.index(self.store.slots(seeds.numbers))] = seeds.clean
+            self.head, self.stage = seeds.numbers.start, STAGE1 if is_full else WARMUP
+            self.num_ticks += self.layout.num_given == self.window_frames  # of no steps: a tick of its own
 
     def _fill_queue(self) -> None:
         """Push one group of noise; unless the queue now holds every level once, advance all of it by one step."""
@@ -314,7 +331,9 @@ class VideoRun:
 
     def _queue_pass(self, stage: str, *, then: str) -> None:
         if self._next == QUEUE:
-            windows = self._queue_windows(None if stage == WARMUP else self.num_passes)
+            num_passes = None if stage == WARMUP else self.num_passes
+            cuts = self.layout.queue_windows(self.head, self.tail, num_passes, self._passes_done)
+            windows = self.references.windows(cuts, self.layout)
             self.denoiser.run(windows, noise_series=NOISE_SERIES[stage], then=lambda: self._go_to(JUDGE))
         if self.reflection is None:
             self._end_pass(stage, then)
@@ -326,22 +345,11 @@ class VideoRun:
         is_advance = self._passes_done + 1 == self.config.passes_per_advance
         with self.store.changing():
             self.num_passes += stage == STAGE1 and not is_advance
+            self.num_ticks += stage == WARMUP or not is_advance
             self._next = then if is_advance else QUEUE
 
     def _go_to(self, then: str) -> None:
         self._next = then
-
-    def _queue_windows(self, num_passes: int | None) -> list[Window]:
-        windows = []
-        for frames, num_guidance, commit_start, commit_stop in self.layout.queue_windows(
-            self.head, self.tail, num_passes, self._passes_done
-        ):
-            most = self.layout.num_in_front(len(frames), num_guidance)
-            slots, in_front = self.references.anchored(self.store.slots(frames), num_guidance, most)
-            commit_start, commit_stop = commit_start + in_front, commit_stop + in_front
-            num_past = self.config.num_past(num_guidance + in_front, commit_start)
-            windows.append(Window(slots, commit_start, commit_stop, num_past))
-        return windows
 
     def _push_noise(self, stage: str) -> None:
         numbers = range(self.tail, self.tail + self.config.zigzag_width)
@@ -350,6 +358,7 @@ class VideoRun:
         with self.store.changing():
             self._push(numbers, noise, then=QUEUE)
             self.stage = stage
+            self.num_ticks += stage == STAGE1
 
     def _push(self, numbers: range, sample: torch.Tensor, step_index: int | np.ndarray = 0, *, then: str) -> None:
         slots = self.store.slots(numbers)
@@ -371,9 +380,9 @@ class VideoRun:
 
     @property
     def _num_finished(self) -> int:
-        """Frames that are clean, the given ones from the beginning, cut to the length asked for."""
-        through = 0 if self.stage in (SEED_CLIP, WARMUP) else self._num_through
-        finished = max(through, self.layout.num_given)
+        """Frames that are clean, still ones as soon as they are there, cut to the length asked for."""
+        num_still = self.layout.num_given if self.stage == SEED_CLIP else self.layout.num_still
+        finished = max(self._num_through, num_still)
         return finished if self.num_frames is None else min(finished, self.num_frames)
 
     def _take_clean(self) -> CleanLatents | None:

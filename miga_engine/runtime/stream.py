@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
+import dataclasses
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,43 +16,22 @@ import torch
 from torch import Tensor
 
 from miga_engine.device import own_modes
-from miga_engine.errors import DriftError, MigaError, SessionError, printable
+from miga_engine.errors import MigaError, SessionError
 from miga_engine.models.protocols import StreamDecoder
-from miga_engine.request import Request
-from miga_engine.runtime.drift import DriftMeters
+from miga_engine.request import Change, Request
+from miga_engine.runtime.decode import to_uint8
+from miga_engine.runtime.drift import DriftWatch
+from miga_engine.runtime.events import Chunk, Event, Events
 from miga_engine.runtime.interrupts import uninterrupted
+from miga_engine.runtime.progress import Progress
 from miga_engine.runtime.pump import Pump
 from miga_engine.runtime.saving import Autosave, Output, Saving
 from miga_engine.runtime.session import State, taking_apart
 from miga_engine.runtime.stages import VideoRun
+from miga_engine.runtime.steering import TAKES_UP_ABOVE, Ask, Steering, asked_prompt, asked_scale
 from miga_engine.threads import StarvationWatch
 
-_log = logging.getLogger("miga_engine")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Frames that left the decoder together: `frames` uint8 `[n,H,W,3]` on the engine's device.
-
-    `index` counts chunks from 0, `first_frame` is the video frame number of `frames[0]`.
-    """
-
-    index: int
-    first_frame: int
-    frames: Tensor
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened in a run: `kind` is stage, score, search_started, search_finished, window_batch,
-    capture, chunk, drift, saved or warning. `number` counts a run's events from 1, on from a session file's."""
-
-    kind: str
-    data: Mapping[str, Any]
-    number: int = 0
-
-    def to_json(self) -> str:
-        return json.dumps({"event": self.kind, "number": self.number, **self.data})
+__all__ = ["Chunk", "Event", "Events", "Stream"]
 
 
 class _Cut(NamedTuple):
@@ -66,19 +43,6 @@ class _Cut(NamedTuple):
     rest: Tensor
 
 
-class Events:
-    """Tells what happens in a run to whoever listens. The run may be saved, and gone on with, at each of them."""
-
-    def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
-        self.on_event = on_event
-        self.count = 0
-
-    def __call__(self, kind: str, **data: Any) -> None:
-        if self.on_event is not None:
-            self.count += 1
-            self.on_event(Event(kind, data, self.count))
-
-
 class Stream(Iterator[Chunk]):
     """The chunks of one run, made as they are asked for.
 
@@ -88,7 +52,7 @@ class Stream(Iterator[Chunk]):
     what else a signal handler raises) and an error of `on_event` change nothing: `next` goes on, and `save` saves.
 
     One thread at a time may ask for the next chunk; `save` and `close` wait for it. From elsewhere `is_cancelled` ends
-    a run, after the pass at hand and the frames already made.
+    a run, after the pass at hand and the frames already made, and `set_prompt` and `set_guidance_scale` change it.
     """
 
     def __init__(
@@ -106,8 +70,12 @@ class Stream(Iterator[Chunk]):
         warn_on_drift: float | None,
         num_video_frames: Callable[[int], int],
         attention: Mapping[str, str] | None = None,
+        steering: Steering | None = None,
+        until: int | None = None,
+        preview_decoder: Callable[[], StreamDecoder] | None = None,
     ) -> None:
         self.request = request
+        """What was asked for, and what the run was told since and has taken up or will at its tick."""
         self.num_frames_out = 0
         self.output: tuple[dict[str, Any], Tensor] | None = None
         """Of a resumed run: what `Output.checkpoint` gave when it was saved."""
@@ -120,7 +88,13 @@ class Stream(Iterator[Chunk]):
             overlap=overlap_decode,
             is_cancelled=lambda: is_closing.is_set() or is_cancelled(),
             num_video_frames=num_video_frames,
+            steering=steering,
+            tell=self._tell,
         )
+        self._until = until
+        self._preview_decoder = preview_decoder
+        self._progress = Progress(run, events)
+        self._is_told = False  # since it was saved
         self._saving = Saving(request, model)
         self._chunk_frames = chunk_frames
         self._events = events
@@ -129,9 +103,8 @@ class Stream(Iterator[Chunk]):
         self._is_making = False
         self._num_chunks = 0
         self._starvation = StarvationWatch() if run.store.device.type == "cpu" else None
-        blend_frames = request.miga.prompt_blend_frames
-        self._drift = DriftMeters([start + blend_frames if start else 0 for start in sorted(request.timeline)])
-        self._stop_on_drift, self._warn_on_drift = stop_on_drift, warn_on_drift
+        starts = [start + request.miga.prompt_blend_frames if start else 0 for start in sorted(request.timeline)]
+        self._drift = DriftWatch(starts, stop_on_drift, warn_on_drift)
         self._attention = {} if attention is None else attention  # the engine adds to it
 
     def __next__(self) -> Chunk:
@@ -182,17 +155,19 @@ class Stream(Iterator[Chunk]):
         """Make the next chunk, and report it; it is not given yet."""
         if self._saving.autosave is not None and self._saving.autosave.is_due(self.num_frames_out):
             self._save(self._saving.autosave)
+        self._progress(self.num_frames_out)
         while (num_frames := self._num_to_cut(pump)) == 0:
-            if pump.is_over:
+            if pump.is_over or self.num_frames_out == self._until:
                 self._end(pump)
             pump.advance(self._keep_extension)
+            if self._is_told and self._saving.autosave is not None:  # before anybody sees what came of it
+                self._save(self._saving.autosave)
+            self._progress(self.num_frames_out)
         groups: list[Tensor] = []
         while sum(map(len, groups)) < num_frames:
             groups.append(pump.ready[len(groups)])
         frames = groups[0] if len(groups) == 1 else torch.cat(groups)
         chunk = Chunk(self._num_chunks, self.num_frames_out, frames[:num_frames])
-        if self._starvation is not None and (message := self._starvation.look()) is not None:
-            self.warn(message)
         self._report(chunk, pump)
         return _Cut(chunk, pump.ready, groups, frames[num_frames:])
 
@@ -213,9 +188,7 @@ class Stream(Iterator[Chunk]):
 
     def warn(self, message: str) -> None:
         """Say in the log, and as an event, what is amiss and does not keep the stream from going on."""
-        message = printable(message)
-        _log.warning("%s", message)
-        self._events("warning", message=message)
+        self._events.warn(message)
 
     @property
     def is_resumed(self) -> bool:
@@ -264,13 +237,14 @@ class Stream(Iterator[Chunk]):
 
     def _num_to_cut(self, pump: Pump) -> int:
         """Length of the next chunk of the frames at hand, 0 where more must be made first."""
-        num_ready, num_frames = sum(map(len, pump.ready)), self.request.num_frames
-        if num_frames is not None:
-            num_ready = min(num_ready, num_frames - self.num_frames_out)
+        num_ready = sum(map(len, pump.ready))
+        for num_frames in (self.request.num_frames, self._until):
+            if num_frames is not None:
+                num_ready = min(num_ready, num_frames - self.num_frames_out)
         size = self._chunk_frames
         if size is None:
             size = min(len(pump.ready[0]), num_ready) if num_ready else 0
-        elif pump.is_over:
+        elif pump.is_over or self.num_frames_out + num_ready == self._until:
             size = min(size, num_ready)
         return size if 0 < size <= num_ready else 0
 
@@ -285,25 +259,75 @@ class Stream(Iterator[Chunk]):
 
     def _report(self, chunk: Chunk, pump: Pump) -> None:
         """Events of a chunk, and a warning, or the end, of a run whose colours have drifted."""
-        is_heard, stop, warn = self._events.on_event is not None, self._stop_on_drift, self._warn_on_drift
-        if not is_heard and stop is None and warn is None:
+        if self._starvation is not None and (message := self._starvation.look()) is not None:
+            self.warn(message)
+        if self._events.on_event is not None:
+            self._events("chunk", index=chunk.index, first_frame=chunk.first_frame, num_frames=len(chunk.frames))
+        failure = self._drift.watch(chunk, self._events)
+        if failure is not None and pump.failure is None:
+            pump.fail(failure)
+
+    def set_prompt(
+        self,
+        prompt: str,
+        at: int | str = "now",
+        *,
+        blend: int = 0,
+        above: float = TAKES_UP_ABOVE,
+        restart: bool = False,
+    ) -> None:
+        """Change what the running video shows; from any thread, without waiting.
+
+        at: the video frame from which on, or "now". Frames that are made already keep their prompt, so that it may
+            begin later: the event `prompt` tells where. From there it holds up to the next one of the timeline.
+        blend: video frames over which the text runs from the old prompt to the new one.
+        above: noise level sigma from which on frames that are being made take it at once: the lower, the sooner it is
+            seen, and the less is left to change in the first of them. 1: only frames that are noise yet, and the video
+            is the one of a timeline with this prompt at that frame.
+        restart: with "now", grow the queue anew behind its cleanest frame: the change is seen sooner still, after a
+            pause without frames, and it is harder. Where that cannot be, the change goes without.
+
+        It is taken up before the next pass, encoded there, and recorded in session files with its moment, so that
+        `Engine.replay` and `Engine.resume` make the same frames. ConfigError for what cannot be asked for, MigaError
+        once the stream is closed.
+        """
+        self._ask(asked_prompt(prompt, at, blend, above, restart))
+
+    def set_guidance_scale(self, guidance_scale: float, at: int | str = "now") -> None:
+        """Change the scale of guidance from video frame `at` on; "now": of all frames that are not clean. The rest is
+        as with `set_prompt`. ConfigError where the run has no guidance to change, its scale being 1."""
+        self._ask(asked_scale(guidance_scale, at))
+
+    def _ask(self, ask: Ask) -> None:
+        pump = self._pump  # which another thread may take away
+        if pump is None or pump.steering is None or self._is_closing.is_set():
+            raise MigaError("the stream is closed and cannot be changed any more: start a new one, or resume a session")
+        pump.steering.check(ask, len(pump.asks))
+        pump.asks.append(ask)
+
+    def _tell(self, change: Change | None, ask: Ask | None) -> None:
+        """Note what the run has taken up, or was asked for too late."""
+        assert self._pump is not None
+        if change is None:
+            what = "guidance_scale" if ask is None or ask.prompt is None else "prompt"
+            self.warn(f"a change of the {what} came too late for the frames that are left, and is dropped")
             return
-        where = {"index": chunk.index, "first_frame": chunk.first_frame, "num_frames": len(chunk.frames)}
-        drift = self._drift.measure(chunk.first_frame, chunk.frames)
-        if is_heard:
-            self._events("chunk", **where)
-            self._events("drift", **where, **drift)
-        moved = (
-            f"the colours of frames {chunk.first_frame} to {chunk.first_frame + len(chunk.frames) - 1} have moved "
-            f"by {drift['drift']:.3f} from the beginning"
-        )
-        remedy = "try another seed, more guidance frames, or a lower guidance scale"
-        entry = self._drift.entry(chunk.first_frame)
-        if warn is not None and drift["drift"] > warn and entry not in self._drift.warned:
-            self.warn(f"{moved}, more than warn_on_drift {warn:g}, and the run goes on: {remedy}")
-            self._drift.warned.add(entry)
-        if stop is not None and drift["drift"] > stop and pump.failure is None:
-            pump.fail(DriftError(f"{moved}, more than stop_on_drift {stop:g}: {remedy}"))
+        steering = self._pump.steering
+        assert steering is not None
+        self.request = self._saving.request = dataclasses.replace(self.request, changes=tuple(steering.changes))
+        self._drift.starts, self._is_told = steering.prompts.texts.timeline.settled, True
+        self._events("guidance_scale" if change.prompt is None else "prompt", **change.told())
+
+    @own_modes()
+    def preview(self) -> Tensor | None:
+        """The next frame that is to come, as it is predicted now: uint8 `[H,W,3]` on the engine's device; None before
+        the first pass. For `on_event`, which is called between passes; from another thread it waits for the chunk."""
+        with self._work() as pump:
+            latent = None if pump is None else pump.run.predicted()
+            if latent is None or self._preview_decoder is None:
+                return None
+            with torch.no_grad():
+                return to_uint8(self._preview_decoder().push(latent[None, :, None])[0])[0]
 
     @own_modes()
     def save_every(
@@ -348,7 +372,7 @@ class Stream(Iterator[Chunk]):
             self.num_frames_out, self._num_chunks = numbers["num_frames_out"], numbers["num_chunks"]
             self._events.count = self.resumed_at_event = numbers["num_events"]
             self._drift.load_references(numbers["drift"])
-            self._drift.warned = set(numbers.get("drift_warned", ()))  # which older files do not have
+            self._drift.warned = set(numbers["drift_warned"])
             if numbers["output"] is not None:
                 self.output = dict(numbers["output"]), tensors["output_frames"]
         self._saving.extension = Path(path) if has_extension else None
@@ -365,7 +389,7 @@ class Stream(Iterator[Chunk]):
 
     def _save(self, autosave: Autosave) -> None:
         self.save(autosave.path, autosave.output)
-        autosave.saved_at = self.num_frames_out
+        autosave.saved_at, self._is_told = self.num_frames_out, False
 
     def _keep_extension(self) -> None:
         """Save the last moment from which the run could be made longer, where that is wanted."""

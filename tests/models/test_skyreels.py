@@ -21,6 +21,8 @@ from miga_engine.models.family import Sources
 from miga_engine.models.wan.dit import WAN_T2V_CONFIGS, WanDiT, WanDiTConfig
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Window
+from miga_engine.runtime.layout import QueueWindow, RunLayout
+from miga_engine.runtime.stages import STAGE1
 
 TOLERANCE = 3e-5  # of the largest output
 TIMESTEPS = torch.tensor([[999.0, 500.0, 3.0], [20.0, 20.0, 700.0]])
@@ -186,14 +188,14 @@ def test_the_queue_of_the_preset_has_the_steps_of_the_asynchronous_schedule(monk
     preset, seen = PRESETS["skyreels-v2-df"], []
     config = dataclasses.replace(preset.miga, self_reflection=False)
     run = toy_run(config, 100, steps=preset.sampling.num_inference_steps, window=25)
-    queue_windows = run._queue_windows
+    queue_windows = run.references.windows
 
-    def watched(num_passes: int | None) -> list[Window]:
-        if num_passes is not None:
+    def watched(cuts: list[QueueWindow], layout: RunLayout) -> list[Window]:
+        if run.stage == STAGE1:
             seen.append(run.store.step_index[run.store.slots(range(run.head, run.tail))].tolist())
-        return queue_windows(num_passes)
+        return queue_windows(cuts, layout)
 
-    monkeypatch.setattr(run, "_queue_windows", watched)
+    monkeypatch.setattr(run.references, "windows", watched)
     collect(run)
     assert min(len(theirs), len(seen)) > 60
     assert all(ours == iteration for ours, iteration in zip(seen, theirs, strict=False))

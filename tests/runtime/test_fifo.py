@@ -66,7 +66,7 @@ def test_fifo_configuration_reproduces_fifo_diffusion(lookahead):
         window_frames=window, frame_shape=tuple(video.shape[1:]), noise=noise, num_frames=6, device=CPU,
         guidance_scale=preset.sampling.guidance_scale,
     )  # fmt: skip
-    run._start_queue(video)
+    run._seeding.first_queue(video, run._begin_queue)
     # The release pads with frame 0 at its least noisy level, where we keep it clean.
     padded = run.store.slots(range(run.head - padding, run.head))
     run.store.sample[torch.from_numpy(padded)] = add_noise(

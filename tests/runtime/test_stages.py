@@ -198,10 +198,10 @@ def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt(
         device=CPU, prompt_row=lambda frame: 1 if frame < changed_at else 2,
     )  # fmt: skip
     store, anchor = run.store, run.references.anchor[0]
-    anchors, queue_windows = {}, run._queue_windows
+    anchors, queue_windows = {}, run.references.windows
 
-    def watched(phase):
-        windows = queue_windows(phase)
+    def watched(cuts, layout):
+        windows = queue_windows(cuts, layout)
         number = int(store.frame_number[anchor])
         if number not in anchors:
             anchors[number] = store.sample[anchor].clone()
@@ -220,7 +220,7 @@ def test_the_anchor_guides_the_windows_of_its_own_prompt_and_follows_the_prompt(
             predicted.append(store.x0[store.slots([changed_at])[0]].clone())
         pop_group()
 
-    run._queue_windows, run._pop_group = watched, popped
+    run.references.windows, run._pop_group = watched, popped
     collect(run)
     assert list(anchors) == [0, changed_at]
     assert store.prompt_row[anchor] == 2

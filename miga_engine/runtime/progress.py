@@ -1,0 +1,78 @@
+"""How far a run is from its first frame: in ticks, and in seconds from those it has done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from miga_engine.runtime.events import Events
+from miga_engine.runtime.layout import RunLayout
+from miga_engine.runtime.stages import VideoRun
+
+
+def ticks_to_first_frame(layout: RunLayout) -> list[int]:
+    """Latent frames that the network reads in each tick up to the one that gives the first frame; searches and the
+    anchor's places in front are left out."""
+    return list(_ticks(layout))
+
+
+def _ticks(layout: RunLayout) -> Iterator[int]:
+    config, width = layout.config, layout.config.zigzag_width
+    if layout.num_given:
+        yield 0
+        return
+    if config.warmup != "noise":
+        yield from [layout.window_frames] * layout.num_steps
+        if layout.num_still:
+            return
+    head, tail = layout.first_head, layout.first_head + layout.num_first_groups * width
+    while (tail - head) // width < layout.num_groups - 1:
+        tail += width
+        yield from (_read(layout, head, tail, None, newest) for newest in range(config.passes_per_advance))
+    if (tail - head) // width < layout.num_groups:
+        tail += width
+        yield 0
+    passes, num_passes = layout.unified_passes(), 0
+    while (passes.done[-1] if passes.done else head) < 1:
+        if layout.end is not None and head >= layout.end:
+            read = 0
+        else:
+            read = _read(layout, head, tail, num_passes, num_passes % config.passes_per_advance)
+            num_passes += 1
+            if num_passes % config.passes_per_advance == 0:
+                head, tail = head + width, tail + width
+        while blocks := passes.ready(layout.num_available(head)):
+            read += sum(block.stop - block.start for block in blocks)
+            for block in blocks:
+                passes.done[block.level] = block.commit_stop
+        yield read
+
+
+def _read(layout: RunLayout, head: int, tail: int, num_passes: int | None, newest: int) -> int:
+    return sum(len(window.frames) for window in layout.queue_windows(head, tail, num_passes, newest))
+
+
+class Progress:
+    """Tells, a pass, how far a run is from its first frame: passes, and seconds from how long those before took."""
+
+    def __init__(self, run: VideoRun, events: Events) -> None:
+        self._run, self._events = run, events
+        self._reads: list[int] = []
+        self._started: tuple[int, float] | None = None
+        self._told = 0
+
+    def __call__(self, num_frames_out: int) -> None:
+        """Of a stream that has given so many frames; `seconds_to_first_frame` is None before a pass was seen."""
+        if self._events.on_event is None:
+            return
+        now, ticks = time.perf_counter(), self._run.num_ticks
+        if self._started is None:
+            self._reads, self._started = ticks_to_first_frame(self._run.layout), (ticks, now)
+        elif ticks == self._told:
+            return
+        first, started = self._started
+        self._told = ticks
+        done, left = sum(self._reads[first:ticks]), sum(self._reads[ticks:])
+        seconds = None if left and not done else (now - started) * left / max(done, 1)
+        told = {"passes": ticks, "passes_to_first_frame": len(self._reads), "seconds_to_first_frame": seconds}
+        self._events.progress({**told, "num_frames_out": num_frames_out})
