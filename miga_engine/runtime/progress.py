@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from miga_engine.runtime.events import Events
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.stages import VideoRun
+from miga_engine.runtime.wavefront import UnifiedPasses
 
 
 def ticks_to_first_frame(layout: RunLayout) -> list[int]:
@@ -19,7 +20,6 @@ def ticks_to_first_frame(layout: RunLayout) -> list[int]:
 def _ticks(layout: RunLayout) -> Iterator[int]:
     config, width = layout.config, layout.config.zigzag_width
     if layout.num_given:
-        yield 0
         return
     if config.warmup != "noise":
         yield from [layout.window_frames] * layout.num_steps
@@ -35,17 +35,23 @@ def _ticks(layout: RunLayout) -> Iterator[int]:
     passes, num_passes = layout.unified_passes(), 0
     while (passes.done[-1] if passes.done else head) < 1:
         if layout.end is not None and head >= layout.end:
-            read = 0
-        else:
-            read = _read(layout, head, tail, num_passes, num_passes % config.passes_per_advance)
-            num_passes += 1
-            if num_passes % config.passes_per_advance == 0:
-                head, tail = head + width, tail + width
-        while blocks := passes.ready(layout.num_available(head)):
-            read += sum(block.stop - block.start for block in blocks)
-            for block in blocks:
-                passes.done[block.level] = block.commit_stop
+            yield _advance(passes, layout.num_available(head))
+            continue
+        read = _read(layout, head, tail, num_passes, num_passes % config.passes_per_advance)
+        num_passes += 1
+        if num_passes % config.passes_per_advance == 0:
+            head, tail = head + width, tail + width
+            while (layout.end is None or head < layout.end) and (advanced := _advance(passes, head)):
+                read += advanced
         yield read
+
+
+def _advance(passes: UnifiedPasses, num_available: int) -> int:
+    """Frames that the blocks read which are ready, now done."""
+    blocks = passes.ready(num_available)
+    for block in blocks:
+        passes.done[block.level] = block.commit_stop
+    return sum(block.stop - block.start for block in blocks)
 
 
 def _read(layout: RunLayout, head: int, tail: int, num_passes: int | None, newest: int) -> int:

@@ -328,6 +328,7 @@ class VideoRun:
             self._next = UNIFIED
             if self.unified.num_frames is not None and self.head >= self.unified.num_frames:
                 self.stage = FLUSH
+                self._count_tick()
 
     def _queue_pass(self, stage: str, *, then: str) -> None:
         if self._next == QUEUE:
@@ -372,6 +373,7 @@ class VideoRun:
         """The unified blocks that are ready; the run is done where there are none."""
         if not self._behind.advance(self.head):
             self.stage = DONE
+        self._count_tick()
 
     @property
     def _num_through(self) -> int:

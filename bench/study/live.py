@@ -1,0 +1,205 @@
+"""What it costs to be early: the first frame sooner, and a prompt that is changed while the video runs.
+
+`python -m bench.study.live first`: ways to the first frame, a row each: passes and latent frames that the network reads
+up to it and up to frame 100, in % of the first row's, and what the videos look like, measured against the embedded
+world's truth.
+
+`python -m bench.study.live steer`: ways of a change at "now", a row each: video frames and latent frames read from the
+change to the first frame that shows it, whether frames come meanwhile, and how hard the cut is.
+
+Each prints a table; with the default numbers they take some half an hour each on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.command import Parser, run_command
+from bench.study.methods import SCENES
+from miga_engine import Engine
+from miga_engine.measure.truth import truth_curves
+from miga_engine.runtime.stream import Event, Stream
+from miga_engine.tiny import world
+from miga_engine.tiny.classifier import ATTRIBUTES, load_classifier, to_tensor
+
+FIRST: Mapping[str, dict[str, Any]] = {
+    "preset": {},
+    "warmup clip": {"warmup": "clip"},
+    "warmup copies": {"warmup": "copies"},
+    "stage2_steps 2": {"stage2_steps": 2},
+    "stage2_steps 0": {"stage2_steps": 0},
+    "groups of 2": {"zigzag_width": 2},
+    "passes_per_advance 2, groups of 2": {"zigzag_width": 2, "passes_per_advance": 2, "stage2_steps": 4},
+    "16 steps": {"num_inference_steps": 16},
+}
+"""Options of the method, and number of steps, that bring the first frame sooner or might."""
+CLOCK = 100
+"""Video frame by which a way that gives its first frames early must have gone on."""
+STEER: Mapping[str, dict[str, Any]] = {
+    "above 1: new frames alone": {"above": 1.0},
+    "above 0.95": {"above": 0.95},
+    "above 0.9": {"above": 0.9},
+    "above 0.8": {"above": 0.8},
+    "above 0.6": {"above": 0.6},
+    "above 0: all that are not clean": {"above": 0.0},
+    "above 0.9, blend 24": {"above": 0.9, "blend": 24},
+    "above 0.6, blend 24": {"above": 0.6, "blend": 24},
+    "restart": {"restart": True},
+}
+TOLD_AT = 61
+"""Video frames given out when the prompt is changed."""
+_SETTLED = 6  # frames, of which all but one show the new prompt
+
+
+class Clock:
+    """Latent frames that the network has read so far in a stream's run, both branches as one."""
+
+    def __init__(self, stream: Stream) -> None:
+        assert stream._pump is not None
+        self.read = 0
+        denoiser = stream._pump.run.denoiser
+        forward = denoiser._forward_all
+
+        def counted(windows: Any) -> None:
+            forward(windows)
+            self.read += sum(len(window.slots) for window in windows)
+
+        denoiser._forward_all = counted  # type: ignore[method-assign]
+
+
+def first_frame(engine: Engine, way: Mapping[str, Any], prompts: int, num_frames: int) -> list[float]:
+    """A row of the first table: means over prompts."""
+    rows = []
+    miga = {name: value for name, value in way.items() if name != "num_inference_steps"}
+    if "num_inference_steps" in way:
+        miga["judge_step"] = 6
+    steps = way.get("num_inference_steps")
+    for number, scene in enumerate(SCENES[:prompts]):
+        caption, told = world.caption(scene), []
+
+        def on_event(event: Event, told: list[Event] = told) -> None:
+            if event.kind == "progress":
+                told.append(event)
+
+        stream = engine.stream(
+            caption, num_frames, seed=number, miga=miga, num_inference_steps=steps, chunk_frames=1, on_event=on_event
+        )
+        clock, frames, read = Clock(stream), [], []
+        for chunk in stream:
+            frames.append(chunk.frames[0].numpy())
+            read.append(clock.read)
+        video = np.stack(frames)
+        means = truth_curves(video, caption).means()
+        seam = seams(video)
+        rows.append([
+            told[0].data["passes_to_first_frame"], read[0], read[CLOCK],
+            100 * np.mean([means[f"accuracy_{name}"] for name in ATTRIBUTES]), 100 * means["subject_consistency"],
+            100 * means["background_consistency"], 100 * means["colour_drift"], means["subject_jitter"], seam,
+        ])  # fmt: skip
+    return [float(value) for value in np.mean(rows, axis=0)]
+
+
+def seams(video: npt.NDArray[np.uint8]) -> float:
+    """The largest step between two neighbouring frames, in median steps."""
+    steps = np.abs(np.diff(video.astype(np.int16), axis=0)).mean((1, 2, 3))
+    return float(steps.max() / np.median(steps))
+
+
+def changed(scene: world.Scene, number: int) -> world.Scene:
+    """Another scene: by turns of another time of day, over other land, and of another subject and colour."""
+
+    def other(values: tuple[str, ...], value: str) -> str:
+        return values[(values.index(value) + 2) % len(values)]
+
+    changes = (
+        {"time": other(world.TIMES, scene.time)},
+        {"terrain": other(world.TERRAINS, scene.terrain)},
+        {"subject": other(world.SUBJECTS, scene.subject), "colour": other(world.COLOURS, scene.colour)},
+    )
+    return dataclasses.replace(scene, **changes[number % 3])
+
+
+def steered(engine: Engine, way: Mapping[str, Any], prompts: int, num_frames: int) -> list[float]:
+    """A row of the second table: medians over prompts, but for shares, which are means."""
+    rows = []
+    classifier = load_classifier()
+    for number, scene in enumerate(SCENES[:prompts]):
+        target = changed(scene, number)
+        stream = engine.stream(world.caption(scene), None, seed=number, chunk_frames=1)
+        clock, frames, read = Clock(stream), [], []
+        for chunk in stream:
+            frames.append(chunk.frames[0].numpy())
+            read.append(clock.read)
+            if len(frames) == TOLD_AT:
+                stream.set_prompt(world.caption(target), **way)
+            if len(frames) == TOLD_AT + num_frames:
+                break
+        stream.close()
+        video = np.stack(frames)
+        logits = classifier(to_tensor(video))
+        shown = np.stack([
+            (x.argmax(-1) == label).numpy() for x, label in zip(logits, target.labels, strict=True)
+        ])  # fmt: skip
+        is_changed = np.array([a != b for a, b in zip(scene.labels, target.labels, strict=True)])
+        after = shown[is_changed].all(0)[TOLD_AT:]
+        runs = np.convolve(after, np.ones(_SETTLED), "valid") >= _SETTLED - 1
+        first = int(runs.argmax()) if runs.any() else num_frames - 1
+        begins = stream.request.changes[0].frame - TOLD_AT if stream.request.changes else num_frames
+        waits = np.diff(read[TOLD_AT - 1 :])
+        rows.append([
+            begins, first, read[TOLD_AT + first] - read[TOLD_AT - 1], waits.max(), 100 * runs.any(),
+            100 * shown[~is_changed][:, TOLD_AT:].mean(), 100 * after[first:].mean(),
+            seams(video[TOLD_AT - 1 : TOLD_AT + first + 24]),
+        ])  # fmt: skip
+    table = np.array(rows, np.float64)
+    middle, mean = np.median(table, axis=0), table.mean(axis=0)
+    return [*middle[:4], *mean[4:7], middle[7]]
+
+
+COLUMNS = {
+    "first": (
+        "passes to the first frame", "read to it", f"read to frame {CLOCK}", "as asked, %", "subject, %",
+        "background, %", "colour drift, %", "jitter, px/frame²", "largest step, medians",
+    ),
+    "steer": (
+        "begins after frames", "shown after frames", "read until shown", "longest wait, read", "shown at all, %",
+        "the rest kept, %", "stays, %", "largest step, medians",
+    ),
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(prog="python -m bench.study.live", description="What it costs to be early: a table.")
+    parser.add_argument("table", choices=sorted(COLUMNS), help="first: the first frame; steer: a changed prompt")
+    parser.add_argument("--prompts", type=int, default=9, metavar="N", help="a video each (default: 9)")
+    parser.add_argument("--num-frames", type=int, default=241, metavar="N", help="of each video, or of each behind the "
+                        "change (default: 241)")  # fmt: skip
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table."""
+    engine = Engine.from_pretrained("tiny", "cpu")
+    ways, measured = (FIRST, first_frame) if options.table == "first" else (STEER, steered)
+    columns, reference = COLUMNS[options.table], None
+    print(f"| | {' | '.join(columns)} |")
+    print(f"| --- |{' ---: |' * len(columns)}")
+    for name, way in ways.items():
+        values = measured(engine, way, options.prompts, options.num_frames)
+        reference = reference or values
+        cells = []
+        for column, value, first in zip(columns, values, reference, strict=True):
+            cells.append(f"{100 * value / first:.0f} %" if column.startswith("read") else f"{value:.3g}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))
