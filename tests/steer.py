@@ -1,6 +1,6 @@
-"""Streams that are changed at random moments, broken off and gone on with, and whether their replays are what was seen.
+"""Streams that are changed at random moments, broken off and gone on with: whether their replays are what was seen.
 
-`python tests/steer.py --runs 20 --changes 50`: by hand and at length; `tests/runtime/test_steering.py` does it in short.
+`python tests/steer.py --runs 20 --changes 50`: by hand, at length; `tests/runtime/test_steering.py` does it in short.
 """
 
 from __future__ import annotations

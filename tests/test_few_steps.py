@@ -237,6 +237,7 @@ RUNS = {
             FEW, stage2_steps=0, guidance_frames=2, guidance_anchor=True, anchor_frames=2, passes_per_advance=2
         ),
     },
+    "euler behind its own clip": {"solver": "euler", "miga": dataclasses.replace(FEW, warmup="clip")},
     "euler as FIFO": {"solver": "euler", "method": "fifo", "denoising_steps": None, "num_inference_steps": 9},
     "lcm of evenly spaced levels": {"solver": "lcm", "denoising_steps": None, "num_inference_steps": 5, "miga": FEW},
 }

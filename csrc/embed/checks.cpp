@@ -39,6 +39,9 @@ Function symbol(void *library, const char *name) {
 struct Api {
     decltype(&miga_open) open;
     decltype(&miga_resume) resume;
+    decltype(&miga_replay) replay;
+    decltype(&miga_set_prompt) set_prompt;
+    decltype(&miga_set_guidance_scale) set_guidance_scale;
     decltype(&miga_get_info) get_info;
     decltype(&miga_next_frame) next_frame;
     decltype(&miga_cancel) cancel;
@@ -180,6 +183,29 @@ void cancel_save_resume(const char *model, const std::string &inside, const char
     api.close(run);
 }
 
+// Told things by another thread than the one that pulls; the replay of its session is what was seen.
+void steer_and_replay(const char *model, const std::string &inside, const char *session) {
+    miga_run *run = opened(model, "{" + inside + "}");
+    std::thread([&] {
+        require(api.set_prompt(run, "a blue kite", "{\"above\": 0, \"blend\": 4}") == 0, "a prompt can be changed");
+        require(api.set_prompt(run, "green hills", "{\"at\": 20}") == 0, "and one for later");
+        require(api.set_guidance_scale(run, 2.5, nullptr) == 0, "so can the scale of guidance");
+        require(api.set_prompt(run, "", nullptr) == -1 && *api.last_error() != '\0', "an empty prompt is refused");
+        require(api.set_prompt(run, "\xff", nullptr) == -1, "a prompt that is no UTF-8 is refused");
+        require(api.set_prompt(run, "a kite", "{\"when\": 3}") == -1, "an unknown option is refused");
+        require(api.set_prompt(run, nullptr, nullptr) == -1, "a missing prompt is refused");
+    }).join();
+    const auto seen = rest(run);
+    for (const uint64_t sum : seen) std::printf("steered: %016" PRIx64 "\n", sum);
+    require(api.save(run, session) == 0, "a run that was told things can be saved");
+    api.close(run);
+    run = api.replay(session, nullptr);
+    if (run == nullptr) std::fprintf(stderr, "checks: %s\n", api.last_error());
+    require(run != nullptr, "a session can be replayed");
+    require(rest(run) == seen, "a replay is what was seen");
+    api.close(run);
+}
+
 // An endless video, cancelled and then closed by other threads than the one that waits for its frames.
 void end_from_another_thread(const char *model, const std::string &inside) {
     for (const bool is_closed : {false, true}) {
@@ -209,6 +235,9 @@ int main(int argc, char **argv) {
     std::printf("version: %s\n", symbol<decltype(&miga_version)>(library, "miga_version")());
     api = {symbol<decltype(&miga_open)>(library, "miga_open"),
            symbol<decltype(&miga_resume)>(library, "miga_resume"),
+           symbol<decltype(&miga_replay)>(library, "miga_replay"),
+           symbol<decltype(&miga_set_prompt)>(library, "miga_set_prompt"),
+           symbol<decltype(&miga_set_guidance_scale)>(library, "miga_set_guidance_scale"),
            symbol<decltype(&miga_get_info)>(library, "miga_get_info"),
            symbol<decltype(&miga_next_frame)>(library, "miga_next_frame"),
            symbol<decltype(&miga_cancel)>(library, "miga_cancel"),
@@ -225,6 +254,7 @@ int main(int argc, char **argv) {
     buffers_and_end(model, inside);
     two_threads(model, inside);
     cancel_save_resume(model, inside, session);
+    steer_and_replay(model, inside, session);
     end_from_another_thread(model, inside);
     const auto actions_now = signal_actions();
     for (int number = 1; number < 32; ++number)

@@ -229,6 +229,32 @@ int next_frame(miga_run *handle, uint8_t *frame, size_t capacity, size_t row_byt
     return -1;
 }
 
+int set_prompt(miga_run *handle, const char *prompt, const char *options) {
+    const std::shared_ptr<Run> run = find(handle);
+    if (!run) return -1;
+    if (prompt == nullptr) {
+        last_error = "prompt is missing: give a text";
+        return -1;
+    }
+    PythonLock lock;
+    const Object told(PyObject_CallMethod(run->object.get(), "set_prompt", "yy", prompt,
+                                          options == nullptr ? "{}" : options));
+    if (told) return 0;
+    last_error = take_python_error();
+    return -1;
+}
+
+int set_guidance_scale(miga_run *handle, double guidance_scale, const char *options) {
+    const std::shared_ptr<Run> run = find(handle);
+    if (!run) return -1;
+    PythonLock lock;
+    const Object told(PyObject_CallMethod(run->object.get(), "set_guidance_scale", "dy", guidance_scale,
+                                          options == nullptr ? "{}" : options));
+    if (told) return 0;
+    last_error = take_python_error();
+    return -1;
+}
+
 int save(miga_run *handle, const char *path) {
     const std::shared_ptr<Run> run = find(handle);
     if (!run) return -1;
@@ -288,6 +314,10 @@ miga_run *miga_resume(const char *path, const char *options) noexcept {
     return guarded<miga_run *>(nullptr, [&] { return start("resume_run", "path", path, options); });
 }
 
+miga_run *miga_replay(const char *path, const char *options) noexcept {
+    return guarded<miga_run *>(nullptr, [&] { return start("replay_run", "path", path, options); });
+}
+
 int miga_get_info(miga_run *run, miga_video_info *info) noexcept {
     return guarded(-1, [&] {
         const std::shared_ptr<Run> found = find(run);
@@ -310,6 +340,14 @@ void miga_cancel(miga_run *run) noexcept {
         if (const std::shared_ptr<Run> found = find(run)) cancel(*found);
         return 0;
     });
+}
+
+int miga_set_prompt(miga_run *run, const char *prompt, const char *options) noexcept {
+    return guarded(-1, [&] { return set_prompt(run, prompt, options); });
+}
+
+int miga_set_guidance_scale(miga_run *run, double guidance_scale, const char *options) noexcept {
+    return guarded(-1, [&] { return set_guidance_scale(run, guidance_scale, options); });
 }
 
 int miga_save(miga_run *run, const char *path) noexcept {

@@ -10,7 +10,8 @@
  *
  * Threads: every function may be called from any thread, with or without Python's lock held. Handles are independent:
  * two of them in two threads work at the same time. Calls with one handle go one after another, so use it in one
- * thread; only miga_cancel and miga_last_error never wait. A handle that was closed is refused, and never reused.
+ * thread; only miga_cancel, miga_set_prompt, miga_set_guidance_scale and miga_last_error never wait for a frame. A
+ * handle that was closed is refused, and never reused.
  */
 #ifndef MIGA_EMBED_H
 #define MIGA_EMBED_H
@@ -28,7 +29,7 @@ extern "C" {
 #define MIGA_API __attribute__((visibility("default")))
 
 /* Number of this interface; it grows when a function or a structure below changes. */
-#define MIGA_ABI 1
+#define MIGA_ABI 2
 
 /* A video that is being made. */
 typedef struct miga_run miga_run;
@@ -75,6 +76,13 @@ MIGA_API miga_run *miga_open(const char *model, const char *options) MIGA_NOEXCE
  */
 MIGA_API miga_run *miga_resume(const char *path, const char *options) MIGA_NOEXCEPT;
 
+/* The video of a session file once more, from its first frame to the last that was given before miga_save: with all that
+ * it was told while it ran, at the same moments, bit for bit.
+ *
+ * options: as of miga_resume, without num_frames; "image" or "video" where it began with one.
+ */
+MIGA_API miga_run *miga_replay(const char *path, const char *options) MIGA_NOEXCEPT;
+
 /* 0 and *info filled, or -1. */
 MIGA_API int miga_get_info(miga_run *run, miga_video_info *info) MIGA_NOEXCEPT;
 
@@ -89,6 +97,18 @@ MIGA_API int miga_next_frame(miga_run *run, uint8_t *frame, size_t capacity, siz
 
 /* End the video soon: no new pass is begun, frames already made still come, then 0. Never waits. */
 MIGA_API void miga_cancel(miga_run *run) MIGA_NOEXCEPT;
+
+/* Change what the video shows while it runs; 0, or -1 for what cannot be asked for. It is taken up before the next pass,
+ * and sessions record it. From any thread.
+ *
+ * options: a JSON object or NULL: "at": the video frame from which on, or "now" (without it); "blend": video frames over
+ *   which the text runs from the old prompt to the new one; "above": noise level sigma, 0 to 1, from which on frames that
+ *   are being made take it at once; "restart": true grows the queue anew. docs/live.md says what each costs.
+ */
+MIGA_API int miga_set_prompt(miga_run *run, const char *prompt, const char *options) MIGA_NOEXCEPT;
+
+/* Change the scale of guidance while the video runs; options: "at", as of miga_set_prompt. 0 or -1. */
+MIGA_API int miga_set_guidance_scale(miga_run *run, double guidance_scale, const char *options) MIGA_NOEXCEPT;
 
 /* Write what the video needs to go on after the last frame given, to a file named something.safetensors, which is
  * replaced whole or not at all; 0 or -1. */

@@ -1,4 +1,4 @@
-"""`miga generate`, `miga resume` and `miga estimate`."""
+"""`miga generate`, `miga resume`, `miga replay` and `miga estimate`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from miga_engine.cli.render import Outputs
     from miga_engine.engine import Engine
     from miga_engine.memory import MemoryEstimate
+    from miga_engine.runtime.ranks import Ranks
+    from miga_engine.runtime.session import Session
     from miga_engine.runtime.stream import Event, Stream
 
 
@@ -67,10 +69,9 @@ def generate(options: argparse.Namespace) -> int:
 def resume(options: argparse.Namespace) -> int:
     """The command: what the session leaves open comes from the flags."""
     from miga_engine.cli.render import Outputs
-    from miga_engine.engine import Engine
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.runtime.session import load_session
-    from miga_engine.runtime.session_info import model_of_session, parts_of_session, video_of_session
+    from miga_engine.runtime.session_info import video_of_session
     from miga_engine.video.outputs import suffixes_of
     from miga_engine.video.paths import check_output
 
@@ -79,11 +80,8 @@ def resume(options: argparse.Namespace) -> int:
     path = Path(settings["session"])
     session = load_session(path)
     video = settings.get("output") or video_of_session(path, session)
-    loading = picked(settings, LoadOptions)
-    loading["model"] = loading.get("model") or model_of_session(path, session)
-    loading = parts_of_session(path, session, {**as_recorded(session.model), **loading})
     with Ranks.from_environment(settings.get("device")) as ranks:
-        engine = Engine.from_pretrained(**loading, ranks=ranks)
+        engine = _engine_of_session(path, session, settings, ranks)
         every = writing.checkpoint_every
         outputs = Outputs(
             str(video),
@@ -105,6 +103,41 @@ def resume(options: argparse.Namespace) -> int:
 
         is_writer = ranks is None or ranks.rank == 0
         return _write(engine, open_stream, outputs if is_writer else None, None, quiet=writing.quiet)
+
+
+def replay(options: argparse.Namespace) -> int:
+    """The command: the session says what is made, the flags where it goes."""
+    from miga_engine.cli.render import Outputs
+    from miga_engine.runtime.ranks import Ranks
+    from miga_engine.runtime.session import SUFFIX, load_session
+
+    settings = vars(options)
+    path = Path(settings["path"])
+    name = path.name.removesuffix(SUFFIX).removesuffix(".session")
+    writing = WriteOptions(**{"output": str(path.with_name(f"{name}.replay.mp4")), **picked(settings, WriteOptions)})
+    session = load_session(path)
+    with Ranks.from_environment(settings.get("device")) as ranks:
+        outputs = Outputs.check(writing) if ranks is None or ranks.rank == 0 else None
+        engine = _engine_of_session(path, session, settings, ranks)
+        given = {kind: settings.get(kind) for kind in ("image", "video")}
+
+        def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
+            return engine.replay(
+                path, on_event=on_event, is_cancelled=is_cancelled, **given, **picked(settings, StreamOptions)
+            )
+
+        return _write(engine, open_stream, outputs, None, quiet=writing.quiet)
+
+
+def _engine_of_session(path: Path, session: Session, settings: dict[str, Any], ranks: Ranks | None) -> Engine:
+    """The model that a session was made with, as the session has it but for what the flags say."""
+    from miga_engine.engine import Engine
+    from miga_engine.runtime.session_info import model_of_session, parts_of_session
+
+    loading = picked(settings, LoadOptions)
+    loading["model"] = loading.get("model") or model_of_session(path, session)
+    loading = parts_of_session(path, session, {**as_recorded(session.model), **loading})
+    return Engine.from_pretrained(**loading, ranks=ranks)
 
 
 def estimate(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The `miga` command: generate, resume, estimate, eval, convert, info."""
+"""The `miga` command: generate, resume, replay, estimate, eval, convert, info."""
 
 from __future__ import annotations
 
@@ -113,13 +113,29 @@ def _build_parser() -> argparse.ArgumentParser:
         resuming, WriteOptions, ["output", "overwrite", "checkpoint_every", "events", "quiet"],
         {"output": "where the frames made so far lie (default: beside the session file)",
          "overwrite": "replace a video that is not this run's",
-         "events": "scores, searches and chunks as JSON lines, appended"},
+         "events": "scores, searches, chunks and changes as JSON lines, appended"},
     )  # fmt: skip
     add_flags(
         resuming, LoadOptions, ["model", "device", *PLACES, "experts"],
         {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
     )  # fmt: skip
     add_flags(resuming, StreamOptions)
+
+    replaying = commands.add_parser(
+        "replay", help="make the video of a session once more, as it was seen", argument_default=argparse.SUPPRESS,
+        description="Make the video of a session once more, from its first frame to the last that the session has: "
+        "with all that its stream was told while it ran, at the same moments, bit for bit.",
+    )  # fmt: skip
+    replaying.set_defaults(run=generate.replay)
+    replaying.add_argument("path", metavar="SESSION", help="NAME.session.safetensors of the run")
+    add_flags(replaying, Request, ["image", "video"], {"image": "the picture that it began with",
+                                                       "video": "the clip that it went on with"})  # fmt: skip
+    add_flags(replaying, WriteOptions, help={"output": "default: NAME.replay.mp4 beside the session file"})
+    add_flags(
+        replaying, LoadOptions, ["model", "device", *PLACES, "experts"],
+        {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
+    )  # fmt: skip
+    add_flags(replaying, StreamOptions)
 
     estimating = commands.add_parser(
         "estimate", help="show what a run will need of memory", parents=[run], argument_default=argparse.SUPPRESS,

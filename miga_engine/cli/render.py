@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.event_log import EventLog
+from miga_engine.cli.preview import Preview, check_preview
 from miga_engine.cli.terminal import Screen, say
 from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
 from miga_engine.errors import ConfigError, MigaError, OutputError
@@ -24,6 +25,9 @@ from miga_engine.video.encoder_thread import EncoderThread
 from miga_engine.video.outputs import is_sequence, open_sink, reopen_sink, suffixes_of
 from miga_engine.video.paths import check_output
 from miga_engine.video.sink import Sink
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 OpenStream = Callable[[Callable[[Event], None], Callable[[], bool]], Stream]
 """(on_event, is_cancelled) → the stream to write."""
@@ -39,6 +43,7 @@ class Outputs:
 
     video: str
     sheet: Path | None = None
+    preview: str | None = None
     events: Path | None = None
     session: Path | None = None
     checkpoint_every: int | None = CHECKPOINT_EVERY
@@ -62,7 +67,8 @@ class Outputs:
             )
         every = CHECKPOINT_EVERY if asked.checkpoint_every is None else asked.checkpoint_every or None
         keeps = asked.session is not None or asked.checkpoint_every is not None
-        return cls(video, sheet_path, events_path, session_path, every, keeps, overwrite)
+        preview = check_preview(asked.preview, overwrite=overwrite) if asked.preview else None
+        return cls(video, sheet_path, preview, events_path, session_path, every, keeps, overwrite)
 
 
 def session_beside(video: str) -> Path | None:
@@ -97,19 +103,24 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, An
         log = EventLog(outputs.events)
         stack.callback(log.close)
 
+        preview = Preview(outputs.preview) if outputs.preview else None
+
         def on_event(event: Event) -> None:
-            log.write(event)
-            if event.kind == "stage" and first_frame_after is None:
-                bar.set_description_str(event.data["stage"].replace("_", " "))
+            if event.kind != "progress":
+                log.write(event)
+            elif first_frame_after is None:
+                _show_progress(bar, event)
+                if preview is not None:
+                    preview.on_event(event, stream)
 
         stream = stack.enter_context(open_stream(on_event, lambda: bool(interrupted)))
         request = stream.request
         start = num_out = stream.num_frames_out
-        bar.total, bar.n = request.num_frames, num_out
+        bar.total, bar.n = stream.num_frames, num_out
         bar.refresh()
         metadata = request.metadata(**model)  # completed before the sink's first frame, which writes it
         sink = EncoderThread(_open_output(stream, outputs, metadata))
-        sheet = ContactSheet(num_frames=request.num_frames) if outputs.sheet else None
+        sheet = ContactSheet(num_frames=stream.num_frames) if outputs.sheet else None
         try:
             with sink:
                 log.open(after=stream.resumed_at_event, overwrite=outputs.overwrite)
@@ -157,6 +168,14 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, An
         command = _resume_command(outputs, saved)
         say(f"miga: to go on from frame {saved.state.numbers['num_frames_out']}: {command}")
     return 2 if failure is not None else 128 + interrupted[0] if interrupted else 0
+
+
+def _show_progress(bar: tqdm[Any], event: Event) -> None:
+    """What there is to say before the first frame."""
+    passes, num_passes, seconds, _ = event.data.values()
+    bar.set_description_str(f"pass {passes} of {num_passes} to the first frame", refresh=False)
+    bar.set_postfix_str("" if seconds is None else f"in {seconds:.0f} s" if seconds >= 1 else "soon", refresh=False)
+    bar.update(0)
 
 
 def _resume_command(outputs: Outputs, session: Session) -> str:

@@ -19,7 +19,13 @@ class WriteOptions(Checked):
     output: str = option("miga.mp4", ".mp4, .mkv (lossless), folder/%06d.png, .rgb", flags=("-o",), metavar="FILE")
     overwrite: bool = option(False, "replace files that exist", flags=("-y",))
     contact_sheet: str | None = option(None, "frames evenly spaced over the video in one picture", metavar="PNG")
-    events: str | None = option(None, "scores, searches and chunks as JSON lines", metavar="JSONL")
+    preview: str | None = option(
+        None, "until the first frame, what it is predicted to be: a PNG that is rewritten, or - for a terminal that "
+        "shows 24-bit colours", metavar="PNG",
+    )  # fmt: skip
+    events: str | None = option(
+        None, "scores, searches, chunks and changes as JSON lines", metavar="JSONL"
+    )  # fmt: skip
     checkpoint_every: int | None = option(
         None, "video frames between two writings of the session file, 0 = only when stopped; given, the file is kept "
         "at the end, and the video can be made longer", shown=f"{CHECKPOINT_EVERY}", unit="video frames, 0 for never",

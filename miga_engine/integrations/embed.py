@@ -22,7 +22,7 @@ from miga_engine.runtime.session import load_session
 from miga_engine.runtime.session_info import model_of_session, parts_of_session
 from miga_engine.runtime.stream import Stream
 
-ABI = 1
+ABI = 2
 """MIGA_ABI of the header that this module answers to."""
 
 _OF_MODEL = set(fields(LoadOptions)) - {"model"}
@@ -80,6 +80,14 @@ class Run:
                 raise
             return True
 
+    def set_prompt(self, prompt: bytes, options: bytes) -> None:
+        """See `Stream.set_prompt`, whose other arguments are a JSON object; it does not wait for the next frame."""
+        self._stream.set_prompt(_text(prompt), **_options(options, {"at", "blend", "above", "restart"}))
+
+    def set_guidance_scale(self, guidance_scale: float, options: bytes) -> None:
+        """See `Stream.set_guidance_scale`; it does not wait for the next frame."""
+        self._stream.set_guidance_scale(guidance_scale, **_options(options, {"at"}))
+
     def save(self, path: bytes) -> None:
         """Write a session file that goes on after the last frame given."""
         with self._lock:
@@ -114,8 +122,21 @@ def resume_run(path: bytes, options: bytes) -> Run:
 
     What the options leave out is as the file records it.
     """
+    file, (engine, given) = os.fsdecode(path), _of_session(path, options, {"num_frames"})
+    return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
+
+
+def replay_run(path: bytes, options: bytes) -> Run:
+    """The video of a session file once more, as it was seen; options of the model, and image or video as a JSON
+    object."""
+    file, (engine, given) = os.fsdecode(path), _of_session(path, options, {"image", "video"})
+    return Run(lambda is_cancelled: engine.replay(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
+
+
+def _of_session(path: bytes, options: bytes, more: set[str]) -> tuple[Engine, dict[str, Any]]:
+    """The model of a session file, and those of the options that are not the model's."""
     file = os.fsdecode(path)
-    given = _parse(options, _OF_MODEL | _OF_STREAM | {"model", "num_frames"})
+    given = _parse(options, _OF_MODEL | _OF_STREAM | {"model"} | more)
     session = load_session(file)
     saved = session.model
     as_saved = {"device": saved["device"], **as_recorded(saved)}
@@ -124,8 +145,7 @@ def resume_run(path: bytes, options: bytes) -> Run:
         model = saved["name"] if saved["name"] in _named_models else model_of_session(file, session)
     _named_models.add(os.path.abspath(model))
     loading = parts_of_session(file, session, {**as_saved, **_take(given, _OF_MODEL)})
-    engine = Engine.from_pretrained(model, **loading)
-    return Run(lambda is_cancelled: engine.resume(file, chunk_frames=1, is_cancelled=is_cancelled, **given))
+    return Engine.from_pretrained(model, **loading), given
 
 
 def sentence(error: BaseException) -> str:
@@ -136,6 +156,13 @@ def sentence(error: BaseException) -> str:
 
 def _parse(options: bytes, known: set[str]) -> dict[str, Any]:
     """The options that were given a value, of those known; their types where the engine leaves them to Python."""
+    given = _options(options, known)
+    refusal = "{} must be {}, got {}".format
+    check_kinds(given, (LoadOptions, Request), lambda name, value, kind: refusal(name, kind, value))
+    return given
+
+
+def _options(options: bytes, known: set[str]) -> dict[str, Any]:
     try:
         given = json.loads(options, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -147,10 +174,14 @@ def _parse(options: bytes, known: set[str]) -> dict[str, Any]:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigError(f"unknown option {reprlib.repr(unknown[0])}; the options are {', '.join(sorted(known))}")
-    given = {name: value for name, value in given.items() if value is not None}
-    refusal = "{} must be {}, got {}".format
-    check_kinds(given, (LoadOptions, Request), lambda name, value, kind: refusal(name, kind, value))
-    return given
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _text(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt is no UTF-8 ({error.reason} at byte {error.start}): encode it so") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -91,8 +91,7 @@ class Stream(Iterator[Chunk]):
             steering=steering,
             tell=self._tell,
         )
-        self._until = until
-        self._preview_decoder = preview_decoder
+        self._until, self._preview_decoder = until, preview_decoder
         self._progress = Progress(run, events)
         self._is_told = False  # since it was saved
         self._saving = Saving(request, model)
@@ -198,7 +197,12 @@ class Stream(Iterator[Chunk]):
     @property
     def is_finished(self) -> bool:
         """Whether every frame asked for has been given out."""
-        return self.num_frames_out == self.request.num_frames
+        return self.num_frames_out == self.num_frames
+
+    @property
+    def num_frames(self) -> int | None:
+        """Video frames that it gives in all: of a replay, those that were seen; None = endless."""
+        return self.request.num_frames if self._until is None else self._until
 
     @property
     def window_batch(self) -> int:
@@ -237,10 +241,9 @@ class Stream(Iterator[Chunk]):
 
     def _num_to_cut(self, pump: Pump) -> int:
         """Length of the next chunk of the frames at hand, 0 where more must be made first."""
-        num_ready = sum(map(len, pump.ready))
-        for num_frames in (self.request.num_frames, self._until):
-            if num_frames is not None:
-                num_ready = min(num_ready, num_frames - self.num_frames_out)
+        num_ready, num_frames = sum(map(len, pump.ready)), self.num_frames
+        if num_frames is not None:
+            num_ready = min(num_ready, num_frames - self.num_frames_out)
         size = self._chunk_frames
         if size is None:
             size = min(len(pump.ready[0]), num_ready) if num_ready else 0

@@ -175,7 +175,12 @@ def test_a_host_can_rely_on_it(built, folder, frames, tmp_path):
     for name, sentence in sentences.items():
         assert len(found[name]) == 1
         assert found[name][0].startswith(sentence)
-    assert set(found) == {*sentences, "frame", "seed 0", "seed 1", "before", "after", "version", "info"}
+    stream = Engine.from_pretrained(folder).stream(**{**OPTIONS, "miga": golden_model.MIGA})
+    stream.set_prompt("a blue kite", above=0, blend=4)
+    stream.set_prompt("green hills", 20)
+    stream.set_guidance_scale(2.5)
+    assert found["steered"] == _checksums(torch.cat([chunk.frames for chunk in stream])) != expected[0]
+    assert set(found) == {*sentences, "frame", "seed 0", "seed 1", "before", "after", "steered", "version", "info"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A stream that is told something while it runs: where it takes it up, what is recorded, and that it can be repeated."""
+"""A stream that is told something while it runs: where it takes it up, and that it can be repeated."""
 
 from __future__ import annotations
 
