@@ -183,6 +183,20 @@ def test_a_host_can_rely_on_it(built, folder, frames, tmp_path):
     assert set(found) == {*sentences, "frame", "seed 0", "seed 1", "before", "after", "steered", "version", "info"}
 
 
+def test_the_renderer_of_the_examples_changes_its_prompt(built, tmp_path):
+    program = tmp_path / "live"
+    subprocess.run(
+        ["cc", places.ROOT / "examples" / "live.c", f"-I{HERE}", f"-L{built}", "-lmiga_embed", f"-Wl,-rpath,{built}",
+         "-Wall", "-Werror", "-o", program],
+        check=True,
+    )  # fmt: skip
+    pulled = subprocess.run([program], cwd=tmp_path, capture_output=True, check=True).stdout
+    replay = Engine.from_pretrained("tiny").replay(tmp_path / "live.session.safetensors")
+    assert [change.frame > 12 for change in replay.request.changes] == [True]
+    assert pulled == torch.cat([chunk.frames for chunk in replay]).numpy().tobytes()
+    assert len(pulled) == 85 * 64 * 96 * 3
+
+
 @pytest.mark.parametrize(
     ("program", "sentence"),
     [
