@@ -19,7 +19,8 @@ def test_places_are_those_between_two_pictures() -> None:
 @pytest.mark.slow
 def test_every_step_of_every_frame_is_followed() -> None:
     engine = Engine.from_pretrained("tiny", "cpu")
-    request = engine.resolve("a red balloon over green hills", num_frames=81, miga={"self_reflection": False})
+    options = {"height": 32, "width": 48, "miga": {"self_reflection": False}}
+    request = engine.resolve("a red balloon over green hills", num_frames=65, **options)
     followed = change.follow(engine, request)
     clean = torch.cat([part.latents for part in engine.start(request)])  # [N,C,H,W]
     assert followed.shape == (len(clean), 24, clean.shape[1] * clean.shape[2])

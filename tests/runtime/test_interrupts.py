@@ -157,7 +157,7 @@ def test_an_interrupt_in_the_middle_of_a_change_finds_it_done(engine, whole, tmp
     with _SignalInChange([], stream) as tracer:
         list(stream)
     chance = random.Random(0)
-    for at in sorted(chance.sample(range(1, tracer.count), 40)):
+    for at in sorted(chance.sample(range(1, tracer.count), 24)):
         stream, taken = _stream(engine), []
         with pytest.raises(KeyboardInterrupt), _SignalInChange([at], stream):
             taken.extend(chunk.frames for chunk in stream)
