@@ -118,7 +118,7 @@ def child(engine: Engine, folder: Path, num_changes: int, num_frames: int, seed:
 
 
 def killed(model: str, folder: Path, num_changes: int, num_frames: int, seed: int) -> int:
-    """Run `child` in processes that are killed (SIGKILL) at random moments until one comes to the end; how many were."""
+    """Run `child` in processes that are killed at random moments until one comes to the end; how many were."""
     chance, kills = random.Random(f"kills {seed}"), 0
     command = [sys.executable, __file__, "--model", model, "--child", str(folder), "--changes", str(num_changes),
                "--num-frames", str(num_frames), "--seed", str(seed)]  # fmt: skip

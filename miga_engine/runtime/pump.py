@@ -14,7 +14,6 @@ from torch import Tensor
 from miga_engine.device import is_out_of_memory
 from miga_engine.errors import DeviceError, NumericsError, SessionError
 from miga_engine.models.protocols import StreamDecoder
-from miga_engine.request import Change
 from miga_engine.runtime.decode import Decoding, on_side_stream
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.stages import DONE, VideoRun
@@ -26,8 +25,7 @@ class Pump:
 
     An error is kept as `failure`, so that the frames made before it come first. An interrupt changes nothing: whatever
     is called next goes on. `is_cancelled` is asked between ticks; `num_video_frames` says how many frames a number of
-    latent frames decodes to. `steering`, and what it is asked for, `asks`, come between ticks; `tell` hears of each
-    change that the run takes up, or None in its place where it is too late for what was asked.
+    latent frames decodes to. `steering`, and what it is asked for, `asks`, come between ticks.
     """
 
     def __init__(
@@ -39,13 +37,14 @@ class Pump:
         is_cancelled: Callable[[], bool],
         num_video_frames: Callable[[int], int],
         steering: Steering | None = None,
-        tell: Callable[[Change | None, Ask | None], None] = lambda change, ask: None,
     ) -> None:
         self.run = run
         self.steering = steering
         self.asks: deque[Ask] = deque()
         """What any thread may add to."""
         self._heard: deque[Ask] = deque()  # of these, what all ranks know
+        self.too_late: deque[Ask] = deque()
+        """What was asked for when every frame that could take it was made."""
         self.is_over = False
         self.failure: Exception | None = None
         self._decoder = decoder
@@ -56,7 +55,6 @@ class Pump:
         self._num_latents = 0  # taken from the run
         self._is_cancelled = is_cancelled
         self._num_video_frames = num_video_frames
-        self._tell = tell
 
     def advance(self, before_parting: Callable[[], None]) -> None:
         """One tick, or at the end the frames still being decoded; an error is kept until the frames before are out.
@@ -174,12 +172,11 @@ class Pump:
         """Let the run take up what it is told, if it stands between two ticks."""
         if self.steering is None or not self.run.is_between_ticks:
             return
-        while (change := self.steering.due()) is not None:
-            self._tell(change, None)
+        while self.steering.due():
+            pass
         while self._heard:
-            ask = self._heard[0]
-            change = self.steering.ask(ask, then=self._heard.popleft)
-            self._tell(change, ask)
+            if not self.steering.ask(ask := self._heard[0], then=self._heard.popleft):
+                self.too_late.append(ask)
 
     def _decode(self) -> None:
         """Hand over what became clean, and take what came out of the decoder."""

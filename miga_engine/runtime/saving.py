@@ -37,13 +37,13 @@ class Autosave:
 
 
 class Saving:
-    """Session files of one stream. `model` says what computes it, and is asked when it is saved."""
+    """Session files of one stream. `request` and `model` say what is made and what computes it, when it is saved."""
 
-    def __init__(self, request: Request, model: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, request: Callable[[], Request], model: Callable[[], dict[str, Any]]) -> None:
         self.autosave: Autosave | None = None
         self.extension: Path | None = None
         """The file that holds the last moment from which the run could still be made longer."""
-        self.request = request
+        self._request = request
         self._model = model
 
     def write(self, path: str | os.PathLike[str], pump: Pump, given: Mapping[str, Any], output: Output | None) -> bool:
@@ -64,5 +64,5 @@ class Saving:
             position, tensors["output_frames"] = output.checkpoint()
         keeps_extension = self.autosave is not None and self.autosave.keeps_extension
         state = State({"run": run, **given, "output": position, "keeps_extension": keeps_extension}, tensors)
-        save_session(path, Session(self.request.to_record(), model, state, extension))
+        save_session(path, Session(self._request().to_record(), model, state, extension))
         return True

@@ -21,7 +21,7 @@ from miga_engine.request import Change
 from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.stages import DONE, FLUSH, STAGE1, WARMUP, VideoRun
 
-TAKES_UP_ABOVE = 0.9
+TAKES_ABOVE = 0.9
 """Noise level from which on latent frames of the queue take a new prompt at once, unless asked otherwise."""
 
 
@@ -32,7 +32,7 @@ class Ask(NamedTuple):
     guidance_scale: float | None = None
     at: int | None = None
     blend_frames: int = 0
-    above: float = TAKES_UP_ABOVE
+    above: float = TAKES_ABOVE
     restarts: bool = False
 
 
@@ -122,26 +122,30 @@ class Steering:
 
     def load(self) -> None:
         """Of a run whose state was loaded: what it had taken up by then holds."""
-        done = self.changes[: self.run.num_changes]
-        if prompts := [change for change in done if change.prompt is not None]:
+        if prompts := [change for change in self.done if change.prompt is not None]:
             self.prompts.changed(prompts, self.run.first_kept)()
-        for change in done:
+        for change in self.done:
             if change.prompt is None:
                 self._prepared(change)()
 
-    def due(self) -> Change | None:
-        """Take up the next change on record if its tick has come; it, or None."""
+    @property
+    def done(self) -> list[Change]:
+        """Those that the run has taken up, in order."""
+        return self.changes[: self.run.num_changes]
+
+    def due(self) -> bool:
+        """Take up the next change on record if its tick has come; whether it had."""
         number = self.run.num_changes
         if number == len(self.changes) or self.changes[number].tick > self.run.num_ticks:
-            return None
+            return False
         change = self.changes[number]
         if change.restarts and not can_restart(self.run):
             raise SessionError("the run was told to begin its queue anew where it has none: resume from another copy")
         self.run.change(self._prepared(change), restarts=change.restarts)
-        return change
+        return True
 
-    def ask(self, ask: Ask, then: Callable[[], object]) -> Change | None:
-        """Take up what is asked for, and record it, as one with `then`; None where every frame that could take it is
+    def ask(self, ask: Ask, then: Callable[[], object]) -> bool:
+        """Take up what is asked for, and record it, as one with `then`; False where every frame that could take it is
         made already.
 
         Later changes on record stay, and what they say of later frames.
@@ -149,7 +153,7 @@ class Steering:
         change = self._change(ask)
         if change is None:
             then()
-            return None
+            return False
         make = self._prepared(change)
 
         def commit() -> None:
@@ -158,7 +162,7 @@ class Steering:
             then()
 
         self.run.change(commit, restarts=change.restarts)
-        return change
+        return True
 
     def _change(self, ask: Ask) -> Change | None:
         run, first_frame = self.run, self.prompts.texts.timeline.first_video_frame

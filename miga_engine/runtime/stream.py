@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +17,19 @@ from torch import Tensor
 from miga_engine.device import own_modes
 from miga_engine.errors import MigaError, SessionError
 from miga_engine.models.protocols import StreamDecoder
-from miga_engine.request import Change, Request
+from miga_engine.request import Request
 from miga_engine.runtime.decode import to_uint8
 from miga_engine.runtime.drift import DriftWatch
-from miga_engine.runtime.events import Chunk, Event, Events
+from miga_engine.runtime.events import Chunk, Events
+from miga_engine.runtime.events import Event as Event
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.progress import Progress
 from miga_engine.runtime.pump import Pump
 from miga_engine.runtime.saving import Autosave, Output, Saving
 from miga_engine.runtime.session import State, taking_apart
 from miga_engine.runtime.stages import VideoRun
-from miga_engine.runtime.steering import TAKES_UP_ABOVE, Ask, Steering, asked_prompt, asked_scale
+from miga_engine.runtime.steering import TAKES_ABOVE, Ask, Steering, asked_prompt, asked_scale
 from miga_engine.threads import StarvationWatch
-
-__all__ = ["Chunk", "Event", "Events", "Stream"]
 
 
 class _Cut(NamedTuple):
@@ -74,8 +72,7 @@ class Stream(Iterator[Chunk]):
         until: int | None = None,
         preview_decoder: Callable[[], StreamDecoder] | None = None,
     ) -> None:
-        self.request = request
-        """What was asked for, and what the run was told since and has taken up or will at its tick."""
+        self._request = request
         self.num_frames_out = 0
         self.output: tuple[dict[str, Any], Tensor] | None = None
         """Of a resumed run: what `Output.checkpoint` gave when it was saved."""
@@ -89,14 +86,12 @@ class Stream(Iterator[Chunk]):
             is_cancelled=lambda: is_closing.is_set() or is_cancelled(),
             num_video_frames=num_video_frames,
             steering=steering,
-            tell=self._tell,
         )
         self._until, self._preview_decoder = until, preview_decoder
         self._progress = Progress(run, events)
-        self._is_told = False  # since it was saved
-        self._saving = Saving(request, model)
-        self._chunk_frames = chunk_frames
-        self._events = events
+        self._num_told = self._num_saved = 0  # changes of which was told, and which are in the session file
+        self._saving = Saving(lambda: self.request, model)
+        self._chunk_frames, self._events = chunk_frames, events
         self._turn = threading.Lock()  # of whoever works at the run
         self._owner: int | None = None  # the thread that has it
         self._is_making = False
@@ -159,8 +154,9 @@ class Stream(Iterator[Chunk]):
             if pump.is_over or self.num_frames_out == self._until:
                 self._end(pump)
             pump.advance(self._keep_extension)
-            if self._is_told and self._saving.autosave is not None:  # before anybody sees what came of it
+            if self._saving.autosave is not None and self._num_saved < pump.run.num_changes:  # before anybody sees it
                 self._save(self._saving.autosave)
+            self._report_changes(pump)
             self._progress(self.num_frames_out)
         groups: list[Tensor] = []
         while sum(map(len, groups)) < num_frames:
@@ -188,6 +184,14 @@ class Stream(Iterator[Chunk]):
     def warn(self, message: str) -> None:
         """Say in the log, and as an event, what is amiss and does not keep the stream from going on."""
         self._events.warn(message)
+
+    @property
+    def request(self) -> Request:
+        """What was asked for, and what the run was told since and has taken up, or will at its tick."""
+        pump = self._pump  # which another thread may take away
+        if pump is not None and pump.steering is not None and len(pump.steering.changes) > len(self._request.changes):
+            self._request = dataclasses.replace(self._request, changes=tuple(pump.steering.changes))
+        return self._request
 
     @property
     def is_resumed(self) -> bool:
@@ -224,15 +228,14 @@ class Stream(Iterator[Chunk]):
             return
         with self._turn:
             if self._pump is not None:
+                self._request = self.request  # the last look at what it was told
                 self._pump.close()
             self._pump = None
 
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -271,13 +274,7 @@ class Stream(Iterator[Chunk]):
             pump.fail(failure)
 
     def set_prompt(
-        self,
-        prompt: str,
-        at: int | str = "now",
-        *,
-        blend: int = 0,
-        above: float = TAKES_UP_ABOVE,
-        restart: bool = False,
+        self, prompt: str, at: int | str = "now", *, blend: int = 0, above: float = TAKES_ABOVE, restart: bool = False
     ) -> None:
         """Change what the running video shows; from any thread, without waiting.
 
@@ -308,18 +305,17 @@ class Stream(Iterator[Chunk]):
         pump.steering.check(ask, len(pump.asks))
         pump.asks.append(ask)
 
-    def _tell(self, change: Change | None, ask: Ask | None) -> None:
-        """Note what the run has taken up, or was asked for too late."""
-        assert self._pump is not None
-        if change is None:
-            what = "guidance_scale" if ask is None or ask.prompt is None else "prompt"
-            self.warn(f"a change of the {what} came too late for the frames that are left, and is dropped")
+    def _report_changes(self, pump: Pump) -> None:
+        """Tell of what the run has taken up since, and of what came too late."""
+        if pump.steering is None:
             return
-        steering = self._pump.steering
-        assert steering is not None
-        self.request = self._saving.request = dataclasses.replace(self.request, changes=tuple(steering.changes))
-        self._drift.starts, self._is_told = steering.prompts.texts.timeline.settled, True
-        self._events("guidance_scale" if change.prompt is None else "prompt", **change.told())
+        self._drift.starts = pump.steering.prompts.texts.timeline.settled
+        for change in pump.steering.done[self._num_told :]:
+            self._num_told += 1
+            self._events("guidance_scale" if change.prompt is None else "prompt", **change.told())
+        while pump.too_late:
+            what = "guidance_scale" if pump.too_late.popleft().prompt is None else "prompt"
+            self.warn(f"a change of the {what} came too late for the frames that are left, and is dropped")
 
     @own_modes()
     def preview(self) -> Tensor | None:
@@ -372,6 +368,7 @@ class Stream(Iterator[Chunk]):
         with taking_apart(path):
             assert self._pump is not None
             self._pump.load_state(tensors, numbers["run"])
+            self._num_told = self._num_saved = self._pump.run.num_changes
             self.num_frames_out, self._num_chunks = numbers["num_frames_out"], numbers["num_chunks"]
             self._events.count = self.resumed_at_event = numbers["num_events"]
             self._drift.load_references(numbers["drift"])
@@ -392,7 +389,8 @@ class Stream(Iterator[Chunk]):
 
     def _save(self, autosave: Autosave) -> None:
         self.save(autosave.path, autosave.output)
-        autosave.saved_at, self._is_told = self.num_frames_out, False
+        autosave.saved_at = self.num_frames_out
+        self._num_saved = 0 if self._pump is None else self._pump.run.num_changes
 
     def _keep_extension(self) -> None:
         """Save the last moment from which the run could be made longer, where that is wanted."""

@@ -62,9 +62,9 @@ def test_a_prompt_ahead_of_the_queue_is_one_of_a_timeline(engines, name: str, bl
 def test_replays_are_what_was_seen(engines, name: str, tmp_path: Path) -> None:
     """Changes of every kind at random passes, the stream broken off and gone on with in between."""
     path, given = tmp_path / "run.safetensors", {}
-    num_frames = 60 if name != "videocrafter2" else 12
+    num_frames = 60 if name != "videocrafter2" else 9
     seen = steer.steered(engines(name), path, 8, random.Random(name), num_frames, **_options(name))
-    assert seen.num_changes >= 3
+    assert seen.num_changes >= (3 if num_frames == 60 else 1)
     for kind in ("image", "video"):
         if kind in _options(name):
             given[kind] = _options(name)[kind]
