@@ -172,7 +172,8 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, An
 
 def _show_progress(bar: tqdm[Any], event: Event) -> None:
     """What there is to say before the first frame."""
-    passes, num_passes, seconds, _ = event.data.values()
+    passes, num_passes = event.data["passes"], event.data["passes_to_first_frame"]
+    seconds = event.data["seconds_to_first_frame"]
     bar.set_description_str(f"pass {passes} of {num_passes} to the first frame", refresh=False)
     bar.set_postfix_str("" if seconds is None else f"in {seconds:.0f} s" if seconds >= 1 else "soon", refresh=False)
     bar.update(0)

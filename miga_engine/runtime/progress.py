@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from miga_engine.runtime.events import Events
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.runtime.stages import VideoRun
+from miga_engine.runtime.steering import Ask, Steering
 from miga_engine.runtime.wavefront import UnifiedPasses
 
 
@@ -59,16 +60,22 @@ def _read(layout: RunLayout, head: int, tail: int, num_passes: int | None, newes
 
 
 class Progress:
-    """Tells, a pass, how far a run is from its first frame: passes, and seconds from how long those before took."""
+    """Tells, a pass, how far a run is: before the first frame from how long the passes before took, then in frames."""
 
-    def __init__(self, run: VideoRun, events: Events) -> None:
-        self._run, self._events = run, events
+    def __init__(self, run: VideoRun, events: Events, steering: Steering | None) -> None:
+        self._run, self._events, self._steering = run, events, steering
         self._reads: list[int] = []
         self._started: tuple[int, float] | None = None
+        self._first_frames: tuple[int, float] | None = None
         self._told = 0
 
     def __call__(self, num_frames_out: int) -> None:
-        """Of a stream that has given so many frames; `seconds_to_first_frame` is None before a pass was seen."""
+        """Of a stream that has given so many frames.
+
+        `seconds_to_first_frame` is None before a pass was seen, `frames_per_second` before there are frames,
+        `latency_frames` where no change can be told any more: from the frame that is next to the first that a prompt
+        told now would begin with.
+        """
         if self._events.on_event is None:
             return
         now, ticks = time.perf_counter(), self._run.num_ticks
@@ -76,9 +83,27 @@ class Progress:
             self._reads, self._started = ticks_to_first_frame(self._run.layout), (ticks, now)
         elif ticks == self._told:
             return
-        first, started = self._started
         self._told = ticks
+        if num_frames_out and self._first_frames is None:
+            self._first_frames = num_frames_out, now
+        first, started = self._started
         done, left = sum(self._reads[first:ticks]), sum(self._reads[ticks:])
-        seconds = None if left and not done else (now - started) * left / max(done, 1)
-        told = {"passes": ticks, "passes_to_first_frame": len(self._reads), "seconds_to_first_frame": seconds}
-        self._events.progress({**told, "num_frames_out": num_frames_out})
+        self._events.progress({
+            "passes": ticks,
+            "passes_to_first_frame": len(self._reads),
+            "seconds_to_first_frame": None if left and not done else (now - started) * left / max(done, 1),
+            "num_frames_out": num_frames_out,
+            "frames_per_second": self._rate(num_frames_out, now),
+            "latency_frames": self._latency(num_frames_out),
+        })  # fmt: skip
+
+    def _rate(self, num_frames_out: int, now: float) -> float | None:
+        if self._first_frames is None or num_frames_out == self._first_frames[0]:
+            return None
+        return (num_frames_out - self._first_frames[0]) / (now - self._first_frames[1])
+
+    def _latency(self, num_frames_out: int) -> int | None:
+        if self._steering is None or not self._run.is_between_ticks:
+            return None
+        change = self._steering.change_of(Ask("any"))
+        return None if change is None else change.frame - num_frames_out

@@ -150,7 +150,7 @@ class Steering:
 
         Later changes on record stay, and what they say of later frames.
         """
-        change = self._change(ask)
+        change = self.change_of(ask)
         if change is None:
             then()
             return False
@@ -164,7 +164,8 @@ class Steering:
         self.run.change(commit, restarts=change.restarts)
         return True
 
-    def _change(self, ask: Ask) -> Change | None:
+    def change_of(self, ask: Ask) -> Change | None:
+        """What would be recorded of it now."""
         run, first_frame = self.run, self.prompts.texts.timeline.first_video_frame
         if run.stage in (FLUSH, DONE):
             return None

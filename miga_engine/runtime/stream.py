@@ -88,7 +88,7 @@ class Stream(Iterator[Chunk]):
             steering=steering,
         )
         self._until, self._preview_decoder = until, preview_decoder
-        self._progress = Progress(run, events)
+        self._progress = Progress(run, events, steering)
         self._num_told = self._num_saved = 0  # changes of which was told, and which are in the session file
         self._saving = Saving(lambda: self.request, model)
         self._chunk_frames, self._events = chunk_frames, events

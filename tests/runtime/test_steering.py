@@ -315,6 +315,14 @@ def test_the_first_frame_comes_when_it_was_said(engines, name: str, changes: dic
     assert told[0]["seconds_to_first_frame"] == (None if told[1:] else 0)
     assert all(data["seconds_to_first_frame"] > 0 for data in told[1:-1])
     assert told[-1]["seconds_to_first_frame"] == 0
+    assert {data["frames_per_second"] for data in told} == {None}
+    events.clear()
+    stream.set_prompt(NIGHT)
+    latency = told[-1]["latency_frames"]
+    for _ in range(3):
+        next(stream, None)
+    begins = [event.data["frame"] for event in events if event.kind == "prompt"]
+    assert latency is None or begins == [latency + told[-1]["num_frames_out"]]
 
 
 def test_what_is_read_up_to_the_first_frame_is_what_the_network_reads(engines) -> None:
