@@ -11,6 +11,7 @@ from torch import Tensor
 from miga_engine import ops
 from miga_engine.device import own_modes
 from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.protocols import TextTable, Transformer
 from miga_engine.prompts import PromptEmbeddings
 
 NEGATIVE_ROW = 0
@@ -49,6 +50,22 @@ class WindowNetwork(Protocol):
         """The output `[G·B,C,K,H,W]` of a batch, in the schedule's prediction type."""
 
 
+def forward(
+    transformer: Transformer, dtype: torch.dtype, batch: Batch, levels: Any, texts: Any, attention: dict[str, str]
+) -> Tensor:
+    """The output of a batch, whose steps are rows of `levels` and whose prompts are rows of `texts`."""
+    chosen = {} if transformer.boundary_timestep is None else {"expert": batch.expert}
+    with ops.attention_choices(attention):
+        return transformer(
+            batch.latents.to(dtype),
+            (levels, batch.steps),
+            texts,
+            context_index=batch.prompt_rows,
+            keep=batch.keep,
+            **chosen,
+        )
+
+
 class PromptedTransformer:
     """The `WindowNetwork` of a loaded transformer: its noise levels are encoded once.
 
@@ -73,7 +90,7 @@ class PromptedTransformer:
         self._levels = self._transformer.encode_timesteps(timesteps, fps)
         self._num_slots = num_slots or len(prompts)
         negative = self._encode(NEGATIVE_ROW)
-        self._context: Any = negative.table(self._num_slots, self._transformer.num_text_keys(prompts.num_tokens))
+        self._context: Any = self._table(negative, self._transformer.num_text_keys(prompts.num_tokens))
         self._context.write(NEGATIVE_ROW, negative)
         # Prompt rows by when they were last at hand, but for that of the negative prompt, which stays.
         self._slot_of = {NEGATIVE_ROW: NEGATIVE_ROW}
@@ -98,16 +115,11 @@ class PromptedTransformer:
         self._transformer.bring(expert)
 
     def __call__(self, batch: Batch, /) -> Tensor:
-        chosen = {} if self._transformer.boundary_timestep is None else {"expert": batch.expert}
-        with ops.attention_choices(self._attention):
-            return self._transformer(
-                batch.latents.to(self._dtype),
-                (self._levels, batch.steps),
-                self._context,
-                context_index=batch.prompt_rows,
-                keep=batch.keep,
-                **chosen,
-            )
+        return forward(self._transformer, self._dtype, batch, self._levels, self._context, self._attention)
+
+    def _table(self, prompt: TextTable, num_keys: int) -> TextTable:
+        """Where `num_slots` prompts of so many keys are held, of the kinds of this one."""
+        return prompt.table(self._num_slots, num_keys)
 
     def _encode(self, prompt_row: int) -> Any:
         return self._transformer.encode_context(self._prompts[prompt_row][None].to(self._device))
