@@ -4,7 +4,8 @@ Frames a second of 1, 2 and 4 streams of the embedded model, all together, in th
 one after the other; each in a thread, with nothing shared; each in a thread, sharing batches of windows
 (`Engine.shared`). Beside them what batches bring by themselves: one stream at window_batch 1, 2, 4 and 8. Wall times,
 the median over the repeats and the extremes; a ratio is the median of each round's, to one after the other or to
-window_batch 1. Rows go to bench/results/sharing_<device>.csv, for each number of torch's threads.
+window_batch 1. On a CPU that others use too, wall times say little: `cpu_ratio` is that of the process's own time, the work
+of a frame. Rows go to bench/results/sharing_<device>.csv, for each number of torch's threads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROMPTS = (
     "a blue fish over sand at dusk",
 )
 COLUMNS = (
-    "what", "model", "dtype", "streams", "window_batch", "frames", "steps", "frames_per_s", "least", "most", "ratio",
+    "what", "model", "dtype", "streams", "window_batch", "frames", "steps", "frames_per_s", "least", "most", "ratio", "cpu_ratio",
     "windows_a_forward", *result_files.ENVIRONMENT,
 )  # fmt: skip
 ALONE, APART, SHARED, BATCHED = "one after the other", "in threads", "in threads, sharing", "one stream, batched"
@@ -72,25 +73,28 @@ def measured(engine: Engine, num_frames: int, steps: int, repeats: int) -> list[
     for window_batch in (1, 2, 4, 8):
         ways[BATCHED, 1, window_batch] = functools.partial(work, engine, request(0, window_batch))
     ways[BATCHED, 1, 1]()  # what is made once is not timed
-    rounds: list[dict[tuple[str, int, int], float]] = []
+    rounds: list[dict[tuple[str, int, int], tuple[float, float]]] = []  # of the wall, and of the process
     windows: dict[int, list[float]] = {}
     for _ in range(repeats):
         took = {}
         for way, timed in ways.items():
-            before, start = shared._sharing.num_forwards, time.perf_counter()
+            before, start, own = shared._sharing.num_forwards, time.perf_counter(), time.process_time()
             num_windows = timed()
-            took[way] = time.perf_counter() - start
+            took[way] = time.perf_counter() - start, time.process_time() - own
             if way[0] == SHARED:
                 windows.setdefault(way[1], []).append(num_windows / (shared._sharing.num_forwards - before))
         rounds.append(took)
     rows = []
     for what, count, window_batch in ways:
-        times = [took[what, count, window_batch] for took in rounds]
+        times = [took[what, count, window_batch][0] for took in rounds]
         base = (BATCHED, 1, 1) if what == BATCHED else (ALONE, count, 1)
-        ratio = statistics.median(took[base] / took[what, count, window_batch] for took in rounds)
+        ratio, cpu_ratio = (
+            statistics.median(took[base][i] / took[what, count, window_batch][i] for took in rounds) for i in range(2)
+        )
         rates = [count * num_frames / taken for taken in times]
         row: dict[str, object] = {"what": what, "model": "tiny", "dtype": "float32", "streams": count}
-        row |= {"window_batch": window_batch, "frames": num_frames, "steps": steps, "ratio": f"{ratio:.3f}"}
+        row |= {"window_batch": window_batch, "frames": num_frames, "steps": steps}
+        row |= {"ratio": f"{ratio:.3f}", "cpu_ratio": f"{cpu_ratio:.3f}"}
         row |= {"frames_per_s": f"{statistics.median(rates):.4g}", "least": f"{min(rates):.4g}"}
         row["most"] = f"{max(rates):.4g}"
         if what == SHARED:
@@ -98,7 +102,7 @@ def measured(engine: Engine, num_frames: int, steps: int, repeats: int) -> list[
         rows.append(row)
         print(
             f"{what:22} {count} streams, window_batch {window_batch}: {row['frames_per_s']:>6} frames/s "
-            f"({row['least']} to {row['most']}), {ratio:.2f} times {base[0]}"
+            f"({row['least']} to {row['most']}), {ratio:.2f} times {base[0]}, by own time {cpu_ratio:.2f}"
             + (f", {row['windows_a_forward']} windows a forward" if what == SHARED else ""),
             flush=True,
         )
