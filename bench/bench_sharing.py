@@ -4,8 +4,8 @@ Frames a second of 1, 2 and 4 streams of the embedded model, all together, in th
 one after the other; each in a thread, with nothing shared; each in a thread, sharing batches of windows
 (`Engine.shared`). Beside them what batches bring by themselves: one stream at window_batch 1, 2, 4 and 8. Wall times,
 the median over the repeats and the extremes; a ratio is the median of each round's, to one after the other or to
-window_batch 1. On a CPU that others use too, wall times say little: `cpu_ratio` is that of the process's own time, the work
-of a frame. Rows go to bench/results/sharing_<device>.csv, for each number of torch's threads.
+window_batch 1. On a CPU that others use too, wall times say little: `cpu_ratio` is that of the process's own time, the
+work of a frame. Rows go to bench/results/sharing_<device>.csv, for each number of torch's threads.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PROMPTS = (
     "a blue fish over sand at dusk",
 )
 COLUMNS = (
-    "what", "model", "dtype", "streams", "window_batch", "frames", "steps", "frames_per_s", "least", "most", "ratio", "cpu_ratio",
-    "windows_a_forward", *result_files.ENVIRONMENT,
+    "what", "model", "dtype", "streams", "window_batch", "frames", "steps", "frames_per_s", "least", "most", "ratio",
+    "cpu_ratio", "windows_a_forward", *result_files.ENVIRONMENT,
 )  # fmt: skip
 ALONE, APART, SHARED, BATCHED = "one after the other", "in threads", "in threads, sharing", "one stream, batched"
 
