@@ -30,7 +30,8 @@ from torch import Tensor
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, DeviceError, MigaError
 from miga_engine.resolve import schedule_of
-from miga_engine.runtime.joining import joined, split
+from miga_engine.runtime import sharing as meeting
+from miga_engine.runtime.joining import Texts, joined, split
 from miga_engine.runtime.network import Batch, PromptedTransformer
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.sharing import SharedTransformer, Sharing
@@ -262,22 +263,38 @@ def test_a_stream_that_ends_or_stands_still_leaves_the_others_be(shared: Engine,
     del kept
 
 
-@pytest.mark.slow
 def test_nobody_waits_for_one_that_is_silent_longer_than_patience(shared: Engine, alone: Tensor) -> None:
-    """A callback that takes long, in the middle of a pass: of which nobody is told."""
+    """A callback that lasts for as long as the other stream, in the middle of a run: of which nobody is told."""
+    is_done, kinds = threading.Event(), []
 
-    def sleeps(event: object) -> None:
-        time.sleep(0.05)
+    def stands_still(event: Any) -> None:
+        kinds.append(event.kind)
+        if event.kind == "score":
+            assert is_done.wait(LONG_S)
 
-    slow_stream = shared.stream("a kite", 30, on_event=sleeps, **OPTIONS)
-    started = time.monotonic()
+    def fast() -> Tensor:
+        _until(lambda: "score" in kinds)
+        found = _frames(shared.stream("a red balloon", 30, **OPTIONS))
+        is_done.set()
+        return found
 
-    def fast() -> float:
-        assert _apart(_frames(shared.stream("a red balloon", 30, **OPTIONS)), alone) <= LEVELS
-        return time.monotonic() - started
+    found, _ = _together(fast, lambda: _frames(shared.stream("a kite", 30, on_event=stands_still, **OPTIONS)))
+    assert _apart(found, alone) <= LEVELS
 
-    took, took_slow = _together(fast, lambda: (_frames(slow_stream), time.monotonic() - started)[1])
-    assert took < took_slow
+
+def test_one_that_says_so_is_not_waited_for_at_all(
+    shared: Engine, alone: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding, or with its chunk given out: with all the patience in the world."""
+    monkeypatch.setattr(meeting, "PATIENCE", 1e6)
+    still = shared.stream("a kite", **OPTIONS)
+    next(still)
+    found, _ = _together(
+        lambda: _frames(shared.stream("a red balloon", 30, **OPTIONS)),
+        lambda: shared.generate("a kite", 5, **OPTIONS),
+    )
+    assert _apart(found, alone) <= LEVELS
+    still.close()
 
 
 class _Fails:
@@ -467,6 +484,35 @@ def test_an_interrupt_of_one_that_waits_loses_nothing(shared: Engine, alone: Ten
     pool.shutdown()
 
 
+@pytest.mark.usefixtures("_sigint")
+def test_a_batch_whose_caller_was_interrupted_is_not_computed(engine: Engine) -> None:
+    _, first, second, sharing = _networks(engine)
+    for network in (first, second):
+        network.place_prompts(torch.tensor([0, 1]).numpy())
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def holds() -> None:
+        with sharing.lock:
+            is_held.set()
+            may_go.wait(LONG_S)
+
+    pool = ThreadPoolExecutor(2)
+    pool.submit(holds)
+    is_held.wait(LONG_S)
+    call = pool.submit(first, _batch(engine, 0, [1, 0], [0]))
+    time.sleep(0.2)  # until the thread has taken it
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        second(_batch(engine, 1, [1, 0], [0]))
+    may_go.set()
+    call.result(timeout=LONG_S)
+    pool.shutdown()
+    _until(lambda: sharing._inbox.empty())
+    assert sharing.num_forwards == 1
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 # What is held --------------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +540,24 @@ def test_texts_take_the_rows_of_the_streams_that_are_there(shared: Engine, alone
     # of texts that have been moved from table to table
     assert _apart(torch.cat([taken, _frames(first)]), alone) <= LEVELS
     _until(lambda: sharing._texts.table is None)
+
+
+def test_texts_keep_their_rows_where_the_table_is_made_anew(engine: Engine) -> None:
+    both, _, _, _ = _networks(engine)
+    prompts = [both._encode(row) for row in range(3)]
+    num_keys = max(prompt.bias.shape[3] for prompt in prompts)
+    texts = Texts().seated("one", prompts[0], 3, num_keys).seated("other", prompts[0], 2, num_keys)
+    texts.write("other", 0, prompts[2])
+    texts.write("other", 1, prompts[1])
+    before = [texts.table.row(3 + row, num_keys) for row in range(2)]  # type: ignore[union-attr]
+    texts = texts.without("one").packed()
+    assert texts.num_rows == 2
+    for row, old in enumerate(before):
+        new: Any = texts.table.row(row, num_keys)  # type: ignore[union-attr]
+        assert torch.equal(new.bias, old.bias)  # type: ignore[attr-defined]
+        assert torch.equal(new.layers[0][0], old.layers[0][0])  # type: ignore[attr-defined]
+    assert not torch.equal(before[0].layers[0][0], before[1].layers[0][0])  # type: ignore[attr-defined]
+    assert texts.without("other") == Texts()
 
 
 def test_a_session_saved_meanwhile_is_gone_on_with_alone(
