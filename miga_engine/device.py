@@ -97,6 +97,11 @@ def total_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def amount(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device of that name, with its number; None: the GPU where there is one. DeviceError where it is not here."""
     if device is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -26,7 +27,7 @@ from miga_engine.calls import (
 )
 from miga_engine.conditions import encoded
 from miga_engine.config import LoadOptions
-from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device, total_bytes
+from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.family import Sources
@@ -37,20 +38,12 @@ from miga_engine.options import part, takes
 from miga_engine.presets import PRESETS, Preset
 from miga_engine.prompts import PromptEmbeddings
 from miga_engine.request import Request
-from miga_engine.resolve import layout_of, resolved, schedule_of, timeline_of
-from miga_engine.resuming import (
-    attention_choices,
-    check_state,
-    differences,
-    identity,
-    request_and_state,
-    request_to_replay,
-)
-from miga_engine.runtime.frame_store import FrameStore
-from miga_engine.runtime.layout import RunLayout
+from miga_engine.resolve import layout_of, refuse_the_impossible, resolved, schedule_of, timeline_of
+from miga_engine.resuming import attention_choices, check_state, differences, identity, replayed, request_and_state
 from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.session import Session, load_session, taking_apart
+from miga_engine.runtime.sharing import SharedStream, SharedTransformer, Sharing
 from miga_engine.runtime.stages import VideoRun
 from miga_engine.runtime.steering import LivePrompts, Steering
 from miga_engine.runtime.stream import Events, Stream
@@ -79,6 +72,7 @@ class Engine:
         self.preset_name = next((known for known, entry in PRESETS.items() if entry is preset), "")
         self.capture = True
         self.ranks: Ranks | None = None
+        self._sharing: Sharing | None = None
         self._estimates: dict[str, int] = {}  # bytes of runs by what decides over them
 
     @classmethod
@@ -141,6 +135,21 @@ class Engine:
         with memory.counting(target.type) as ledger:
             run = shapes.start(request)
         return memory.estimate(run, shapes.bundle, ledger, stored=file_bytes(shapes.sources))
+
+    def shared(self, most_windows: int = MOST_WINDOWS) -> Engine:
+        """The same engine for several videos at a time, whose windows go through the network together.
+
+        Each stream is asked for its chunks in a thread of its own, begins, stands still and ends as it likes, and holds
+        up no other; up to `most_windows` windows of them go together. Frames are those of a stream alone up to the
+        rounding of another `window_batch`: which windows meet is a matter of time. No graphs are captured.
+        """
+        if self.ranks is not None:
+            raise ConfigError(
+                "several processes share the windows of one video: load the engine without ranks to share it"
+            )
+        engine = copy.copy(self)
+        engine.capture, engine._sharing = False, Sharing(self.bundle, most_windows)
+        return engine
 
     @own_modes()
     def describe(self) -> dict[str, str]:
@@ -225,7 +234,7 @@ class Engine:
         path = given.path
         session, warnings = self._session(path)
         with taking_apart(path):
-            request = request_to_replay(path, session, given.image, given.video, self._resolve)
+            request = replayed(path, session, given.image, given.video, self._resolve)
         until = session.state.numbers["num_frames_out"]
         stream = self._run(request, part(given, StreamControls), attention_choices(path, session), until)
         for warning in warnings:
@@ -258,7 +267,8 @@ class Engine:
         events = Events(options.on_event)
         is_on_gpu = self.device.type == "cuda"
         steering = self._steered(request, events, attention)
-        return Stream(
+        make = Stream if self._sharing is None else SharedStream
+        return make(
             steering.run,
             self.bundle.vae.stream_decoder(),
             request.without_frames(),
@@ -319,7 +329,7 @@ class Engine:
         timeline = timeline_of(request, bundle)
         frame_shape = bundle.frame_shape(request.height, request.width)
         layout = layout_of(request, bundle)
-        _refuse_the_impossible(layout, frame_shape, self.device)
+        refuse_the_impossible(layout, frame_shape, self.device)
         texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
         condition, rate = request.condition, float(frame_rate(request.fps))
 
@@ -327,7 +337,9 @@ class Engine:
             num_prompts = texts.timeline.most_prompt_rows(layout.num_remembered)
             return min(1 + layout.num_anchors + num_prompts, len(texts))  # 1: of the negative prompt
 
-        network = PromptedTransformer(bundle, texts, schedule.network_timesteps, attention, num_slots(texts), rate)
+        shared = self._sharing
+        kind: Any = PromptedTransformer if shared is None else functools.partial(SharedTransformer, shared)
+        network = kind(bundle, texts, schedule.network_timesteps, attention, num_slots(texts), rate)
         prompts = LivePrompts(network, texts, bundle.encode_prompts, num_slots)
         run = VideoRun(
             network,
@@ -379,20 +391,6 @@ class Engine:
                 run = Engine(shapes, self.preset, name=self.name, device=shapes.device).start(sizes)
             self._estimates[key] = memory.running_bytes(run, shapes, ledger)
         return self._estimates[key]
-
-
-def _refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int], device: torch.device) -> None:
-    """DeviceError, before any of it is allocated, where the queue alone is more than there is memory."""
-    if device.type == "meta":
-        return
-    from miga_engine.memory import amount
-
-    needed, total = layout.num_slots * FrameStore.bytes_per_slot(frame_shape), total_bytes(device)
-    if needed > total:
-        raise DeviceError(
-            f"the queue of this run alone would need {amount(needed)} of memory and {device} has {amount(total)}: make "
-            "the picture smaller, or take fewer steps or candidates (see: miga estimate)"
-        )
 
 
 def _compute_dtype(given: LoadOptions, device: torch.device) -> torch.dtype:

@@ -28,14 +28,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from miga_engine.device import amount
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops.frame_attention import workspace_bytes
 from miga_engine.runtime.decode import Decoding
 from miga_engine.runtime.denoise import Window
 from miga_engine.runtime.stages import VideoRun
-
-GIB = 2**30
 
 _ENCODER_BYTES, _ENCODER_FRAMES = 18 * 2**20, 85
 """Video encoding takes this and so many frames of 12 bits a pixel: libx264 from 96x64 to 832x480 on one thread."""
@@ -92,11 +91,6 @@ class MemoryEstimate:
             lines.append(f"{'total on ' + self.device:<{width + 2}}{amount(self.device_total):>12}")
         lines.append(f"{'total of the process':<{width + 2}}{amount(self.host_total):>12}")
         return "\n".join(lines)
-
-
-def amount(size: int) -> str:
-    """Bytes in the unit that suits them."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def choose_window_batch(

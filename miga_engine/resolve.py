@@ -12,10 +12,12 @@ import torch
 
 from miga_engine.conditions import condition_of
 from miga_engine.config import MigaConfig, SamplingConfig, fifo_config, replace_options
-from miga_engine.errors import ConfigError
+from miga_engine.device import amount, total_bytes
+from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.presets import Preset
 from miga_engine.prompts import MAX_CHANGES, PromptTimeline, check_prompt, check_text
 from miga_engine.request import Change, Request
+from miga_engine.runtime.frame_store import FrameStore
 from miga_engine.runtime.guidance import Guidance
 from miga_engine.runtime.layout import RunLayout
 from miga_engine.schedule import Schedule, make_schedule
@@ -103,6 +105,18 @@ def layout_of(request: Request, bundle: ModelBundle) -> RunLayout:
 def timeline_of(request: Request, bundle: ModelBundle) -> PromptTimeline:
     """The prompts of a resolved request, without what its stream was told while it ran."""
     return PromptTimeline(request.timeline, request.miga.prompt_blend_frames, bundle.first_video_frame)
+
+
+def refuse_the_impossible(layout: RunLayout, frame_shape: tuple[int, int, int], device: torch.device) -> None:
+    """DeviceError, before any of it is allocated, where the queue alone is more than there is memory."""
+    if device.type == "meta":
+        return
+    needed, total = layout.num_slots * FrameStore.bytes_per_slot(frame_shape), total_bytes(device)
+    if needed > total:
+        raise DeviceError(
+            f"the queue of this run alone would need {amount(needed)} of memory and {device} has {amount(total)}: make "
+            "the picture smaller, or take fewer steps or candidates (see: miga estimate)"
+        )
 
 
 def boundary_step(request: Request, bundle: ModelBundle) -> int | None:

@@ -111,7 +111,7 @@ def request_and_state(
     return request, state
 
 
-def request_to_replay(
+def replayed(
     path: str | os.PathLike[str],
     session: Session,
     image: Any,

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from miga_engine.ops import _registry, frame_attention_reference
 from miga_engine.ops.frame_attention import dispatch, probe
-from miga_engine.runtime import decode
+from miga_engine.runtime import decode, sharing
 
 HOST = torch.device("cpu")
 
@@ -269,11 +269,14 @@ def pretended_cuda() -> Iterator[Machine]:
         copy.is_pretended_pinned = True
         return copy
 
-    run_decoding = decode.Decoding._run
+    def on_machine(run: Any) -> Any:
+        """A thread of the engine's on this machine."""
 
-    def decoding(self: Any) -> None:
-        with OnMachine():
-            run_decoding(self)
+        def runs(self: Any) -> None:
+            with OnMachine():
+                run(self)
+
+        return runs
 
     changes: dict[Any, dict[str, Any]] = {
         torch.cuda: {
@@ -288,7 +291,7 @@ def pretended_cuda() -> Iterator[Machine]:
             "stream": here.on_stream,
             "set_stream": here.set_stream,
             "current_stream": here.current_stream,
-            "default_stream": here.current_stream,
+            "default_stream": here.default_stream,
             "synchronize": here.synchronize,
             "CUDAGraph": Graph,
             "graph": here.capture,
@@ -307,7 +310,8 @@ def pretended_cuda() -> Iterator[Machine]:
         torch.backends.cudnn: {"is_available": lambda: True},
         probe: {"_fastest": {}, "_tested": set()},
         torch.Tensor: {"pin_memory": pinned},
-        decode.Decoding: {"_run": decoding},
+        decode.Decoding: {"_run": on_machine(decode.Decoding._run)},
+        sharing.Sharing: {"_run": on_machine(sharing.Sharing._run)},
     }
     with pytest.MonkeyPatch.context() as patch:
         for owner, entries in changes.items():

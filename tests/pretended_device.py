@@ -218,11 +218,13 @@ class Devices:
         return torch.device("cuda", self.guard.current_device() if device.index is None else device.index)
 
     def current_stream(self, device: Any = None) -> Stream:
+        return getattr(self._thread, "streams", {}).get(self.device(device).index) or self.default_stream(device)
+
+    def default_stream(self, device: Any = None) -> Stream:
         index = self.device(device).index
-        chosen = getattr(self._thread, "streams", {}).get(index)
-        if chosen is None and index not in self._defaults:
+        if index not in self._defaults:
             self._defaults[index] = Stream(torch.device("cuda", index), name=f"default of cuda:{index}")
-        return chosen or self._defaults[index]
+        return self._defaults[index]
 
     @contextlib.contextmanager
     def on_stream(self, stream: Stream) -> Iterator[None]:

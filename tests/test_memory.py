@@ -19,8 +19,9 @@ from torch import nn
 
 from miga_engine import Engine
 from miga_engine.config import MigaConfig
+from miga_engine.device import amount
 from miga_engine.errors import CheckpointError, ConfigError
-from miga_engine.memory import Ledger, amount, choose_window_batch, peak_resident_bytes, resident_bytes
+from miga_engine.memory import Ledger, choose_window_batch, peak_resident_bytes, resident_bytes
 from miga_engine.models.loading import file_bytes
 from miga_engine.models.wan.dit import WAN22_TI2V_5B, WAN_T2V_CONFIGS, WanDiT
 from miga_engine.models.wan.umt5 import UMT5Config, UMT5Encoder

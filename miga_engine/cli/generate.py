@@ -190,8 +190,7 @@ def _refuse_the_impossible(estimate: MemoryEstimate) -> None:
     """ConfigError where a run needs more than twice the memory there is: no estimate is that wrong."""
     import torch
 
-    from miga_engine.device import total_bytes
-    from miga_engine.memory import amount
+    from miga_engine.device import amount, total_bytes
 
     total = total_bytes(torch.device("cpu"))
     if estimate.host_total > 2 * total:
@@ -211,7 +210,8 @@ def _peak_memory(device: torch.device, expected: Callable[[], tuple[int, int]] |
     """The measured peaks beside the estimated ones, in a line."""
     import torch
 
-    from miga_engine.memory import amount, peak_resident_bytes
+    from miga_engine.device import amount
+    from miga_engine.memory import peak_resident_bytes
 
     peak = peak_resident_bytes()
     on_host, on_device = ("", "") if expected is None else (f" (estimated {amount(size)})" for size in expected())

@@ -106,7 +106,7 @@ class ModelBundle:
                 self._embeddings[prompt] = row.cpu()
             rows.append(row.to(self.device))
         for prompt in list(self._embeddings)[:-MOST_EMBEDDINGS]:
-            del self._embeddings[prompt]
+            self._embeddings.pop(prompt, None)  # which another thread may have done
         if self.device.type == "cuda":
             self.release_text_encoder()
         length = max(map(len, rows), default=0)

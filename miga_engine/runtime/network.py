@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +11,9 @@ from torch import Tensor
 from miga_engine import ops
 from miga_engine.device import own_modes
 from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.protocols import TextTable, Transformer
 from miga_engine.prompts import PromptEmbeddings
+from miga_engine.runtime.interrupts import uninterrupted
 
 NEGATIVE_ROW = 0
 """Prompt row of the unconditional branch; prompts of the video are rows 1, 2, …"""
@@ -50,6 +51,22 @@ class WindowNetwork(Protocol):
         """The output `[G·B,C,K,H,W]` of a batch, in the schedule's prediction type."""
 
 
+def forward(
+    transformer: Transformer, dtype: torch.dtype, batch: Batch, levels: Any, texts: Any, attention: dict[str, str]
+) -> Tensor:
+    """The output of a batch, whose steps are rows of `levels` and whose prompts are rows of `texts`."""
+    chosen = {} if transformer.boundary_timestep is None else {"expert": batch.expert}
+    with ops.attention_choices(attention):
+        return transformer(
+            batch.latents.to(dtype),
+            (levels, batch.steps),
+            texts,
+            context_index=batch.prompt_rows,
+            keep=batch.keep,
+            **chosen,
+        )
+
+
 class PromptedTransformer:
     """The `WindowNetwork` of a loaded transformer: its noise levels are encoded once.
 
@@ -73,26 +90,35 @@ class PromptedTransformer:
         self._prompts, self._attention = prompts, attention
         self._levels = self._transformer.encode_timesteps(timesteps, fps)
         self._num_slots = num_slots or len(prompts)
-        self._context: Any = self._table(prompts, self._num_slots)
+        negative = self._encode(NEGATIVE_ROW)
+        self._context: Any = self._table(negative, self._transformer.num_text_keys(prompts.num_tokens))
+        self._context.write(NEGATIVE_ROW, negative)
         # Prompt rows by when they were last at hand, but for that of the negative prompt, which stays.
         self._slot_of = {NEGATIVE_ROW: NEGATIVE_ROW}
 
     @torch.no_grad()
-    def changed(self, prompts: PromptEmbeddings, num_slots: int) -> Callable[[], None]:
-        """What gives the network other prompts, with the same negative one: once that is called, rows are theirs.
-
-        All that can fail is done here. The table is another one where it must hold more than it did.
-        """
+    def make_room(self, prompts: PromptEmbeddings, num_slots: int) -> bool:
+        """A larger table, where these prompts, `num_slots` rows of them at a time, need one; whether there is another
+        table now. What rows it is to hold is written when they are next at hand."""
         num_keys = [self._transformer.num_text_keys(texts.num_tokens) for texts in (self._prompts, prompts)]
-        is_larger = num_slots > self._num_slots or num_keys[1] > num_keys[0]
-        num_slots = max(num_slots, self._num_slots)
-        table = self._table(prompts, num_slots) if is_larger else self._context
-
-        def change() -> None:
-            self._prompts, self.num_prompts, self._num_slots = prompts, len(prompts), num_slots
+        if num_slots <= self._num_slots and num_keys[1] <= num_keys[0]:
+            return False
+        negative, before = self._encode(NEGATIVE_ROW), self._num_slots
+        with uninterrupted():
+            self._num_slots = max(num_slots, before)
+            try:
+                table = self._table(negative, max(num_keys))
+            except BaseException:
+                self._num_slots = before
+                raise
+            table.write(NEGATIVE_ROW, negative)
             self._context, self._slot_of = table, {NEGATIVE_ROW: NEGATIVE_ROW}
+        return True
 
-        return change
+    def change_prompts(self, prompts: PromptEmbeddings) -> None:
+        """Rows are those of other prompts from now on, with the same negative one; see `make_room`."""
+        self._prompts, self.num_prompts = prompts, len(prompts)
+        self._slot_of = {NEGATIVE_ROW: NEGATIVE_ROW}
 
     @torch.no_grad()
     def place_prompts(self, prompt_rows: np.ndarray, /) -> np.ndarray:
@@ -114,22 +140,11 @@ class PromptedTransformer:
         self._transformer.bring(expert)
 
     def __call__(self, batch: Batch, /) -> Tensor:
-        chosen = {} if self._transformer.boundary_timestep is None else {"expert": batch.expert}
-        with ops.attention_choices(self._attention):
-            return self._transformer(
-                batch.latents.to(self._dtype),
-                (self._levels, batch.steps),
-                self._context,
-                context_index=batch.prompt_rows,
-                keep=batch.keep,
-                **chosen,
-            )
+        return forward(self._transformer, self._dtype, batch, self._levels, self._context, self._attention)
 
-    def _table(self, prompts: PromptEmbeddings, num_slots: int) -> Any:
-        negative = self._transformer.encode_context(prompts[NEGATIVE_ROW][None].to(self._device))
-        table = negative.table(num_slots, self._transformer.num_text_keys(prompts.num_tokens))
-        table.write(NEGATIVE_ROW, negative)
-        return table
+    def _table(self, prompt: TextTable, num_keys: int) -> TextTable:
+        """Where `num_slots` prompts of so many keys are held, of the kinds of this one."""
+        return prompt.table(self._num_slots, num_keys)
 
     def _encode(self, prompt_row: int) -> Any:
         return self._transformer.encode_context(self._prompts[prompt_row][None].to(self._device))

@@ -62,15 +62,15 @@ def _read(layout: RunLayout, head: int, tail: int, num_passes: int | None, newes
 class Progress:
     """Tells, a pass, how far a run is: before the first frame from how long the passes before took, then in frames."""
 
-    def __init__(self, run: VideoRun, events: Events, steering: Steering | None) -> None:
-        self._run, self._events, self._steering = run, events, steering
+    def __init__(self, events: Events) -> None:
+        self._events = events
         self._reads: list[int] = []
         self._started: tuple[int, float] | None = None
         self._first_frames: tuple[int, float] | None = None
         self._told = 0
 
-    def __call__(self, num_frames_out: int) -> None:
-        """Of a stream that has given so many frames.
+    def __call__(self, run: VideoRun, steering: Steering | None, num_frames_out: int) -> None:
+        """Of a run whose stream has given so many frames.
 
         `seconds_to_first_frame` is None before a pass was seen, `frames_per_second` before there are frames,
         `latency_frames` where no change can be told any more: from the frame that is next to the first that a prompt
@@ -78,9 +78,9 @@ class Progress:
         """
         if self._events.on_event is None:
             return
-        now, ticks = time.perf_counter(), self._run.num_ticks
+        now, ticks = time.perf_counter(), run.num_ticks
         if self._started is None:
-            self._reads, self._started = ticks_to_first_frame(self._run.layout), (ticks, now)
+            self._reads, self._started = ticks_to_first_frame(run.layout), (ticks, now)
         elif ticks == self._told:
             return
         self._told = ticks
@@ -94,7 +94,7 @@ class Progress:
             "seconds_to_first_frame": None if left and not done else (now - started) * left / max(done, 1),
             "num_frames_out": num_frames_out,
             "frames_per_second": self._rate(num_frames_out, now),
-            "latency_frames": self._latency(num_frames_out),
+            "latency_frames": _latency(run, steering, num_frames_out),
         })  # fmt: skip
 
     def _rate(self, num_frames_out: int, now: float) -> float | None:
@@ -102,8 +102,9 @@ class Progress:
             return None
         return (num_frames_out - self._first_frames[0]) / (now - self._first_frames[1])
 
-    def _latency(self, num_frames_out: int) -> int | None:
-        if self._steering is None or not self._run.is_between_ticks:
-            return None
-        change = self._steering.change_of(Ask("any"))
-        return None if change is None else change.frame - num_frames_out
+
+def _latency(run: VideoRun, steering: Steering | None, num_frames_out: int) -> int | None:
+    if steering is None or not run.is_between_ticks:
+        return None
+    change = steering.change_of(Ask("any"))
+    return None if change is None else change.frame - num_frames_out

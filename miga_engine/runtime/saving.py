@@ -37,17 +37,23 @@ class Autosave:
 
 
 class Saving:
-    """Session files of one stream. `request` and `model` say what is made and what computes it, when it is saved."""
+    """Session files of one stream. `model` says what computes it, and is asked when it is saved."""
 
-    def __init__(self, request: Callable[[], Request], model: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, model: Callable[[], dict[str, Any]]) -> None:
         self.autosave: Autosave | None = None
         self.extension: Path | None = None
         """The file that holds the last moment from which the run could still be made longer."""
-        self._request = request
         self._model = model
 
-    def write(self, path: str | os.PathLike[str], pump: Pump, given: Mapping[str, Any], output: Output | None) -> bool:
-        """Save the run, and what its stream has `given` so far; whether this process is the one that does.
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        pump: Pump,
+        request: Request,
+        given: Mapping[str, Any],
+        output: Output | None,
+    ) -> bool:
+        """Save the run of a request, and what its stream has `given` so far; whether this process is the one that does.
 
         Raises SessionError where there is nothing consistent to save, OutputError where it cannot be written.
         """
@@ -64,5 +70,5 @@ class Saving:
             position, tensors["output_frames"] = output.checkpoint()
         keeps_extension = self.autosave is not None and self.autosave.keeps_extension
         state = State({"run": run, **given, "output": position, "keeps_extension": keeps_extension}, tensors)
-        save_session(path, Session(self._request().to_record(), model, state, extension))
+        save_session(path, Session(request.to_record(), model, state, extension))
         return True

@@ -112,9 +112,8 @@ class VideoRun:
         self._seeding = Seeding(self.denoiser, layout, self.references)
         self.stage = SEED_CLIP
         self._next = PUSH
-        self.num_ticks = 0
-        self.num_changes = 0
-        """What the run was told, see `request.Change`, and has taken up."""
+        self.num_ticks = self.num_changes = 0
+        """What the run has done, and of what it was told, see `request.Change`, has taken up."""
         self._announced = ""
         self.head = 0
         self.tail = 0

@@ -18,10 +18,11 @@ from miga_engine.config import MAX_FRAME
 from miga_engine.errors import ConfigError, SessionError
 from miga_engine.prompts import MAX_CHANGES, PromptEmbeddings, check_text
 from miga_engine.request import Change
+from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.stages import DONE, FLUSH, STAGE1, WARMUP, VideoRun
 
-TAKES_ABOVE = 0.9
+TAKES_ABOVE = 0.8
 """Noise level from which on latent frames of the queue take a new prompt at once, unless asked otherwise."""
 
 
@@ -86,17 +87,18 @@ class LivePrompts:
         """Row of the embedding that this latent frame is denoised with."""
         return self.texts.timeline.prompt_row(latent_frame)
 
-    def changed(self, changes: Sequence[Change], first_latent: int) -> Callable[[], None]:
-        """What makes changes of the prompt of a run whose first frame that is still needed is this one; all that can
-        fail is done here."""
-        first_frame = self.texts.timeline.first_video_frame(max(first_latent, 0))
+    def changed(self, changes: Sequence[Change], run: VideoRun) -> Callable[[], None]:
+        """What makes changes of the prompt of a run; all that can fail is done here."""
+        first_frame = self.texts.timeline.first_video_frame(max(run.first_kept, 0))
         with torch.no_grad():
             texts = self.texts.changed(entries(changes), self._encode, first_frame)
-        change_network = self._network.changed(texts, self._num_slots(texts))
+        with uninterrupted():
+            if self._network.make_room(texts, self._num_slots(texts)):
+                run.denoiser.forget_graphs()
 
         def commit() -> None:
             self.texts = texts
-            change_network()
+            self._network.change_prompts(texts)
 
         return commit
 
@@ -123,7 +125,7 @@ class Steering:
     def load(self) -> None:
         """Of a run whose state was loaded: what it had taken up by then holds."""
         if prompts := [change for change in self.done if change.prompt is not None]:
-            self.prompts.changed(prompts, self.run.first_kept)()
+            self.prompts.changed(prompts, self.run)()
         for change in self.done:
             if change.prompt is None:
                 self._prepared(change)()
@@ -182,20 +184,12 @@ class Steering:
 
     def _prepared(self, change: Change) -> Callable[[], None]:
         """What makes a change; all that can fail is done here."""
-        denoiser = self.run.denoiser
         if change.prompt is not None:
-            change_prompt = self.prompts.changed([change], self.run.first_kept)
-
-            def commit() -> None:
-                change_prompt()
-                denoiser.forget_graphs()
-
-            return commit
+            return self.prompts.changed([change], self.run)
         assert change.guidance_scale is not None
         first_frame = self.prompts.texts.timeline.first_video_frame
-        return denoiser.guidance.changed(
-            bisect_left(range(change.frame), change.frame, key=first_frame), change.guidance_scale
-        )
+        first = bisect_left(range(change.frame), change.frame, key=first_frame)
+        return self.run.denoiser.guidance.changed(first, change.guidance_scale)
 
 
 def entries(changes: Sequence[Change]) -> list[tuple[int, str, int]]:

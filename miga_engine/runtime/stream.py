@@ -88,9 +88,9 @@ class Stream(Iterator[Chunk]):
             steering=steering,
         )
         self._until, self._preview_decoder = until, preview_decoder
-        self._progress = Progress(run, events, steering)
+        self._progress = Progress(events)
         self._num_told = self._num_saved = 0  # changes of which was told, and which are in the session file
-        self._saving = Saving(lambda: self.request, model)
+        self._saving = Saving(model)
         self._chunk_frames, self._events = chunk_frames, events
         self._turn = threading.Lock()  # of whoever works at the run
         self._owner: int | None = None  # the thread that has it
@@ -149,7 +149,7 @@ class Stream(Iterator[Chunk]):
         """Make the next chunk, and report it; it is not given yet."""
         if self._saving.autosave is not None and self._saving.autosave.is_due(self.num_frames_out):
             self._save(self._saving.autosave)
-        self._progress(self.num_frames_out)
+        self._progress(pump.run, pump.steering, self.num_frames_out)
         while (num_frames := self._num_to_cut(pump)) == 0:
             if pump.is_over or self.num_frames_out == self._until:
                 self._end(pump)
@@ -157,7 +157,7 @@ class Stream(Iterator[Chunk]):
             if self._saving.autosave is not None and self._num_saved < pump.run.num_changes:  # before anybody sees it
                 self._save(self._saving.autosave)
             self._report_changes(pump)
-            self._progress(self.num_frames_out)
+            self._progress(pump.run, pump.steering, self.num_frames_out)
         groups: list[Tensor] = []
         while sum(map(len, groups)) < num_frames:
             groups.append(pump.ready[len(groups)])
@@ -355,7 +355,7 @@ class Stream(Iterator[Chunk]):
         with self._work() as pump:
             if pump is None:
                 raise SessionError("the stream is closed and cannot be saved: save it before close()")
-            if self._saving.write(path, pump, self._given(), output):
+            if self._saving.write(path, pump, self.request, self._given(), output):
                 self._events("saved", path=os.fspath(path), num_frames=self.num_frames_out)
 
     @own_modes()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import golden_model
 import pytest
+import sharing_runs
 from small_run import NUM_FRAMES, OPTIONS, frames_of
 from torch import Tensor
 
@@ -45,3 +47,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("models")
     built = {name: family.build(root / name) for name, family in golden_model.FAMILIES.items()}
     return {**built, "tiny": "tiny"}
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    """Of streams that share, no thread."""
+    yield
+    gc.collect()
+    sharing_runs.until(lambda: not sharing_runs.is_there(), seconds=5)
+
+
+@pytest.fixture
+def shared(engine: Engine) -> Engine:
+    return engine.shared()
+
+
+@pytest.fixture(scope="session")
+def alone(engine: Engine) -> Tensor:
+    return sharing_runs.frames(engine.stream("a red balloon", 30, **sharing_runs.OPTIONS))

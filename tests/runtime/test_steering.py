@@ -291,6 +291,31 @@ def test_a_replay_needs_what_the_video_began_with(engines, tmp_path: Path) -> No
     assert torch.equal(steer.replayed(engine, path, image=small_models.PICTURE), frames)
 
 
+def test_streams_that_share_the_network_are_steered_each_by_itself(engines, tmp_path: Path) -> None:
+    """Alone in its group a stream is told as it is elsewhere; with another beside it, each hears its own."""
+    engine, path = engines("wan"), tmp_path / "run.safetensors"
+
+    def told(engine: Engine, words: str) -> torch.Tensor:
+        with engine.stream(DAY, 60, **_options("wan")) as stream:
+            stream.set_prompt(words, above=0.0)
+            frames = frames_of(stream)
+            stream.save(path.with_stem(words))
+        return frames
+
+    alone = {words: told(engine, words) for words in (NIGHT, "snow and a long road")}
+    shared = engine.shared()
+    assert torch.equal(told(shared, NIGHT), alone[NIGHT])
+    assert torch.equal(steer.replayed(engine, path.with_stem(NIGHT)), alone[NIGHT])
+    found: dict[str, torch.Tensor] = {}
+    threads = [threading.Thread(target=lambda w=words: found.update({w: told(shared, w)})) for words in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for words, frames in alone.items():
+        assert (found[words].int() - frames.int()).abs().max() <= 1
+
+
 # How far a run is, and what it shows before its first frame ------------------------------------------------------
 
 

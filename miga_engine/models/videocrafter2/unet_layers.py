@@ -66,6 +66,13 @@ class ContextCache:
             for table, tensor in zip(mine, theirs, strict=True):
                 table[row] = tensor[0]
 
+    def row(self, row: int, num_keys: int) -> ContextCache:
+        """The first keys of a row, as `write` takes them, of the same memory."""
+        one = slice(row, row + 1)
+        return ContextCache(
+            tuple(TextKeys(layer.keys[one, :num_keys], layer.values[one, :num_keys]) for layer in self.layers)
+        )
+
     def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
         """How many guidance branches the index names prompts for: G of [G·B] or [G·B,F].
 

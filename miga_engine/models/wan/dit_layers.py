@@ -185,6 +185,12 @@ class ContextCache:
         self.bias[row, ..., :num_keys] = prompt.bias[0]
         self.bias[row, ..., num_keys:] = -torch.inf
 
+    def row(self, row: int, num_keys: int) -> ContextCache:
+        """The first keys of a row, as `write` takes them, of the same memory."""
+        one = slice(row, row + 1)
+        layers = tuple((keys[one, :num_keys], values[one, :num_keys]) for keys, values in self.layers)
+        return ContextCache(layers, self.bias[one, ..., :num_keys])
+
     def check_index(self, batch: int, num_frames: int, index: Tensor | None) -> int:
         """How many guidance branches the index names prompts for: G of [G·B] or [G·B,F].
 

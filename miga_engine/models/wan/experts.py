@@ -33,6 +33,11 @@ class ExpertTexts:
         for mine, theirs in zip(self.each, prompt.each, strict=True):
             mine.write(row, theirs)
 
+    def row(self, row: int, num_keys: int) -> ExpertTexts:
+        """The first keys of a row of both, as `write` takes them, of the same memory."""
+        high, low = (cache.row(row, num_keys) for cache in self.each)
+        return ExpertTexts((high, low))
+
 
 class WanExperts(Transformer):
     """Two `WanDiT` of one size: 0, for high noise, from `boundary_timestep` on, and 1, for low noise, below it.
