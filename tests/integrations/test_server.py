@@ -24,6 +24,7 @@ from websockets.sync.client import connect
 from miga_engine import Engine
 from miga_engine.cli import main
 from miga_engine.errors import ConfigError, MigaError, OutputError
+from miga_engine.integrations.server import asked
 from miga_engine.integrations.server.asked import FILES, asked_of
 from miga_engine.integrations.server.jobs import Jobs
 from miga_engine.integrations.server.settings import ServeOptions
@@ -153,13 +154,13 @@ def test_a_video_is_read_while_it_is_made(engine: Engine, frames: torch.Tensor, 
 
 def test_names_of_others_are_understood(engine: Engine) -> None:
     limits, small = ServeOptions(), {"size": "48x32", "num_inference_steps": 10, **METHOD}
-    asked = asked_of({"prompt": {"0": "a", "160": "b"}, "seconds": "4", "user": "me", "video_params": {"fps": 24},
+    given = asked_of({"prompt": {"0": "a", "160": "b"}, "seconds": "4", "user": "me", "video_params": {"fps": 24},
                       "flow_shift": 2.5, "extra_body": {"tail_signal": 0.5}, "seed": 2**64 - 1, "model": "small-wan",
                       **small}, engine, limits)  # fmt: skip
-    assert (asked.prompt, asked.width, asked.height, asked.fps) == ({0: "a", 160: "b"}, 48, 32, "24")
-    assert (asked.num_frames, asked.seed) == (96, 2**64 - 1)
-    assert asked.options["miga"] == {**METHOD, "tail_signal": 0.5}
-    assert asked.options["shift"] == 2.5
+    assert (given.prompt, given.width, given.height, given.fps) == ({0: "a", 160: "b"}, 48, 32, "24")
+    assert (given.num_frames, given.seed) == (96, 2**64 - 1)
+    assert given.options["miga"] == {**METHOD, "tail_signal": 0.5}
+    assert given.options["shift"] == 2.5
     assert asked_of({"prompt": "a", **small}, engine, limits).num_frames == 240
     assert asked_of({"prompt": "a", "num_frames": None, **small}, engine, limits).num_frames is None
 
@@ -272,6 +273,12 @@ def test_what_cannot_be_is_refused_by_name(engine: Engine, change: Any, status: 
         asked_of({**VIDEO, **change}, engine, ServeOptions(max_frames=100_000))
     assert getattr(raised.value, "status", 400) == status
     assert sentence in str(raised.value)
+
+
+def test_a_video_that_takes_more_memory_than_there_is_is_refused(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr(asked, "total_bytes", lambda device: 2**20)
+    with pytest.raises(MigaError, match=r"of memory and this server has 1\.0 MiB: make the picture smaller"):
+        asked_of(VIDEO, engine, ServeOptions())
 
 
 def test_bodies_that_are_none_are_refused(client: Client) -> None:

@@ -6,6 +6,8 @@ them the names of OpenAI's interface, vLLM-Omni's and SGLang's are understood.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -15,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
+from miga_engine.device import total_bytes
 from miga_engine.engine import Engine
 from miga_engine.errors import MigaError
 from miga_engine.fields import kind_of
 from miga_engine.integrations.server.settings import ServeOptions
+from miga_engine.memory import amount
 from miga_engine.options import check_kinds, fields
 from miga_engine.request import Request
 from miga_engine.video.rate import frame_rate
@@ -167,6 +171,7 @@ def asked_of(given: Mapping[str, Any], engine: Engine, limits: ServeOptions, ima
     _check_limits(options, engine, limits)
     asked = {name: value for name, value in options.items() if name not in OF_STREAM}
     request = engine.resolve(prompt, **asked | ({} if image is None else {"image": image}))
+    _check_memory(request, engine)
     fps = str(request.fps)
     return Asked(prompt, options, request.width, request.height, fps, request.num_frames, request.seed)
 
@@ -207,6 +212,22 @@ def _flattened(given: Mapping[str, Any]) -> dict[str, Any]:
         for option, value in inner.items():
             _put(flat, option, value, name)
     return flat
+
+
+def _check_memory(request: Request, engine: Engine) -> None:
+    """RequestError where the video alone needs more memory than there is, which would end the server."""
+    of_any: dict[str, Any] = {"prompt": "any", "negative_prompt": "", "seed": 0, "num_frames": None, "condition": None}
+    needed, total = _running_bytes(engine, dataclasses.replace(request, **of_any)), total_bytes(engine.device)
+    if needed > total:
+        raise RequestError(
+            f"the video would need {amount(needed)} of memory and this server has {amount(total)}: make the picture "
+            "smaller, or take fewer steps or candidates"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _running_bytes(engine: Engine, request: Request) -> int:
+    return engine.running_bytes(request, request.miga.window_batch or 1)
 
 
 def _put(flat: dict[str, Any], name: str, value: Any, source: str) -> None:
