@@ -106,6 +106,14 @@ class Client:
             time.sleep(0.01)
         return job
 
+    def changed(self, name: str) -> list[dict[str, Any]]:
+        """The changes that the video was asked for, once all have been taken up."""
+        until = time.monotonic() + SECONDS
+        while not all("frame" in change for change in self.job(name)["changes"]):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        return self.job(name)["changes"]
+
     def frames(self, name: str, folder: Path) -> np.ndarray:
         """Of a video's content."""
         path = folder / f"{name}.mp4"

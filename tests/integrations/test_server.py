@@ -51,14 +51,17 @@ def engine(model: Path) -> Engine:
 @pytest.fixture(scope="module")
 def frames(engine: Engine) -> torch.Tensor:
     """The first of an endless one: uint8 `[T,H,W,3]`."""
-    chunks, count = [], 0
+    return _first(engine, 61)
+
+
+def _first(engine: Engine, count: int) -> torch.Tensor:
+    chunks: list[torch.Tensor] = []
     with engine.stream("a red balloon", **OPTIONS) as stream:
         for chunk in stream:
             chunks.append(chunk.frames)
-            count += len(chunk.frames)
-            if count >= 61:
+            if sum(map(len, chunks)) >= count:
                 break
-    return torch.cat(chunks)
+    return torch.cat(chunks)[:count]
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +149,9 @@ def test_a_video_is_read_while_it_is_made(engine: Engine, frames: torch.Tensor, 
         assert client.send("DELETE", f"/v1/videos/{name}").json["deleted"]
         assert client.get(f"/v1/videos/{name}").status == 404
         until = time.monotonic() + SECONDS
-        while (tmp_path / "jobs" / name).exists():  # once the pass at hand is finished
+        while [path.name for path in (tmp_path / "jobs").iterdir()] != [".lock"]:  # once its pass is finished
             assert time.monotonic() < until
             time.sleep(0.02)
-        assert [path.name for path in (tmp_path / "jobs").iterdir()] == [".lock"]
 
 
 def test_names_of_others_are_understood(engine: Engine) -> None:
@@ -465,6 +467,74 @@ def test_what_fails_is_told_and_can_be_gone_on_with(engine: Engine, monkeypatch,
             assert client.ended(broken, "failed")["error"]["code"] == "internal_error"
         assert client.post(f"/v1/videos/{broken}/resume").status == 200
         client.ended(broken)
+
+
+# Steering ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_is_steered_and_replayed(engine: Engine, tmp_path: Path) -> None:
+    with serving(engine, tmp_path / "jobs") as client:
+        name = client.start(num_frames=None)
+        path = f"/v1/videos/{name}"
+        client.begun(name, 6)
+        for body, status, sentence in (
+            ({"prompt": ""}, 400, "the prompt is empty or no text"),
+            ({"prompt": "a\x00"}, 400, "which is no character of a text"),
+            ({"prompt": "a", "at": "later"}, 400, "at must be 'now' or a video frame"),
+            ({"prompt": "a", "at": -1}, 400, "at must be 'now' or a video frame"),
+            ({"prompt": "a", "blend": "x"}, 400, "blend must be a whole number"),
+            ({"prompt": "a", "restart": 1}, 400, "restart is 1: give true or false"),
+            ({"prompt": "a", "guidance_scale": 2}, 400, "send one of the two"),
+            ({"guidance_scale": 2, "blend": 3}, 400, "blend is for a change of the prompt"),
+            ({"guidance_scale": -1}, 400, "guidance_scale must be a finite number"),
+            ({"prompt": "a", "when": 3}, 422, "unknown field 'when'"),
+        ):
+            answer = client.post(f"{path}/prompt", json.dumps(body).encode(), content_type="application/json")
+            assert (answer.status, sentence in answer.refusal) == (status, True), answer.body
+        assert client.post(f"{path}/prompt", {"prompt": "a blue kite"}).status == 202
+        assert client.post(f"{path}/prompt", {"guidance_scale": 3}).status == 202
+        changes = client.changed(name)
+        assert [change.get("prompt") for change in changes] == ["a blue kite", None]
+        client.begun(name, changes[0]["frame"] + 12)
+        client.post(f"{path}/cancel")
+        count = client.ended(name, "cancelled")["num_frames_out"]
+        told = client.get(f"{path}/events").body.decode()
+        assert '"prompt": "a blue kite"' in told
+        assert "event: progress" in told
+        assert client.post(f"{path}/prompt", {"prompt": "a red kite"}).status == 409
+
+        again = client.post(f"{path}/replay").json
+        assert (again["remixed_from_video_id"], again["num_frames"]) == (name, count)
+        assert client.post(f"/v1/videos/{again['id']}/prompt", {"prompt": "b"}).status == 409
+        client.ended(again["id"])
+        made = client.frames(name, tmp_path)
+        assert np.array_equal(client.frames(again["id"], tmp_path), made)
+        plain = written(_first(engine, count), tmp_path / "plain.mp4")
+        same = min(change["frame"] for change in changes) // 6 * 6  # whole seconds, each encoded by itself
+        assert same >= 6
+        assert np.array_equal(made[:same], plain[:same])
+        assert not np.array_equal(made[-6:], plain[-6:])
+
+
+def test_a_change_that_no_session_has_is_asked_for_again(engine: Engine, tmp_path: Path) -> None:
+    """As a kill between the answer and the next pass leaves it; then a replay that is stopped is gone on with."""
+    with serving(engine, tmp_path / "jobs") as client:
+        name = client.start(num_frames=None)
+        client.begun(name)
+    record = tmp_path / "jobs" / name / "job.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "changes": [{"prompt": "a blue kite", "at": 13}]}))
+    with serving(engine, tmp_path / "jobs", save_every=6) as client:
+        client.changed(name)
+        client.begun(name, 30)
+        client.post(f"/v1/videos/{name}/cancel")
+        count = client.ended(name, "cancelled")["num_frames_out"]
+        made = client.frames(name, tmp_path)
+        again = client.post(f"/v1/videos/{name}/replay").json["id"]
+        client.begun(again, 12)
+    with serving(engine, tmp_path / "jobs") as client:
+        assert client.ended(again)["num_frames_out"] == count
+        assert np.array_equal(client.frames(again, tmp_path), made)
 
 
 # A stop, and a kill --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from miga_engine.errors import MigaError
 from miga_engine.integrations.server import live
 from miga_engine.integrations.server.asked import (
     FILES,
+    Asked,
     RequestError,
     asked_of,
     model_name,
@@ -26,11 +27,13 @@ from miga_engine.integrations.server.asked import (
 )
 from miga_engine.integrations.server.content import growing
 from miga_engine.integrations.server.guard import Guard, error_body
-from miga_engine.integrations.server.jobs import Draft, Job, Jobs
+from miga_engine.integrations.server.job import SOURCE, Job
+from miga_engine.integrations.server.jobs import Draft, Jobs
 from miga_engine.integrations.server.metrics import Metrics
 from miga_engine.integrations.server.settings import ServeOptions
 from miga_engine.options import form
 from miga_engine.request import Request as VideoRequest
+from miga_engine.runtime.session import load_session
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -186,13 +189,27 @@ class App:
         return _json(job.view(self._model))
 
     async def _replay(self, request: Request) -> Response:
-        self._job(request)
-        raise RequestError("this engine cannot replay a session: start the video anew with its prompt and seed", 501)
+        job = self._job(request)
+        return _json((await asyncio.to_thread(self._add_replay, job)).view(self._model))
+
+    def _add_replay(self, job: Job) -> Job:
+        record = job.record
+        picture = None if record.image is None else (job.folder / record.image).read_bytes()
+        try:
+            with Draft(self._jobs, picture, job.session) as draft:
+                until = load_session(draft.folder / SOURCE).state.numbers["num_frames_out"]
+                if not until:
+                    raise RequestError(f"the video is {job.status} and has no frames to replay: ask again later", 409)
+                prompt = {int(frame): text for frame, text in record.prompt.items()}
+                size = record.width, record.height, record.fps, until, record.seed
+                return self._jobs.add(Asked(prompt, record.options, *size), draft, replay_of=job)
+        except FileNotFoundError:
+            raise RequestError("the video has not begun and cannot be replayed: ask again later", 409) from None
 
     async def _prompt(self, request: Request) -> Response:
         job = self._job(request)
         given, _ = await self._body_of(request)
-        live.steer(job, given)
+        await asyncio.to_thread(job.steer, live.change_of(given))
         return _json({"object": "video.change", "id": job.id, **given}, 202)
 
     async def _content(self, request: Request) -> Response:

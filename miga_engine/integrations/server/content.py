@@ -8,7 +8,8 @@ import os
 from collections.abc import AsyncIterator
 
 from miga_engine.files import WholeFile, open_own
-from miga_engine.integrations.server.jobs import Job, Jobs
+from miga_engine.integrations.server.job import Job
+from miga_engine.integrations.server.jobs import Jobs
 
 CHUNK_BYTES = 2**17
 POLL_SECONDS = 0.1

@@ -73,13 +73,17 @@ class Hub:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._told: deque[dict[str, Any]] = deque(maxlen=MOST_REMEMBERED)
+        self._progress: list[dict[str, Any]] = []  # the last
         self._listeners: set[Listener] = set()
 
     def tell(self, kind: str, **data: Any) -> None:
         """From any thread; never waits for a listener."""
         event = {"event": kind, **data}
         with self._lock:
-            self._told.append(event)
+            if kind == "progress":
+                self._progress = [event]
+            else:
+                self._told.append(event)
             listeners = list(self._listeners)
         for listener in listeners:
             listener.tell(event)
@@ -94,7 +98,7 @@ class Hub:
     def listen(self, *, wants_frames: bool = False) -> Listener:
         """A listener who is first told what has happened so far; to be left by `leave`."""
         with self._lock:
-            listener = Listener(list(self._told), wants_frames=wants_frames)
+            listener = Listener([*self._told, *self._progress], wants_frames=wants_frames)
             self._listeners.add(listener)
         return listener
 

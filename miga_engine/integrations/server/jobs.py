@@ -8,9 +8,7 @@ in it, and loses the name before it is deleted. One server at a time has a folde
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import heapq
-import json
 import logging
 import os
 import re
@@ -20,152 +18,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from miga_engine.errors import OutputError
-from miga_engine.files import hold, open_own, write_whole, written_whole
+from miga_engine.files import hold, open_own, write_whole
 from miga_engine.integrations.server.asked import Asked, RequestError
-from miga_engine.integrations.server.events import Hub
-from miga_engine.runtime.session import SUFFIX
-from miga_engine.runtime.stream import Stream
+from miga_engine.integrations.server.job import ID, SOURCE, Job, Record
 
 _log = logging.getLogger("miga_engine")
 
-ID = re.compile(r"video_[0-9a-f]{24}")
-RUNNING = ("queued", "in_progress")
-ENDED = ("completed", "failed", "cancelled")
 MOST_REMEMBERED = 32
 """Ended jobs whose events are kept in memory."""
 PICTURES = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg"}
 """What may be sent along, by how it begins."""
-
-SOURCE = f"replayed.session{SUFFIX}"
-"""Of a replay: the session file of the job that it repeats."""
-
-_VERSION = 1
-
-
-@dataclass
-class Record:
-    """What job.json holds: what was asked for, and how it stands. Times are seconds since 1970."""
-
-    id: str
-    prompt: dict[str, str]
-    options: dict[str, Any]
-    width: int
-    height: int
-    fps: str
-    num_frames: int | None
-    seed: int
-    created_at: float
-    order: int
-    image: str | None = None
-    replay_of: str | None = None
-    status: str = "queued"
-    started_at: float | None = None
-    completed_at: float | None = None
-    error: dict[str, str] | None = None
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    is_deleted: bool = False
-    version: int = _VERSION
-
-    @classmethod
-    def read(cls, path: Path) -> Record:
-        """What `Job.save` wrote; OSError, ValueError or TypeError where it is not there or something else."""
-        with open_own(path) as file:
-            record = cls(**json.loads(file.readall()))
-        if record.version != _VERSION or not ID.fullmatch(record.id) or record.id != path.parent.name:
-            raise ValueError("a job of another version or another folder")
-        return record
-
-
-class Job:
-    """A job: its record, its files, and, while it is made, the stream that makes it."""
-
-    def __init__(self, folder: Path, record: Record) -> None:
-        self.folder, self.record = folder, record
-        self.video, self.session = folder / "video.mp4", folder / f"video.session{SUFFIX}"
-        self.hub = Hub()
-        self.is_cancelled = threading.Event()
-        self.stream: Stream | None = None
-        """While it is made."""
-        self.num_frames_out = 0
-        self.seconds_to_first_frame: float | None = None
-        self.stale_inode: int | None = None
-        """Of a video that was begun before, and that is about to be replaced by a copy that goes on."""
-
-    @property
-    def id(self) -> str:
-        return self.record.id
-
-    @property
-    def status(self) -> str:
-        return self.record.status
-
-    @property
-    def is_ended(self) -> bool:
-        return self.record.status in ENDED
-
-    def wait_for_copy(self) -> None:
-        """What there is of the video will go on in another file."""
-        with contextlib.suppress(FileNotFoundError):
-            self.stale_inode = os.stat(self.video).st_ino
-
-    def save(self) -> None:
-        """Write job.json, to the disk."""
-        with written_whole(self.folder / "job.json") as file:
-            file.write(json.dumps(dataclasses.asdict(self.record), indent=1).encode())
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Delete the folder; what is being read stays readable for those who read it."""
-        gone = self.folder.with_name(f".{self.id}.gone")
-        with contextlib.suppress(FileNotFoundError):
-            self.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-    def view(self, model: str) -> dict[str, Any]:
-        """The job as OpenAI's interface shows it, and what ours adds."""
-        record, total = self.record, self.record.num_frames
-        prompt: Any = record.prompt["0"] if set(record.prompt) == {"0"} else record.prompt
-        share = 0 if total is None else int(100 * self.num_frames_out / total)
-        seconds = None if total is None else f"{total / _rate(record.fps):g}"
-        started, ended = record.started_at, record.completed_at
-        return {
-            "id": record.id,
-            "object": "video",
-            "model": model,
-            "status": record.status,
-            "progress": 100 if record.status == "completed" else min(share, 99),
-            "prompt": prompt,
-            "size": f"{record.width}x{record.height}",
-            "seconds": seconds,
-            "created_at": int(record.created_at),
-            "started_at": None if started is None else int(started),
-            "completed_at": None if ended is None else int(ended),
-            "expires_at": None,
-            "error": record.error,
-            "remixed_from_video_id": record.replay_of,
-            "media_type": "video/mp4",
-            "file_name": f"{record.id}.mp4",
-            "inference_time_s": None if started is None or ended is None else round(ended - started, 3),
-            "width": record.width,
-            "height": record.height,
-            "fps": record.fps,
-            "num_frames": total,
-            "num_frames_out": self.num_frames_out,
-            "seed": record.seed,
-            "options": record.options,
-            "changes": record.changes,
-            "seconds_to_first_frame": self.seconds_to_first_frame,
-        }
-
-
-def _rate(fps: str) -> float:
-    above, _, below = fps.partition("/")
-    return float(above) / float(below or 1)
 
 
 class Jobs:

@@ -15,7 +15,8 @@ from miga_engine.errors import MigaError
 from miga_engine.integrations.server.asked import RequestError, read_json
 from miga_engine.integrations.server.events import Listener, as_json
 from miga_engine.integrations.server.guard import PROTOCOL
-from miga_engine.integrations.server.jobs import Job, Jobs
+from miga_engine.integrations.server.job import Job
+from miga_engine.integrations.server.jobs import Jobs
 from miga_engine.video.png import encode_png
 
 BEAT_SECONDS = 10.0
@@ -24,28 +25,22 @@ SEND_SECONDS = 30.0
 """For a listener to take what it is sent; one who does not is let go."""
 FRAME_HEADER_BYTES = 8
 
-_OF_CHANGE = ("prompt", "guidance_scale", "at", "blend")
+_OF_CHANGE = ("prompt", "guidance_scale", "at", "blend", "above", "restart")
 
 
-def steer(job: Job, given: Mapping[str, Any]) -> None:
-    """Change the prompt or the guidance scale of a video that is being made; RequestError where that cannot be."""
+def change_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A change of a running video as `Job.steer` takes it; RequestError where it is none."""
     for name in given:
         if name not in _OF_CHANGE:
             raise RequestError(f"unknown field {reprlib.repr(name)}; the fields are {', '.join(_OF_CHANGE)}", 422)
     if ("prompt" in given) == ("guidance_scale" in given):
         raise RequestError('a change has either a "prompt" or a "guidance_scale": send one of the two')
-    at = given.get("at", "now")
-    if at != "now" and (isinstance(at, bool) or not isinstance(at, int) or at < 0):
-        raise RequestError(f'at is {reprlib.repr(at)}: give "now" or the number of a video frame')
-    stream: Any = job.stream
-    if stream is None:
-        raise RequestError(f"the video is {job.status}: only one that is being made can be changed", 409)
-    if not hasattr(stream, "set_prompt"):
-        raise RequestError("this engine takes no changes of a video that is being made: start another one", 501)
-    if "guidance_scale" in given:
-        stream.set_guidance_scale(given["guidance_scale"], at)
-    else:
-        stream.set_prompt(given["prompt"], at, blend=given.get("blend"))
+    of_prompt = [name for name in ("blend", "above", "restart") if name in given]
+    if "guidance_scale" in given and of_prompt:
+        raise RequestError(f"{of_prompt[0]} is for a change of the prompt: leave it out")
+    if not isinstance(given.get("restart", False), bool):
+        raise RequestError(f"restart is {reprlib.repr(given['restart'])}: give true or false")
+    return dict(given)
 
 
 async def event_stream(job: Job, jobs: Jobs) -> AsyncIterator[str]:
@@ -111,7 +106,7 @@ async def _listen(socket: Any, job: Job, jobs: Jobs) -> None:
             if given.pop("type", "change") == "cancel":
                 await asyncio.to_thread(jobs.cancel, job)
             else:
-                steer(job, given)
+                await asyncio.to_thread(job.steer, change_of(given))
         except MigaError as error:
             answer = {"event": "refused", "message": str(error)}
             await asyncio.wait_for(socket.send_text(json.dumps(answer)), SEND_SECONDS)

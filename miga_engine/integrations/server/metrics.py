@@ -8,7 +8,8 @@ import time
 from collections import deque
 from typing import Any
 
-from miga_engine.integrations.server.jobs import ENDED, RUNNING, Jobs
+from miga_engine.integrations.server.job import ENDED, RUNNING
+from miga_engine.integrations.server.jobs import Jobs
 
 RECENT_SECONDS = 10.0
 """Over which frames a second are counted."""

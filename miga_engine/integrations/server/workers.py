@@ -15,7 +15,8 @@ import torch
 from miga_engine.engine import Engine
 from miga_engine.errors import MigaError
 from miga_engine.integrations.server.asked import OF_STREAM, model_name
-from miga_engine.integrations.server.jobs import Job, Jobs
+from miga_engine.integrations.server.job import SOURCE, Job
+from miga_engine.integrations.server.jobs import Jobs
 from miga_engine.integrations.server.metrics import Metrics
 from miga_engine.runtime.session import locked
 from miga_engine.runtime.stream import Event, Stream
@@ -68,13 +69,14 @@ class Workers:
                 with sink:
                     stream.save_every(self._save_every, job.session, sink, keep_extension=True)
                     job.num_frames_out = stream.num_frames_out
-                    job.stream = stream
+                    if job.record.replay_of is None:
+                        job.begin(stream)
                     self._write(job, stream, sink, started)
             except MigaError:
                 with contextlib.suppress(MigaError):  # the last one stands where this cannot be saved
                     stream.save(job.session, sink)
                 raise
-            if stream.is_finished:
+            if job.num_frames_out == job.record.num_frames:
                 return "completed"
             return "cancelled" if job.is_cancelled.is_set() else None
 
@@ -83,10 +85,16 @@ class Workers:
             if job.seconds_to_first_frame is None and chunk.first_frame == 0:
                 job.seconds_to_first_frame = round(time.monotonic() - started, 3)
                 self._metrics.first_frame(job.seconds_to_first_frame)
-            sink.write(chunk.frames)
-            job.hub.show(chunk.first_frame, chunk.frames)
-            job.num_frames_out = stream.num_frames_out
-            self._metrics.frames(len(chunk.frames))
+            left = None if job.record.num_frames is None else job.record.num_frames - chunk.first_frame
+            if left == 0:
+                break
+            frames = chunk.frames[:left]  # a replay that is resumed goes on as its session does
+            sink.write(frames)
+            job.hub.show(chunk.first_frame, frames)
+            job.num_frames_out = chunk.first_frame + len(frames)
+            self._metrics.frames(len(frames))
+            if len(frames) < len(chunk.frames):
+                break
 
     def _open(self, job: Job) -> Stream:
         record = job.record
@@ -97,6 +105,9 @@ class Workers:
         }
         if os.path.lexists(job.session):
             return self._engine.resume(job.session, **controls)
+        if record.replay_of is not None:
+            controls["image"] = None if record.image is None else job.folder / record.image
+            return self._engine.replay(job.folder / SOURCE, **controls)
         given = {name: value for name, value in record.options.items() if name not in OF_STREAM}
         if record.image is not None:
             given["image"] = job.folder / record.image
@@ -118,3 +129,5 @@ class Workers:
 def _tell(job: Job, event: Event) -> None:
     data = {name: value for name, value in event.data.items() if name != "path"}
     job.hub.tell(event.kind, number=event.number, **data)
+    if event.kind in ("prompt", "guidance_scale"):
+        job.is_changed(event.data["frame"])
