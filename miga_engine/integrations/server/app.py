@@ -114,6 +114,7 @@ class App:
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "miga_engine", "width": preset.width,
                  "height": preset.height, "fps": str(preset.fps), "size_multiple": bundle.size_multiple,
                  "window_frames": bundle.num_video_frames(bundle.window_frames),
+                 "frames_per_latent": bundle.num_video_frames(2) - bundle.num_video_frames(1),
                  "max_frames": self._options.max_frames}  # fmt: skip
         return _json({"object": "list", "data": [model]})
 
