@@ -61,6 +61,7 @@ def _until(is_so: Callable[[], Any], what: str) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_a_video_is_started_seen_steered_downloaded_and_replayed(browser: Any, client: Client, tmp_path: Path) -> None:
     def part(name: str) -> Any:
         return browser.find_element("id", name)

@@ -174,6 +174,8 @@ def test_a_form_brings_a_picture_to_begin_with(client: Client, engine: Engine, t
     answer = _posted(client, form | {"num_frames": "13"}, encode_png(picture))
     assert answer.status == 200, answer.body
     made = client.frames(answer.json["id"], tmp_path)
+    again = client.post(f"/v1/videos/{answer.json['id']}/replay").json["id"]
+    assert np.array_equal(client.frames(again, tmp_path), made)
     video = engine.generate("a red balloon", 13, image=picture, **OPTIONS)
     assert np.array_equal(made, written(video.frames, tmp_path / "shown.mp4"))
     for data, status, sentence in (
@@ -184,6 +186,15 @@ def test_a_form_brings_a_picture_to_begin_with(client: Client, engine: Engine, t
         assert answer.status == status
         assert sentence in answer.refusal
     assert "send a picture as input_reference" in _posted(client, form, b"", "lora").refusal
+    for name, text, sentence in (
+        ("quality", "standard", "unknown field 'quality'"),
+        ("seed", "many", "seed must be a whole number from 0"),
+        ("num_frames", "NaN", "num_frames must be a whole number"),
+        ("miga", "{", "miga is '{': give an object of options"),
+        ("prompt", '{"0": "a"', "is no JSON"),
+    ):
+        answer = _posted(client, {**form, name: text}, None)
+        assert (answer.status in (400, 422), sentence in answer.refusal) == (True, True), answer.body
     twice, header = _form(form, None)
     assert "'prompt' is there twice" in client.post("/v1/videos", twice.replace(b"seed", b"prompt"), **header).refusal
 
@@ -304,7 +315,7 @@ def test_bodies_that_are_none_are_refused(client: Client) -> None:
     chunks = iter([b"x" * 2**16] * 3)  # whose length nobody has said
     assert client.post("/v1/videos", chunks, content_type="application/json").status == 413
     many = "".join(f'--b\r\nContent-Disposition: form-data; name="a{i}"\r\n\r\n1\r\n' for i in range(300))
-    refused(many.encode() + b"--b--\r\n", 400, "", "multipart/form-data; boundary=b")
+    refused(many.encode() + b"--b--\r\n", 400, "Too many fields", "multipart/form-data; boundary=b")
 
 
 @pytest.mark.parametrize(

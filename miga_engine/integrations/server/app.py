@@ -81,8 +81,10 @@ class App:
         ]
 
         def refuse(request: Request, error: Exception) -> Response:
-            if isinstance(error, HTTPException):  # of a path or a method that is none
-                error = RequestError(f"there is no {request.method} of this path: see docs/live.md", error.status_code)
+            if isinstance(error, HTTPException):
+                is_path = error.status_code in (404, 405)
+                sentence = f"there is no {request.method} of this path: see docs/live.md" if is_path else error.detail
+                error = RequestError(sentence, error.status_code)
             if not isinstance(error, RequestError):
                 error = RequestError(error, 503 if isinstance(error, OSError) else 400)
             return _json(error_body(error), error.status)

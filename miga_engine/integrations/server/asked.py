@@ -6,6 +6,7 @@ them the names of OpenAI's interface, vLLM-Omni's and SGLang's are understood.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -88,12 +89,17 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def read_form(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """The same out of the texts of a form: numbers, switches and objects are read as JSON, all else is the text."""
+
+    def value(name: str, text: str) -> Any:
+        if name == "prompt" and text.startswith("{"):
+            return _parsed(text)
+        with contextlib.suppress(RequestError):  # what is none, the option refuses by its name
+            return text if name in of_text else _parsed(text)
+        return text
+
     options = {**fields(Request), **fields(MigaConfig), **fields(StreamOptions)}
     of_text = {name for name, option in options.items() if kind_of(option) is str} | _TEXTS
-    return {
-        name: text if name in of_text and not (name == "prompt" and text.startswith("{")) else _parsed(text)
-        for name, text in _object(list(texts)).items()
-    }
+    return {name: value(name, text) for name, text in _object(list(texts)).items()}
 
 
 def _parsed(text: str) -> Any:

@@ -65,7 +65,7 @@ class Server:
         self._engine, self._options, self._metrics = engine, options, Metrics(self.jobs)
         app: Any = App(engine, self.jobs, self._metrics, options).asgi()
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", server_header=False, ws="websockets-sansio",
+            app, log_config=None, access_log=False, lifespan="off", server_header=False, ws="websockets-sansio",
             ws_max_size=MOST_MESSAGE_BYTES, timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=MOST_CONNECTIONS,
             proxy_headers=False,
         )  # fmt: skip

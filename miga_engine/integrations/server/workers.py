@@ -32,7 +32,9 @@ class Workers:
 
     def __init__(self, engine: Engine, jobs: Jobs, metrics: Metrics, *, count: int, save_every: int) -> None:
         self._engine, self._jobs, self._metrics, self._save_every = engine, jobs, metrics, save_every
-        self._threads = [threading.Thread(target=self._work, name=f"miga-worker-{i}") for i in range(count)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"miga-worker-{i}", daemon=True) for i in range(count)
+        ]
         for thread in self._threads:
             thread.start()
 
