@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import re
 import signal
@@ -25,7 +26,9 @@ from miga_engine import Engine
 from miga_engine.cli import main
 from miga_engine.errors import ConfigError, MigaError, OutputError
 from miga_engine.integrations.server import asked
+from miga_engine.integrations.server import job as job_module
 from miga_engine.integrations.server.asked import FILES, asked_of
+from miga_engine.integrations.server.job import Job
 from miga_engine.integrations.server.jobs import Jobs
 from miga_engine.integrations.server.settings import ServeOptions
 from miga_engine.options import fields
@@ -472,6 +475,10 @@ def test_what_fails_is_told_and_can_be_gone_on_with(engine: Engine, monkeypatch,
             patch.setattr(Stream, "save_every", lambda *_, **__: 1 / 0)
             broken = client.start()
             assert client.ended(broken, "failed")["error"]["code"] == "internal_error"
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "save", _full)
+            answer = client.post("/v1/videos", VIDEO)
+            assert (answer.status, answer.refusal) == (507, "the server cannot keep a job: No space left on device")
         assert client.post(f"/v1/videos/{broken}/resume").status == 200
         client.ended(broken)
 
@@ -479,7 +486,7 @@ def test_what_fails_is_told_and_can_be_gone_on_with(engine: Engine, monkeypatch,
 # Steering ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_video_is_steered_and_replayed(engine: Engine, frames: torch.Tensor, tmp_path: Path) -> None:
+def test_a_video_is_steered_and_replayed(engine: Engine, frames: torch.Tensor, monkeypatch, tmp_path: Path) -> None:
     with serving(engine, tmp_path / "jobs") as client:
         name = client.start(num_frames=None)
         path = f"/v1/videos/{name}"
@@ -500,6 +507,8 @@ def test_a_video_is_steered_and_replayed(engine: Engine, frames: torch.Tensor, t
             assert (answer.status, sentence in answer.refusal) == (status, True), answer.body
         assert client.post(f"{path}/prompt", {"prompt": "a blue kite", "above": 0}).status == 202
         assert client.post(f"{path}/prompt", {"guidance_scale": 3}).status == 202
+        monkeypatch.setattr(job_module, "MOST_CHANGES", 2)
+        assert client.post(f"{path}/prompt", {"guidance_scale": 4}).status == 429
         changes = client.changed(name)
         assert [change.get("prompt") for change in changes] == ["a blue kite", None]
         client.begun(name, changes[0]["frame"] + 18)
@@ -542,6 +551,10 @@ def test_a_change_that_no_session_has_is_asked_for_again(engine: Engine, tmp_pat
     with serving(engine, tmp_path / "jobs") as client:
         assert client.ended(again)["num_frames_out"] == count
         assert np.array_equal(client.frames(again, tmp_path), made)
+
+
+def _full(job: Job) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # A stop, and a kill --------------------------------------------------------------------------------------------------

@@ -85,11 +85,13 @@ class App:
                 is_path = error.status_code in (404, 405)
                 sentence = f"there is no {request.method} of this path: see docs/live.md" if is_path else error.detail
                 error = RequestError(sentence, error.status_code)
+            if isinstance(error, OSError) and not isinstance(error, MigaError):
+                error = RequestError(f"the server cannot keep a job: {error.strerror or error}", 507)
             if not isinstance(error, RequestError):
                 error = RequestError(error, 503 if isinstance(error, OSError) else 400)
             return _json(error_body(error), error.status)
 
-        handlers: dict[Any, Any] = {MigaError: refuse, HTTPException: refuse}
+        handlers: dict[Any, Any] = {MigaError: refuse, HTTPException: refuse, OSError: refuse}
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
         return Guard(app, self._options)

@@ -26,6 +26,9 @@ ENDED = ("completed", "failed", "cancelled")
 SOURCE = f"replayed.session{SUFFIX}"
 """Of a replay: the session file of the job that it repeats."""
 
+MOST_CHANGES = 1000
+"""Of one video, all of which its record holds."""
+
 _VERSION = 1
 
 
@@ -109,6 +112,8 @@ class Job:
                 raise RequestError(f"the video is {self.status}: only one that is being made can be changed", 409)
             if self.record.replay_of is not None:
                 raise RequestError("the video is a replay, which is as it was: change another one", 409)
+            if len(self.record.changes) >= MOST_CHANGES:
+                raise RequestError(f"the video has been changed {MOST_CHANGES} times: go on in another one", 429)
             ask(stream, change)
             self.record.changes.append(change)
             self.save()

@@ -65,9 +65,9 @@ class Server:
         self._engine, self._options, self._metrics = engine, options, Metrics(self.jobs)
         app: Any = App(engine, self.jobs, self._metrics, options).asgi()
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", server_header=False, ws="websockets-sansio",
-            ws_max_size=MOST_MESSAGE_BYTES, timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=MOST_CONNECTIONS,
-            proxy_headers=False,
+            app, log_config=None, log_level="error", access_log=False, lifespan="off", server_header=False,
+            proxy_headers=False, ws="websockets-sansio", ws_max_size=MOST_MESSAGE_BYTES,
+            timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=MOST_CONNECTIONS,
         )  # fmt: skip
         self._server = _silent(uvicorn.Server)(config)
 
