@@ -6,6 +6,7 @@ import asyncio
 import base64
 import functools
 import hashlib
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from miga_engine._version import __version__
 from miga_engine.config import MigaConfig, StreamOptions
 from miga_engine.engine import Engine
 from miga_engine.errors import MigaError
+from miga_engine.files import open_own
 from miga_engine.integrations.server import live
 from miga_engine.integrations.server.asked import (
     FILES,
@@ -25,7 +27,7 @@ from miga_engine.integrations.server.asked import (
     read_form,
     read_json,
 )
-from miga_engine.integrations.server.content import growing
+from miga_engine.integrations.server.content import growing, nothing, whole
 from miga_engine.integrations.server.guard import Guard, error_body
 from miga_engine.integrations.server.job import SOURCE, Job
 from miga_engine.integrations.server.jobs import Draft, Jobs
@@ -226,23 +228,27 @@ class App:
                 raise RequestError(f"the video is {job.status} and has no frames", 404)
             return FileResponse(job.video, media_type="video/mp4", filename=f"{job.id}.mp4",
                                 content_disposition_type="inline", headers=_PRIVATE)  # fmt: skip
-        return StreamingResponse(growing(job, self._jobs), media_type="video/mp4", headers=_PRIVATE)
+        video = nothing() if request.method == "HEAD" else growing(job, self._jobs)
+        return StreamingResponse(video, media_type="video/mp4", headers=_PRIVATE)
 
     async def _session(self, request: Request) -> Response:
-        from starlette.responses import FileResponse
+        from starlette.responses import StreamingResponse
 
         job = self._job(request)
-        if not job.session.is_file():
-            raise RequestError("the video has no session file yet: ask again when it has begun", 404)
-        return FileResponse(job.session, media_type="application/octet-stream", headers=_PRIVATE,
-                            filename=f"{job.id}.session.safetensors")  # fmt: skip
+        try:
+            file = open_own(job.session)
+        except FileNotFoundError:
+            raise RequestError("the video has no session file yet: ask again when it has begun", 404) from None
+        headers = {"content-length": str(os.fstat(file.fileno()).st_size),
+                   "content-disposition": f'attachment; filename="{job.id}.session.safetensors"'}  # fmt: skip
+        return StreamingResponse(whole(file), media_type="application/octet-stream", headers=headers | _PRIVATE)
 
     async def _events(self, request: Request) -> Response:
         from starlette.responses import StreamingResponse
 
-        return StreamingResponse(
-            live.event_stream(self._job(request), self._jobs), media_type="text/event-stream", headers=_PRIVATE
-        )
+        job = self._job(request)
+        events = nothing() if request.method == "HEAD" else live.event_stream(job, self._jobs)
+        return StreamingResponse(events, media_type="text/event-stream", headers=_PRIVATE)
 
     async def _live(self, socket: Any) -> None:
         try:

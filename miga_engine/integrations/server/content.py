@@ -15,6 +15,20 @@ CHUNK_BYTES = 2**17
 POLL_SECONDS = 0.1
 
 
+async def nothing() -> AsyncIterator[bytes]:
+    """Of what is asked about and not for (HEAD)."""
+    parts: tuple[bytes, ...] = ()
+    for part in parts:
+        yield part
+
+
+async def whole(file: WholeFile) -> AsyncIterator[bytes]:
+    """The bytes of a file that is open, and that may be replaced under its name meanwhile."""
+    with file:
+        while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield data
+
+
 async def growing(job: Job, jobs: Jobs) -> AsyncIterator[bytes]:
     """The bytes of a job's video from the first one on, as they come, until the job has ended or the server stops.
 

@@ -65,7 +65,9 @@ class Workers:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(job.session))
             stream = stack.enter_context(self._open(job))
-            sink = EncoderThread(self._open_sink(job, stream))
+            made_of = {**self._engine.made_of(), "model": model_name(self._engine)}
+            metadata = stream.request.metadata(**made_of)
+            sink = EncoderThread(_open_sink(job, stream, metadata))
             stack.callback(setattr, job, "stream", None)
             try:
                 with sink:
@@ -73,17 +75,22 @@ class Workers:
                     job.num_frames_out = stream.num_frames_out
                     if job.record.replay_of is None:
                         job.begin(stream)
-                    self._write(job, stream, sink, started)
+                    self._write(job, stream, sink, metadata, started)
             except MigaError:
                 with contextlib.suppress(MigaError):  # the last one stands where this cannot be saved
                     stream.save(job.session, sink)
                 raise
             if job.num_frames_out == job.record.num_frames:
                 return "completed"
-            return "cancelled" if job.is_cancelled.is_set() else None
+            if job.is_cancelled.is_set():
+                return "cancelled"
+            if not self._jobs.is_stopping:
+                raise MigaError("the video ended before its last frame: go on with it")
+            return None
 
-    def _write(self, job: Job, stream: Stream, sink: Sink, started: float) -> None:
+    def _write(self, job: Job, stream: Stream, sink: Sink, metadata: dict[str, Any], started: float) -> None:
         for chunk in stream:
+            metadata |= stream.metadata()  # before the sink's first frame, which writes it
             if job.seconds_to_first_frame is None and chunk.first_frame == 0:
                 job.seconds_to_first_frame = round(time.monotonic() - started, 3)
                 self._metrics.first_frame(job.seconds_to_first_frame)
@@ -116,16 +123,16 @@ class Workers:
         prompt = {int(frame): text for frame, text in record.prompt.items()}
         return self._engine.stream(prompt, **given, **controls)
 
-    def _open_sink(self, job: Job, stream: Stream) -> Sink:
-        request, made_of = stream.request, self._engine.made_of()
-        metadata = request.metadata(**{**made_of, "model": model_name(self._engine)})
-        size = request.width, request.height
-        if stream.output is None or not stream.output[0].get("num_frames"):  # nothing of a file counts, if there is one
-            job.video.unlink(missing_ok=True)
-            job.stale_inode = None
-        if stream.output is None:
-            return open_sink(job.video, request.fps, *size, metadata)
-        return reopen_sink(job.video, *stream.output, request.fps, *size, metadata)
+
+def _open_sink(job: Job, stream: Stream, metadata: dict[str, Any]) -> Sink:
+    request = stream.request
+    size = request.width, request.height
+    if stream.output is None or not stream.output[0].get("num_frames"):  # nothing of a file counts, if there is one
+        job.video.unlink(missing_ok=True)
+        job.stale_inode = None
+    if stream.output is None:
+        return open_sink(job.video, request.fps, *size, metadata)
+    return reopen_sink(job.video, *stream.output, request.fps, *size, metadata)
 
 
 def _tell(job: Job, event: Event) -> None:
