@@ -71,8 +71,8 @@ def shown(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> np.ndarra
 
 @pytest.fixture(scope="module")
 def longer(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """The same of 61 frames, of which the end shapes the last."""
-    video = engine.generate("a red balloon", 61, **OPTIONS)
+    """The same of 43 frames, of which the end shapes the last."""
+    video = engine.generate("a red balloon", 43, **OPTIONS)
     return written(video.frames, tmp_path_factory.mktemp("longer") / "longer.mp4")
 
 
@@ -569,7 +569,7 @@ def test_a_stopped_server_is_gone_on_with(
     with serving(engine, folder, save_every=12) as client:
         done = client.start()
         client.ended(done)
-        running, queued = client.start(num_frames=61), client.start()
+        running, queued = client.start(num_frames=43), client.start()
         client.begun(running, 10)
         with pytest.raises(OutputError, match="another server has the folder"):
             Jobs(folder, 3)
@@ -590,7 +590,7 @@ def test_a_killed_server_is_gone_on_with(model: Path, shown: np.ndarray, longer:
     """SIGKILL in the middle of a job: none is lost, no frame is another one. Then SIGTERM, and the code is 0."""
     arguments = ["--model", str(model), "--save-every", "12"]
     with process(tmp_path / "jobs", *arguments) as (client, server):
-        running, queued = client.start(num_frames=61), client.start()
+        running, queued = client.start(num_frames=43), client.start()
         deleted = client.start()
         client.send("DELETE", f"/v1/videos/{deleted}")
         client.begun(running, 20)
