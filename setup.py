@@ -99,7 +99,11 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["miga_engine*"]), "miga_engine.kernels"],
     package_dir={"miga_engine": "miga_engine", "miga_engine.kernels": "kernels"},
-    package_data={"miga_engine": ["py.typed"], "miga_engine.tiny": ["weights/**/*"]},
+    package_data={
+        "miga_engine": ["py.typed"],
+        "miga_engine.tiny": ["weights/**/*"],
+        "miga_engine.integrations.server": ["page.html"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the library uses no Python symbol

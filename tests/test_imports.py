@@ -35,13 +35,14 @@ LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 # Stands beside the layers: the parts it may import, the only parts that may import it, and where a layer reaches up or
 # sideways inside a function (imported when called, never when loaded).
 STANDS_ALONE = {"video": {"errors", "_version", "files"}}
-USES_VIDEO = {"engine", "conditions", "calls", "resolve", "measure", "cli"}
+USES_VIDEO = {"engine", "conditions", "calls", "resolve", "measure", "integrations", "cli"}
 LAZY_UPWARD = {("__init__", "config"), ("__init__", "engine")}
 BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version when loaded
 
 # Heavy or optional: never when the package is loaded, whatever the module.
 ONLY_IN_FUNCTIONS = {
     *("diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray", "cv2", "matplotlib"),
+    *("starlette", "uvicorn", "websockets", "multipart", "python_multipart", "prometheus_client"),
 }
 
 

@@ -92,6 +92,7 @@ def test_data_is_installed(built: Path) -> None:
         path.relative_to(built) for path in built.glob("miga_engine/tiny/weights/**/*") if path.is_file()
     } == expected
     assert (built / "miga_engine/py.typed").is_file()
+    assert (built / "miga_engine/integrations/server/page.html").is_file()
 
 
 def test_installed_copy_imports(built: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from miga_engine.cli import main, render
 from miga_engine.cli.main import _build_parser
 from miga_engine.errors import ConfigError
+from miga_engine.integrations.server.serve import Server
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.session import load_session
 from miga_engine.video.png import encode_png
@@ -56,6 +58,7 @@ SHORTER_SHELL = {
     "--image picture.png": "--image picture.png --num-frames 9",
     "--video kite.mp4": "--video kite.mp4 --num-frames 65",
     "--window-batch 4": "--window-batch 4 --zigzag-width 2 --guidance-frames 1 --stride 2",
+    "miga serve": "miga serve --port 0",
     "torchrun --nproc-per-node 2": "torchrun --standalone --nproc-per-node 2",
     '-m miga_engine generate "…"': '-m miga_engine generate "…" --num-frames 9 --num-inference-steps 8 '
     "--zigzag-width 2 --stage2-steps 2 --judge-step 2",
@@ -236,7 +239,9 @@ def test_the_shell_block_is_run_line_for_line(scratch: Path, monkeypatch, capsys
             assert 0 < len(read_video("kite.mp4")) < 129
             assert ": miga resume kite.session.safetensors\n" in capsys.readouterr().err
         elif words[0] == "miga":
-            code = main(words[1:])
+            with monkeypatch.context() as patch:
+                patch.setattr(Server, "run", _stopping(Server.run))
+                code = main(words[1:])
             told = capsys.readouterr()
             assert code == 0, f"{line}: {told.err}"
         elif words[0] == "torchrun":
@@ -262,6 +267,14 @@ def _interrupting(write: Callable[..., Any]) -> Callable[..., Any]:
         signal.raise_signal(signal.SIGINT)
 
     return interrupted
+
+
+def _stopping(run: Callable[[Server], None]) -> Callable[[Server], None]:
+    def stopped(self: Server) -> None:
+        threading.Timer(0.2, self.stop).start()
+        run(self)
+
+    return stopped
 
 
 class _EnoughError(Exception):

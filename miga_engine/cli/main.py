@@ -1,4 +1,4 @@
-"""The `miga` command: generate, resume, replay, estimate, eval, convert, info."""
+"""The `miga` command: generate, resume, replay, serve, estimate, eval, convert, info."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from miga_engine._version import __version__
-from miga_engine.cli import gap, generate, info, measure
+from miga_engine.cli import gap, generate, info, measure, serve
 from miga_engine.cli.config_file import FLAG_NAMES, FLAGS_ALONE
 from miga_engine.cli.settings import PLACES
 from miga_engine.cli.terminal import say
 from miga_engine.cli.write_options import WriteOptions
 from miga_engine.config import DTYPES, NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
 from miga_engine.errors import ConfigError, MigaError
+from miga_engine.integrations.server.settings import ServeOptions
 from miga_engine.options import add_flags
 from miga_engine.request import Request
 from miga_engine.threads import share_processors
@@ -136,6 +137,15 @@ def _build_parser() -> argparse.ArgumentParser:
         {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
     )  # fmt: skip
     add_flags(replaying, StreamOptions)
+
+    serving = commands.add_parser(
+        "serve", help="make videos over HTTP, with a page to watch and steer them", argument_default=argparse.SUPPRESS,
+        description="Make videos over HTTP, several at once on one engine. Jobs lie on disk and are gone on with after "
+        "a stop, or a kill. It needs the packages of miga_engine[server].",
+    )  # fmt: skip
+    serving.set_defaults(run=serve.serve)
+    add_flags(serving, ServeOptions)
+    add_flags(serving, LoadOptions)
 
     estimating = commands.add_parser(
         "estimate", help="show what a run will need of memory", parents=[run], argument_default=argparse.SUPPRESS,
