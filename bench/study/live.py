@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ CLOCK = 100
 STEER: Mapping[str, dict[str, Any]] = {
     "above 1: new frames alone": {"above": 1.0},
     "above 0.9": {"above": 0.9},
-    "above 0.8": {"above": 0.8},
+    "above 0.8, as it is unless asked otherwise": {"above": 0.8},
     "above 0.6": {"above": 0.6},
     "above 0: all that are not clean": {"above": 0.0},
     "above 0.6, blend 24": {"above": 0.6, "blend": 24},
@@ -91,15 +92,16 @@ def first_frame(engine: Engine, way: Mapping[str, Any], prompts: int, num_frames
         stream = engine.stream(
             caption, num_frames, seed=number, miga=miga, num_inference_steps=steps, chunk_frames=1, on_event=on_event
         )
-        clock, frames, read = Clock(stream), [], []
+        clock, frames, read, seconds, started = Clock(stream), [], [], [], time.perf_counter()
         for chunk in stream:
             frames.append(chunk.frames[0].numpy())
             read.append(clock.read)
+            seconds.append(time.perf_counter() - started)
         video = np.stack(frames)
         means = truth_curves(video, caption).means()
         seam = seams(video)
         rows.append([
-            told[0].data["passes_to_first_frame"], read[0], read[CLOCK],
+            told[0].data["passes_to_first_frame"], read[0], read[CLOCK], seconds[0], seconds[CLOCK],
             100 * np.mean([means[f"accuracy_{name}"] for name in ATTRIBUTES]), 100 * means["subject_consistency"],
             100 * means["background_consistency"], 100 * means["colour_drift"], means["subject_jitter"], seam,
         ])  # fmt: skip
@@ -144,11 +146,12 @@ def steered(engine: Engine, way: Mapping[str, Any], sessions: Sequence[Path], nu
     for number, (scene, path) in enumerate(zip(SCENES, sessions, strict=False)):
         target = changed(scene, number)
         stream = engine.resume(path, chunk_frames=1)
-        clock, frames, read = Clock(stream), [], [0]
+        clock, frames, read, seconds, started = Clock(stream), [], [0], [], time.perf_counter()
         stream.set_prompt(world.caption(target), **way)
         while len(frames) < num_frames:
             frames.append(next(stream).frames[0].numpy())
             read.append(clock.read)
+            seconds.append(time.perf_counter() - started)
         begins = stream.request.changes[0].frame - TOLD_AT
         stream.close()
         video = np.stack(frames)
@@ -159,21 +162,21 @@ def steered(engine: Engine, way: Mapping[str, Any], sessions: Sequence[Path], nu
         runs = np.convolve(after, np.ones(_SETTLED), "valid") >= _SETTLED - 1
         first = int(runs.argmax()) if runs.any() else num_frames - 1
         rows.append([
-            begins, first, read[first + 1], np.diff(read).max(), 100 * runs.any(), 100 * shown[~is_changed].mean(),
+            begins, first, read[first + 1], seconds[first], np.diff(read).max(), 100 * runs.any(), 100 * shown[~is_changed].mean(),
             100 * after[first:].mean(), seams(video[: first + 24]),
         ])  # fmt: skip
     table = np.array(rows, np.float64)
     middle, mean = np.median(table, axis=0), table.mean(axis=0)
-    return [*middle[:4], *mean[4:7], middle[7]]
+    return [*middle[:5], *mean[5:8], middle[8]]
 
 
 COLUMNS = {
     "first": (
-        "passes to the first frame", "read to it", f"read to frame {CLOCK}", "as asked, %", "subject, %",
+        "passes to the first frame", "read to it", f"read to frame {CLOCK}", "s to it", f"s to frame {CLOCK}", "as asked, %", "subject, %",
         "background, %", "colour drift, %", "jitter, px/frame²", "largest step, medians",
     ),
     "steer": (
-        "begins after frames", "shown after frames", "read until shown", "longest wait, read", "shown at all, %",
+        "begins after frames", "shown after frames", "read until shown", "s until shown", "longest wait, read", "shown at all, %",
         "the rest kept, %", "stays, %", "largest step, medians",
     ),
 }  # fmt: skip
