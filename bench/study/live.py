@@ -162,8 +162,8 @@ def steered(engine: Engine, way: Mapping[str, Any], sessions: Sequence[Path], nu
         runs = np.convolve(after, np.ones(_SETTLED), "valid") >= _SETTLED - 1
         first = int(runs.argmax()) if runs.any() else num_frames - 1
         rows.append([
-            begins, first, read[first + 1], seconds[first], np.diff(read).max(), 100 * runs.any(), 100 * shown[~is_changed].mean(),
-            100 * after[first:].mean(), seams(video[: first + 24]),
+            begins, first, read[first + 1], seconds[first], np.diff(read).max(), 100 * runs.any(),
+            100 * shown[~is_changed].mean(), 100 * after[first:].mean(), seams(video[: first + 24]),
         ])  # fmt: skip
     table = np.array(rows, np.float64)
     middle, mean = np.median(table, axis=0), table.mean(axis=0)
@@ -172,12 +172,12 @@ def steered(engine: Engine, way: Mapping[str, Any], sessions: Sequence[Path], nu
 
 COLUMNS = {
     "first": (
-        "passes to the first frame", "read to it", f"read to frame {CLOCK}", "s to it", f"s to frame {CLOCK}", "as asked, %", "subject, %",
-        "background, %", "colour drift, %", "jitter, px/frame²", "largest step, medians",
+        "passes to the first frame", "read to it", f"read to frame {CLOCK}", "s to it", f"s to frame {CLOCK}",
+        "as asked, %", "subject, %", "background, %", "colour drift, %", "jitter, px/frame²", "largest step, medians",
     ),
     "steer": (
-        "begins after frames", "shown after frames", "read until shown", "s until shown", "longest wait, read", "shown at all, %",
-        "the rest kept, %", "stays, %", "largest step, medians",
+        "begins after frames", "shown after frames", "read until shown", "s until shown", "longest wait, read",
+        "shown at all, %", "the rest kept, %", "stays, %", "largest step, medians",
     ),
 }  # fmt: skip
 

@@ -85,7 +85,7 @@ class App:
         def refuse(request: Request, error: Exception) -> Response:
             if isinstance(error, HTTPException):
                 is_path = error.status_code in (404, 405)
-                sentence = f"there is no {request.method} of this path: see docs/live.md" if is_path else error.detail
+                sentence = f"there is no {request.method} of this path: see docs/serve.md" if is_path else error.detail
                 error = RequestError(sentence, error.status_code)
             if isinstance(error, OSError) and not isinstance(error, MigaError):
                 error = RequestError(f"the server cannot keep a job: {error.strerror or error}", 507)

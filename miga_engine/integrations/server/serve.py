@@ -81,7 +81,8 @@ class Server:
         from miga_engine.integrations.server.workers import Workers
 
         options = self._options
-        workers = Workers(self._engine, self.jobs, self._metrics, count=options.workers, save_every=options.save_every)
+        engine = self._engine.shared() if options.shared else self._engine
+        workers = Workers(engine, self.jobs, self._metrics, count=options.workers, save_every=options.save_every)
         try:
             asyncio.run(self._server.serve([self.socket]))
         finally:

@@ -24,6 +24,10 @@ class ServeOptions(Checked):
     folder: str = option("miga-jobs", "where jobs lie; they are gone on with when a server comes back to it",
                          group="server", metavar="DIR")  # fmt: skip
     workers: int = option(1, "videos that are made at once, on one engine", least=1, most=64, group="server")
+    shared: bool = option(
+        False, "let the windows of videos that are made at once go through the network together (docs/sharing.md): "
+        "faster where larger batches are, and frames then differ in their last bits", group="server", flags=("-s",),
+    )  # fmt: skip
     max_queue: int = option(100, "jobs that may wait", least=0, most=_MOST, group="server")
     max_frames: int | None = option(
         None, "video frames of a job; given, no video is endless", shown="no limit", least=1, most=MAX_FRAME,
