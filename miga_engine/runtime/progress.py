@@ -69,7 +69,7 @@ class Progress:
         self._first_frames: tuple[int, float] | None = None
         self._told = 0
 
-    def __call__(self, run: VideoRun, steering: Steering | None, num_frames_out: int) -> None:
+    def __call__(self, run: VideoRun, steering: Steering, num_frames_out: int) -> None:
         """Of a run whose stream has given so many frames.
 
         `seconds_to_first_frame` is None before a pass was seen, `frames_per_second` before there are frames,
@@ -103,8 +103,8 @@ class Progress:
         return (num_frames_out - self._first_frames[0]) / (now - self._first_frames[1])
 
 
-def _latency(run: VideoRun, steering: Steering | None, num_frames_out: int) -> int | None:
-    if steering is None or not run.is_between_ticks:
+def _latency(run: VideoRun, steering: Steering, num_frames_out: int) -> int | None:
+    if not run.is_between_ticks:
         return None
     change = steering.change_of(Ask("any"))
     return None if change is None else change.frame - num_frames_out

@@ -36,7 +36,7 @@ class Pump:
         overlap: bool,
         is_cancelled: Callable[[], bool],
         num_video_frames: Callable[[int], int],
-        steering: Steering | None = None,
+        steering: Steering,
     ) -> None:
         self.run = run
         self.steering = steering
@@ -136,8 +136,7 @@ class Pump:
             return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
         self.run.load_state(part("run/"), numbers)
-        if self.steering is not None:
-            self.steering.load()
+        self.steering.load()
         self._num_latents = self.run.emitted
         num_decoded = numbers["emitted"] - len(tensors.get("undecoded", ()))
         self._load_decoder(part("decoder/"), is_first=num_decoded == 0)
@@ -170,7 +169,7 @@ class Pump:
 
     def _steer(self) -> None:
         """Let the run take up what it is told, if it stands between two ticks."""
-        if self.steering is None or not self.run.is_between_ticks:
+        if not self.run.is_between_ticks:
             return
         while self.steering.due():
             pass

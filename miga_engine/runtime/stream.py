@@ -68,7 +68,7 @@ class Stream(Iterator[Chunk]):
         warn_on_drift: float | None,
         num_video_frames: Callable[[int], int],
         attention: Mapping[str, str] | None = None,
-        steering: Steering | None = None,
+        steering: Steering,
         until: int | None = None,
         preview_decoder: Callable[[], StreamDecoder] | None = None,
     ) -> None:
@@ -189,7 +189,7 @@ class Stream(Iterator[Chunk]):
     def request(self) -> Request:
         """What was asked for, and what the run was told since and has taken up, or will at its tick."""
         pump = self._pump  # which another thread may take away
-        if pump is not None and pump.steering is not None and len(pump.steering.changes) > len(self._request.changes):
+        if pump is not None and len(pump.steering.changes) > len(self._request.changes):
             self._request = dataclasses.replace(self._request, changes=tuple(pump.steering.changes))
         return self._request
 
@@ -300,17 +300,15 @@ class Stream(Iterator[Chunk]):
 
     def _ask(self, ask: Ask) -> None:
         pump = self._pump  # which another thread may take away
-        if pump is None or pump.steering is None or self._is_closing.is_set():
+        if pump is None or self._is_closing.is_set():
             raise MigaError("the stream is closed and cannot be changed any more: start a new one, or resume a session")
         pump.steering.check(ask, len(pump.asks))
         pump.asks.append(ask)
 
     def _report_changes(self, pump: Pump) -> None:
         """Tell of what the run has taken up since, and of what came too late."""
-        if pump.steering is None:
-            return
-        self._drift.starts = pump.steering.prompts.texts.timeline.settled
         for change in pump.steering.done[self._num_told :]:
+            self._drift.starts = pump.steering.prompts.texts.timeline.settled
             self._num_told += 1
             self._events("guidance_scale" if change.prompt is None else "prompt", **change.told())
         while pump.too_late:
@@ -369,6 +367,7 @@ class Stream(Iterator[Chunk]):
             assert self._pump is not None
             self._pump.load_state(tensors, numbers["run"])
             self._num_told = self._num_saved = self._pump.run.num_changes
+            self._drift.starts = self._pump.steering.prompts.texts.timeline.settled
             self.num_frames_out, self._num_chunks = numbers["num_frames_out"], numbers["num_chunks"]
             self._events.count = self.resumed_at_event = numbers["num_events"]
             self._drift.load_references(numbers["drift"])
