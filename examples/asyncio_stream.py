@@ -33,7 +33,7 @@ async def show(name: str, stream: Stream, change_at: int | None = None) -> None:
 async def main() -> None:
     """Both at once."""
     prompts = ("a red balloon over snowy hills at noon", "a yellow kite over green hills at dusk")
-    day, kite = (engine.stream(prompt, 85, miga={"warmup": "clip"}) for prompt in prompts)
+    day, kite = (engine.stream(prompt, 73, miga={"warmup": "clip"}) for prompt in prompts)
     await asyncio.gather(show("balloon", day, change_at=12), show("kite", kite))
 
 

@@ -65,6 +65,6 @@ def test_two_videos_in_one_event_loop(tmp_path: Path) -> None:
     output, errors = (program := _start("asyncio_stream.py", tmp_path)).communicate(timeout=240)
     assert program.returncode == 0, errors
     levels = {name: [int(n) for n in re.findall(rf"{name}, frame \d+: (\d+)", output)] for name in ("balloon", "kite")}
-    assert [len(seconds) for seconds in levels.values()] == [8, 8]
+    assert [len(seconds) for seconds in levels.values()] == [7, 7]
     assert levels["balloon"][-1] < 0.7 * levels["balloon"][0]  # night has come
     assert levels["kite"][-1] > 0.7 * levels["kite"][0]

@@ -48,15 +48,15 @@ SMALL = (
     "--guidance-frames 1 --stride 2 --judge-step 2"
 )
 SHORTER_SHELL = {
-    "--num-frames 480": "--num-frames 129",
+    "--num-frames 480": "--num-frames 81",
     "--prompt-at 160": "--num-frames 25 --prompt-at 9",
     "--prompt-blend-frames 32": "--prompt-blend-frames 8",
     "--num-frames 1000 --height 480 --width 832": SMALL,
     "--model ComfyUI": f"--model ComfyUI {SMALL}",
     "--download": f"--download {SMALL}",
-    "--num-frames 2000": "--num-frames 145",
+    "--num-frames 2000": "--num-frames 97",
     "--image picture.png": "--image picture.png --num-frames 9",
-    "--video kite.mp4": "--video kite.mp4 --num-frames 65",
+    "--video kite.mp4": "--video kite.mp4 --num-frames 61",
     "--window-batch 4": "--window-batch 4 --zigzag-width 2 --guidance-frames 1 --stride 2",
     "miga serve": "miga serve --port 0",
     "torchrun --nproc-per-node 2": "torchrun --standalone --nproc-per-node 2",
@@ -236,7 +236,7 @@ def test_the_shell_block_is_run_line_for_line(scratch: Path, monkeypatch, capsys
             with monkeypatch.context() as patch:
                 patch.setattr(render.EncoderThread, "write", _interrupting(render.EncoderThread.write))
                 assert main(words[1:]) == 128 + signal.SIGINT, line
-            assert 0 < len(read_video("kite.mp4")) < 129
+            assert 0 < len(read_video("kite.mp4")) < 81
             assert ": miga resume kite.session.safetensors\n" in capsys.readouterr().err
         elif words[0] == "miga":
             with monkeypatch.context() as patch:
@@ -252,11 +252,11 @@ def test_the_shell_block_is_run_line_for_line(scratch: Path, monkeypatch, capsys
         else:
             raise AssertionError(f"no rule of tests/test_readme.py runs {line!r}")
         if words[:2] == ["miga", "resume"]:
-            wanted = 145 if "--num-frames" in words else 129
+            wanted = 97 if "--num-frames" in words else 81
             assert len(read_video("kite.mp4")) == wanted, line
             assert load_session("kite.session.safetensors").request["num_frames"] == wanted
     for name in ("balloon", "wan", "fifo", "style", "hub", "miga", "begun", "goes_on"):
-        assert len(read_video(f"{name}.mp4")) == {"balloon": 25, "goes_on": 65}.get(name, 9)
+        assert len(read_video(f"{name}.mp4")) == {"balloon": 25, "goes_on": 61}.get(name, 9)
     assert (scratch / "VideoCrafter2.safetensors").exists()
     assert (scratch / "eval.png").exists()
 
