@@ -89,7 +89,8 @@ class LivePrompts:
 
     def changed(self, changes: Sequence[Change], run: VideoRun) -> Callable[[], None]:
         """What makes changes of the prompt of a run; all that can fail is done here."""
-        first_frame = self.texts.timeline.first_video_frame(max(run.first_kept, 0))
+        first = max(run.first_kept - run.layout.commit_offset, 0)  # which Stage 2 may still read as it was
+        first_frame = self.texts.timeline.first_video_frame(first)
         with torch.no_grad():
             texts = self.texts.changed(entries(changes), self._encode, first_frame)
         with uninterrupted():

@@ -316,6 +316,29 @@ def test_streams_that_share_the_network_are_steered_each_by_itself(engines, tmp_
         assert (found[words].int() - frames.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0, -1])
+def test_texts_are_held_as_long_as_they_are_read_and_no_longer(engines, offset: int) -> None:
+    """A prompt a latent frame, and a change a pass: Stage 2 still reads frames that have left it, where windows keep
+    their noisier end."""
+    engine, options = engines("wan"), _options("wan")
+    options["miga"] = dataclasses.replace(options["miga"], commit_offset=offset, past_context=offset < 0)
+    prompts = {0: DAY, **{4 * i + 1: f"kite {i}" for i in range(60)}}
+    held: list[int] = []
+
+    def on_event(event: Event) -> None:
+        if event.kind == "progress":
+            stream.set_prompt("the end", 10_000)
+            held.append(len(stream._pump.run.denoiser.network._prompts._texts))
+
+    stream = engine.stream(prompts, None, **options, on_event=on_event)
+    plain = engine.stream(prompts, None, **options)
+    while stream.num_frames_out < 100:
+        assert torch.equal(next(stream).frames, next(plain).frames)
+    assert held[0] == 62
+    assert held[-1] <= 62 - 100 // 4 + 5
+
+
 # How far a run is, and what it shows before its first frame ------------------------------------------------------
 
 
