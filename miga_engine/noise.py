@@ -40,7 +40,7 @@ class Purpose(IntEnum):
     """What noise is for; part of the counter, so values are never renumbered. Tell further draws apart by `series`."""
 
     SEED_CLIP = 0
-    WARMUP = 1  # re-noising of the seed clip
+    WARMUP = 1  # re-noising of the seed clip; series: 0, or that of a queue that is grown anew
     PUSH = 2
     CANDIDATE = 3  # series: search and candidate
     REFINE = 4

@@ -214,11 +214,19 @@ def check_kinds(
                 raise ConfigError(refusal(name, reprlib.repr(value), wanted(option)))
 
 
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `json.loads` makes it with this `object_pairs_hook`; ValueError where a name repeats."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{reprlib.repr(max(names, key=names.count))} is there twice")
+    return dict(pairs)
+
+
 def as_recorded(model: Mapping[str, Any]) -> dict[str, Any]:
     """The options of loading that a session's record of its model holds; a text that is empty stands for None."""
     names = [option.name for option in dataclasses.fields(LoadOptions) if option.metadata["is_recorded"]]
     defaults = LoadOptions()
-    found = {name: model.get(name, getattr(defaults, name)) for name in names}  # older files do not have all
+    found = {name: model.get(name, getattr(defaults, name)) for name in names}  # a file may be a stranger's
     return {name: None if value == "" else value for name, value in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -17,6 +18,8 @@ from miga_engine.errors import ConfigError
 
 MAX_PROMPT_CHARS = 10_000  # several times what any text encoder reads
 MAX_PROMPTS = 1000
+FRAME_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
+"""A video frame as the keys of a timeline in JSON have it, which are texts."""
 MAX_CHANGES = 10_000
 """Of a stream while it goes on."""
 
@@ -82,10 +85,14 @@ class PromptTimeline:
         self._changes = [_Change(0, 0, 1 + len(self.starts))]
         for entry, start in enumerate(self.starts[1:], 1):
             stop = min([start + self._blends[start], *self.starts[entry + 1 : entry + 2]])
-            first = bisect_left(range(start), start, key=first_video_frame)
+            first = self.first_latent(start)
             num_blends = bisect_left(range(first, first + stop - start), stop, key=first_video_frame)
             before = self._changes[-1]
             self._changes.append(_Change(first, num_blends, before.first_row + before.num_blends))
+
+    def first_latent(self, frame: int) -> int:
+        """The first latent frame that decodes to none before this video frame."""
+        return bisect_left(range(frame), frame, key=self.first_video_frame)
 
     def changed(self, entries: Iterable[tuple[int, str, int]]) -> PromptTimeline:
         """The timeline with these (first video frame, text, blend_frames), each in place of one that begins then."""
@@ -185,8 +192,7 @@ class PromptEmbeddings:
             raise IndexError(f"there is no text of prompt row {prompt_row}, only of {len(self)}")
         blend = self.timeline.blend(prompt_row)
         if blend is None:
-            names = (self._negative_prompt, *self.timeline.texts)
-            return self._texts[names[prompt_row]]
+            return self._texts[self.timeline.texts[prompt_row - 1] if prompt_row else self._negative_prompt]
         earlier, share = blend
         texts = [self._texts[name] for name in self.timeline.texts[earlier - 1 : earlier + 1]]
         length = max(map(len, texts))

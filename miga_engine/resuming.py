@@ -66,9 +66,7 @@ def differences(
             f"the session {path} was made with {was}, and here there is {now}: load the model with the same LoRA, of "
             "the same strength, or start a new run"
         )
-    texts = here.get("text encoder")
-    saved = {"decoder": "vae", "text encoder": texts, **saved}  # which older files do not have
-    networks = ("transformer", "VAE", *(["text encoder"] if texts else []))
+    networks = ("transformer", "VAE", *(["text encoder"] if "text encoder" in here else []))
     for field in (*(option for option in as_recorded(here) if option != "preset"), *networks):
         if saved.get(field) != here[field]:
             what = f"other weights of the {field}" if field in networks else f"{field} {reprlib.repr(saved.get(field))}"

@@ -229,6 +229,14 @@ int next_frame(miga_run *handle, uint8_t *frame, size_t capacity, size_t row_byt
     return -1;
 }
 
+// The answer of a call whose result is of no use: 0, or -1 and Python's error. Takes the result.
+int done(PyObject *result) {
+    const Object owned(result);
+    if (owned) return 0;
+    last_error = take_python_error();
+    return -1;
+}
+
 int set_prompt(miga_run *handle, const char *prompt, const char *options) {
     const std::shared_ptr<Run> run = find(handle);
     if (!run) return -1;
@@ -237,22 +245,16 @@ int set_prompt(miga_run *handle, const char *prompt, const char *options) {
         return -1;
     }
     PythonLock lock;
-    const Object told(PyObject_CallMethod(run->object.get(), "set_prompt", "yy", prompt,
-                                          options == nullptr ? "{}" : options));
-    if (told) return 0;
-    last_error = take_python_error();
-    return -1;
+    return done(PyObject_CallMethod(run->object.get(), "set_prompt", "yy", prompt,
+                                    options == nullptr ? "{}" : options));
 }
 
 int set_guidance_scale(miga_run *handle, double guidance_scale, const char *options) {
     const std::shared_ptr<Run> run = find(handle);
     if (!run) return -1;
     PythonLock lock;
-    const Object told(PyObject_CallMethod(run->object.get(), "set_guidance_scale", "dy", guidance_scale,
-                                          options == nullptr ? "{}" : options));
-    if (told) return 0;
-    last_error = take_python_error();
-    return -1;
+    return done(PyObject_CallMethod(run->object.get(), "set_guidance_scale", "dy", guidance_scale,
+                                    options == nullptr ? "{}" : options));
 }
 
 int save(miga_run *handle, const char *path) {
@@ -263,10 +265,7 @@ int save(miga_run *handle, const char *path) {
         return -1;
     }
     PythonLock lock;
-    const Object saved(PyObject_CallMethod(run->object.get(), "save", "y", path));
-    if (saved) return 0;
-    last_error = take_python_error();
-    return -1;
+    return done(PyObject_CallMethod(run->object.get(), "save", "y", path));
 }
 
 void cancel(const Run &run) {

@@ -116,11 +116,7 @@ def _build_parser() -> argparse.ArgumentParser:
          "overwrite": "replace a video that is not this run's",
          "events": "scores, searches, chunks and changes as JSON lines, appended"},
     )  # fmt: skip
-    add_flags(
-        resuming, LoadOptions, ["model", "device", *PLACES, "experts"],
-        {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
-    )  # fmt: skip
-    add_flags(resuming, StreamOptions)
+    _add_flags_of_session(resuming)
 
     replaying = commands.add_parser(
         "replay", help="make the video of a session once more, as it was seen", argument_default=argparse.SUPPRESS,
@@ -132,11 +128,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_flags(replaying, Request, ["image", "video"], {"image": "the picture that it began with",
                                                        "video": "the clip that it went on with"})  # fmt: skip
     add_flags(replaying, WriteOptions, help={"output": "default: NAME.replay.mp4 beside the session file"})
-    add_flags(
-        replaying, LoadOptions, ["model", "device", *PLACES, "experts"],
-        {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
-    )  # fmt: skip
-    add_flags(replaying, StreamOptions)
+    _add_flags_of_session(replaying)
 
     serving = commands.add_parser(
         "serve", help="make videos over HTTP, with a page to watch and steer them", argument_default=argparse.SUPPRESS,
@@ -176,6 +168,15 @@ def _build_parser() -> argparse.ArgumentParser:
     informing.add_argument("path", nargs="?", metavar="MODEL|FILE", help="'tiny', a model folder, a weights or "
                            "LoRA file, or a video or session file made by miga")  # fmt: skip
     return parser
+
+
+def _add_flags_of_session(parser: argparse.ArgumentParser) -> None:
+    """Of what a session file leaves open."""
+    add_flags(
+        parser, LoadOptions, ["model", "device", *PLACES, "experts"],
+        {"model": "where the model lies (default: the embedded one, or one beside or below the session file)"},
+    )  # fmt: skip
+    add_flags(parser, StreamOptions)
 
 
 def _add_released_names(parser: argparse.ArgumentParser) -> None:

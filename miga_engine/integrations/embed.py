@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import reprlib
 import threading
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import torch
 from miga_engine.config import LoadOptions, StreamOptions
 from miga_engine.engine import Engine
 from miga_engine.errors import ConfigError, MigaError
-from miga_engine.options import as_recorded, check_kinds, fields
+from miga_engine.options import as_recorded, check_kinds, fields, named_once
+from miga_engine.prompts import FRAME_NUMBER
 from miga_engine.request import Request
 from miga_engine.runtime.session import load_session
 from miga_engine.runtime.session_info import model_of_session, parts_of_session
@@ -28,7 +28,6 @@ ABI = 2
 _OF_MODEL = set(fields(LoadOptions)) - {"model"}
 _OF_STREAM = set(fields(StreamOptions))
 _OF_VIDEO = {"prompt", "miga", *fields(Request), *_OF_STREAM}
-_FRAME = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class Run:
@@ -164,7 +163,7 @@ def _parse(options: bytes, known: set[str]) -> dict[str, Any]:
 
 def _options(options: bytes, known: set[str]) -> dict[str, Any]:
     try:
-        given = json.loads(options, object_pairs_hook=_object)
+        given = json.loads(options, object_pairs_hook=named_once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f'options are no JSON ({error}): give an object such as {{"prompt": "a red kite"}}') from None
     if not isinstance(given, dict):
@@ -184,13 +183,6 @@ def _text(text: bytes) -> str:
         raise ConfigError(f"the prompt is no UTF-8 ({error.reason} at byte {error.start}): encode it so") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{reprlib.repr(max(names, key=names.count))} is there twice")
-    return dict(pairs)
-
-
 def _take(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: given.pop(name) for name in sorted(names & set(given))}
 
@@ -199,4 +191,4 @@ def _timeline(prompt: Any) -> Any:
     """A timeline's keys as numbers: JSON has texts only. What is none is refused by the engine."""
     if not isinstance(prompt, dict):
         return prompt
-    return {int(frame) if _FRAME.fullmatch(frame) else frame: text for frame, text in prompt.items()}
+    return {int(frame) if FRAME_NUMBER.fullmatch(frame) else frame: text for frame, text in prompt.items()}

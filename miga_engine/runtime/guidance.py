@@ -6,7 +6,7 @@ one latent frame. Every rule is linear in what a frame has: v = w_d·(v_c − v_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -100,19 +100,19 @@ class Guidance:
         low = self.scale if self._scale_low is None else self._scale_low
         self.is_on = (self.scale, last, low) != (1.0, 1.0, 1.0)
         self._rule = RULES[rule]
-        self._scales = {0: self.scale}  # by the first latent frame that has it
+        self._scales: Mapping[int, float] = {0: self.scale}  # by the first latent frame that has it
         self._levels: Tensor | None = None  # [E·T,4], of each of the scales
         if self.is_on and (rule != "cfg" or not self.scale == last == low):
             self._levels = self._table([self.scale])
 
-    def changed(self, frame: int, scale: float) -> Callable[[], None]:
-        """What gives latent frames from `frame` on this scale, up to the next one that has another already. All that
-        can fail is done here."""
-        scales = dict(sorted({**self._scales, frame: scale}.items()))
-        table = self._table(scales.values())
+    def changed(self, scales: Mapping[int, float]) -> Callable[[], None]:
+        """What gives latent frames these scales, each from one frame on up to the next that has another. All that can
+        fail is done here."""
+        merged = dict(sorted({**self._scales, **scales}.items()))
+        table = self._table(merged.values())
 
         def change() -> None:
-            self._scales, self._levels = scales, table
+            self._scales, self._levels = merged, table
 
         return change
 

@@ -59,7 +59,7 @@ def _read(layout: RunLayout, head: int, tail: int, num_passes: int | None, newes
     return sum(len(window.frames) for window in layout.queue_windows(head, tail, num_passes, newest))
 
 
-class Progress:
+class ProgressMeter:
     """Tells, a pass, how far a run is: before the first frame from how long the passes before took, then in frames."""
 
     def __init__(self, events: Events) -> None:

@@ -63,7 +63,7 @@ class Pump:
         """
         try:
             self._decode()  # what an interrupt left
-            if self.run.stage == DONE or self._is_to_stop():
+            if self.run.stage == DONE or self._hear():
                 self._decoding.settle(0)
                 self.is_over = True
                 return
@@ -156,8 +156,8 @@ class Pump:
         if num_frames != num_expected:
             raise SessionError("the saved decoder has seen other frames than the saved run: resume from another copy")
 
-    def _is_to_stop(self) -> bool:
-        """Whether rank 0 was asked to; what it was asked for beside that is then known to all."""
+    def _hear(self) -> bool:
+        """Make known to all ranks what rank 0 was asked for; whether it was asked to stop."""
         ranks, is_cancelled, asks = self.run.denoiser.ranks, self._is_cancelled(), list(self.asks)
         if ranks is not None:
             is_cancelled, asks = ranks.agree((is_cancelled, asks))

@@ -31,7 +31,6 @@ from miga_engine.device import current_device, is_out_of_memory, own_modes
 from miga_engine.errors import ConfigError, MigaError
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.protocols import StreamDecoder, TextTable
-from miga_engine.prompts import PromptEmbeddings
 from miga_engine.runtime.interrupts import uninterrupted
 from miga_engine.runtime.joining import Texts, joined, same_levels, split
 from miga_engine.runtime.network import Batch, PromptedTransformer, forward
@@ -49,8 +48,8 @@ FIRST_PATIENCE_S = 0.05
 class _Member:
     """One run among those that share; what its batches must agree in with others."""
 
-    def __init__(self, attention: dict[str, str]) -> None:
-        self.attention = attention
+    def __init__(self) -> None:
+        self.attention: dict[str, str] = {}
         self.levels: Any = None
         self.kind: tuple[Any, ...] = ()
         """Of its newest batch."""
@@ -304,20 +303,12 @@ class _Seat:
 class SharedTransformer(PromptedTransformer):
     """The `WindowNetwork` of a run among others that share the network; see `PromptedTransformer`."""
 
-    def __init__(
-        self,
-        sharing: Sharing,
-        bundle: ModelBundle,
-        prompts: PromptEmbeddings,
-        timesteps: Tensor,
-        attention: dict[str, str],
-        num_slots: int | None = None,
-        fps: float | None = None,
-    ) -> None:
-        self.sharing, self.member = sharing, _Member(attention)
+    def __init__(self, sharing: Sharing, *given: Any) -> None:
+        self.sharing, self.member = sharing, _Member()
         weakref.finalize(self, sharing.leave, self.member).atexit = False
         with sharing.lock, sharing.ordered():
-            super().__init__(bundle, prompts, timesteps, attention, num_slots, fps)
+            super().__init__(*given)
+            self.member.attention = self._attention
             self.member.levels = self._levels = sharing.known_levels(self._levels)
 
     def prepare(self, expert: int, /) -> None:

@@ -7,7 +7,6 @@ at the same tick makes the same frames, bit for bit.
 from __future__ import annotations
 
 import reprlib
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -125,11 +124,7 @@ class Steering:
 
     def load(self) -> None:
         """Of a run whose state was loaded: what it had taken up by then holds."""
-        if prompts := [change for change in self.done if change.prompt is not None]:
-            self.prompts.changed(prompts, self.run)()
-        for change in self.done:
-            if change.prompt is None:
-                self._prepared(change)()
+        self._prepared(self.done)()
 
     @property
     def done(self) -> list[Change]:
@@ -144,7 +139,7 @@ class Steering:
         change = self.changes[number]
         if change.restarts and not can_restart(self.run):
             raise SessionError("the run was told to begin its queue anew where it has none: resume from another copy")
-        self.run.change(self._prepared(change), restarts=change.restarts)
+        self.run.change(self._prepared([change]), restarts=change.restarts)
         return True
 
     def ask(self, ask: Ask, then: Callable[[], object]) -> bool:
@@ -157,7 +152,7 @@ class Steering:
         if change is None:
             then()
             return False
-        make = self._prepared(change)
+        make = self._prepared([change])
 
         def commit() -> None:
             make()
@@ -169,7 +164,7 @@ class Steering:
 
     def change_of(self, ask: Ask) -> Change | None:
         """What would be recorded of it now."""
-        run, first_frame = self.run, self.prompts.texts.timeline.first_video_frame
+        run, timeline = self.run, self.prompts.texts.timeline
         if run.stage in (FLUSH, DONE):
             return None
         restarts = ask.restarts and can_restart(run)
@@ -177,20 +172,30 @@ class Steering:
             first = max(run.emitted, run.layout.num_still)
         else:
             first = run.head if restarts else first_free(run, ask.above)
-        frame = max(first_frame(max(first, 0)), ask.at or 0)
-        first = bisect_left(range(frame), frame, key=first_frame)
+        first = timeline.first_latent(max(timeline.first_video_frame(max(first, 0)), ask.at or 0))
         if run.num_frames is not None and first >= run.num_frames:
             return None
-        return Change(run.num_ticks, first_frame(first), ask.prompt, ask.blend_frames, ask.guidance_scale, restarts)
+        frame = timeline.first_video_frame(first)
+        return Change(run.num_ticks, frame, ask.prompt, ask.blend_frames, ask.guidance_scale, restarts)
 
-    def _prepared(self, change: Change) -> Callable[[], None]:
-        """What makes a change; all that can fail is done here."""
-        if change.prompt is not None:
-            return self.prompts.changed([change], self.run)
-        assert change.guidance_scale is not None
-        first_frame = self.prompts.texts.timeline.first_video_frame
-        first = bisect_left(range(change.frame), change.frame, key=first_frame)
-        return self.run.denoiser.guidance.changed(first, change.guidance_scale)
+    def _prepared(self, changes: Sequence[Change]) -> Callable[[], None]:
+        """What makes these changes; all that can fail is done here."""
+        timeline, commits = self.prompts.texts.timeline, list[Callable[[], None]]()
+        if any(change.prompt is not None for change in changes):
+            commits.append(self.prompts.changed(changes, self.run))
+        scales = {
+            timeline.first_latent(change.frame): change.guidance_scale
+            for change in changes
+            if change.guidance_scale is not None
+        }
+        if scales:
+            commits.append(self.run.denoiser.guidance.changed(scales))
+
+        def commit() -> None:
+            for each in commits:
+                each()
+
+        return commit
 
 
 def entries(changes: Sequence[Change]) -> list[tuple[int, str, int]]:

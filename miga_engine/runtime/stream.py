@@ -23,7 +23,7 @@ from miga_engine.runtime.drift import DriftWatch
 from miga_engine.runtime.events import Chunk, Events
 from miga_engine.runtime.events import Event as Event
 from miga_engine.runtime.interrupts import uninterrupted
-from miga_engine.runtime.progress import Progress
+from miga_engine.runtime.progress import ProgressMeter
 from miga_engine.runtime.pump import Pump
 from miga_engine.runtime.saving import Autosave, Output, Saving
 from miga_engine.runtime.session import State, taking_apart
@@ -88,7 +88,7 @@ class Stream(Iterator[Chunk]):
             steering=steering,
         )
         self._until, self._preview_decoder = until, preview_decoder
-        self._progress = Progress(events)
+        self._progress = ProgressMeter(events)
         self._num_told = self._num_saved = 0  # changes of which was told, and which are in the session file
         self._saving = Saving(model)
         self._chunk_frames, self._events = chunk_frames, events
@@ -97,8 +97,7 @@ class Stream(Iterator[Chunk]):
         self._is_making = False
         self._num_chunks = 0
         self._starvation = StarvationWatch() if run.store.device.type == "cpu" else None
-        starts = [start + request.miga.prompt_blend_frames if start else 0 for start in sorted(request.timeline)]
-        self._drift = DriftWatch(starts, stop_on_drift, warn_on_drift)
+        self._drift = DriftWatch(steering.prompts.texts.timeline.settled, stop_on_drift, warn_on_drift)
         self._attention = {} if attention is None else attention  # the engine adds to it
 
     def __next__(self) -> Chunk:
@@ -307,8 +306,9 @@ class Stream(Iterator[Chunk]):
 
     def _report_changes(self, pump: Pump) -> None:
         """Tell of what the run has taken up since, and of what came too late."""
-        for change in pump.steering.done[self._num_told :]:
+        if self._num_told < pump.run.num_changes:
             self._drift.starts = pump.steering.prompts.texts.timeline.settled
+        for change in pump.steering.done[self._num_told :]:
             self._num_told += 1
             self._events("guidance_scale" if change.prompt is None else "prompt", **change.told())
         while pump.too_late:

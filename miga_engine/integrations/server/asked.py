@@ -24,7 +24,8 @@ from miga_engine.errors import MigaError
 from miga_engine.fields import kind_of
 from miga_engine.integrations.server.settings import ServeOptions
 from miga_engine.memory import amount
-from miga_engine.options import check_kinds, fields
+from miga_engine.options import check_kinds, fields, named_once
+from miga_engine.prompts import FRAME_NUMBER
 from miga_engine.request import Request
 from miga_engine.video.rate import frame_rate
 
@@ -43,7 +44,6 @@ IGNORED = ("user",)
 
 _NAMES_FILES = {*FILES, *fields(LoadOptions), "image_reference", "reference_url", "output_path", "video_reference",
                 "path", "output", "session"} - {"model"}  # fmt: skip
-_FRAME = re.compile("0|[1-9][0-9]{0,17}")
 _SIZE = re.compile("([1-9][0-9]{0,4})[xX×]([1-9][0-9]{0,4})")
 _MOST_DEPTH = 32
 _TEXTS = {"prompt", "model", "seconds", "size", "fps", "sigmas", "denoising_steps", *IGNORED}
@@ -74,6 +74,10 @@ class Asked:
     fps: str
     num_frames: int | None
     seed: int
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able, with the names of its fields."""
+        return {**vars(self), "prompt": {str(frame): text for frame, text in self.prompt.items()}}
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -114,11 +118,10 @@ def _parsed(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise RequestError(f"{reprlib.repr(twice)} is there twice: send it once")
-    return dict(pairs)
+    try:
+        return named_once(pairs)
+    except ValueError as error:
+        raise RequestError(f"{error}: send it once") from None
 
 
 def _constant(name: str) -> Any:
@@ -191,7 +194,7 @@ def prompt_of(prompt: Any) -> dict[int, str]:
     if not isinstance(prompt, dict):
         raise RequestError(REFUSAL("prompt", reprlib.repr(prompt), 'a text, or a timeline {"0": text, "160": text}'))
     for frame in prompt:
-        if not _FRAME.fullmatch(frame):
+        if not FRAME_NUMBER.fullmatch(frame):
             raise RequestError(f"the prompt timeline has the key {reprlib.repr(frame)}: give numbers of video frames")
     return {int(frame): text for frame, text in prompt.items()}
 

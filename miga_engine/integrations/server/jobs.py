@@ -92,18 +92,12 @@ class Jobs:
             if len(self._queue) >= self.max_queue:
                 raise RequestError(f"{len(self._queue)} jobs wait already: ask again later", 429)
             record = Record(
-                draft.id,
-                {str(frame): text for frame, text in asked.prompt.items()},
-                asked.options,
-                asked.width,
-                asked.height,
-                asked.fps,
-                asked.num_frames,
-                asked.seed,
-                time.time(),
-                self._next_order,
-                None if draft.image is None else draft.image.name,
-                None if replay_of is None else replay_of.id,
+                id=draft.id,
+                **asked.to_record(),
+                created_at=time.time(),
+                order=self._next_order,
+                image=None if draft.image is None else draft.image.name,
+                replay_of=None if replay_of is None else replay_of.id,
             )
             Job(draft.folder, record).save()
             target = self.folder / draft.id
