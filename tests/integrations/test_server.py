@@ -554,6 +554,24 @@ def test_a_change_that_no_session_has_is_asked_for_again(engine: Engine, tmp_pat
         assert np.array_equal(client.frames(again, tmp_path), made)
 
 
+def test_a_change_that_came_too_late_is_not_taken_for_a_later_one(engine: Engine, tmp_path: Path) -> None:
+    """Beyond the end: the stream drops it, and a server that goes on asks for neither of the two again."""
+    with serving(engine, tmp_path / "jobs", save_every=6) as client:
+        name = client.start(num_frames=100)
+        client.begun(name, 6)
+        for body in ({"prompt": "a green kite", "at": 5000}, {"prompt": "a blue kite", "above": 0}):
+            assert client.post(f"/v1/videos/{name}/prompt", body).status == 202
+        (change,) = client.changed(name)
+        assert change["prompt"] == "a blue kite"
+    session = tmp_path / "jobs" / name / "video.session.safetensors"
+    (taken_up,) = load_session(session).request["changes"]
+    assert taken_up["frame"] == change["frame"]
+    with serving(engine, tmp_path / "jobs") as client:
+        client.ended(name)
+        assert client.job(name)["changes"] == [change]
+    assert load_session(session).request["changes"] == [taken_up]
+
+
 def _full(job: Job) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

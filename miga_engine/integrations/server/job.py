@@ -121,19 +121,27 @@ class Job:
     def begin(self, stream: Stream) -> None:
         """Let a stream be steered, and ask it again for what its session does not have."""
         with self._steering:
-            self._num_changed = len(stream.request.changes)
-            for asked, change in zip(self.record.changes, stream.request.changes, strict=False):
-                asked["frame"] = change.frame
+            self._num_changed = 0
+            for change in stream.request.changes:
+                self._take_up(change.prompt, change.guidance_scale, change.frame)
             for asked in self.record.changes[self._num_changed :]:
                 ask(stream, asked)
             self.stream = stream
 
-    def is_changed(self, frame: int) -> None:
-        """The stream has taken up the next of the changes, which shows from this frame on."""
+    def is_changed(self, prompt: str | None, guidance_scale: float | None, frame: int) -> None:
+        """The stream has taken up a change, which shows from this frame on."""
         with self._steering:
-            if self._num_changed < len(self.record.changes):
-                self.record.changes[self._num_changed]["frame"] = frame
+            self._take_up(prompt, guidance_scale, frame)
+
+    def _take_up(self, prompt: str | None, guidance_scale: float | None, frame: int) -> None:
+        """Note it of the first that says the same; those asked for before that came too late, and are forgotten."""
+        changes = self.record.changes
+        for i in range(self._num_changed, len(changes)):
+            if (changes[i].get("prompt"), changes[i].get("guidance_scale")) == (prompt, guidance_scale):
+                changes[i]["frame"] = frame
+                del changes[self._num_changed : i]
                 self._num_changed += 1
+                return
 
     def save(self) -> None:
         """Write job.json, to the disk."""

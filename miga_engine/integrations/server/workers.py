@@ -139,4 +139,4 @@ def _tell(job: Job, event: Event) -> None:
     data = {name: value for name, value in event.data.items() if name != "path"}
     job.hub.tell(event.kind, number=event.number, **data)
     if event.kind in ("prompt", "guidance_scale"):
-        job.is_changed(event.data["frame"])
+        job.is_changed(event.data.get("prompt"), event.data.get("guidance_scale"), event.data["frame"])
