@@ -31,6 +31,8 @@ assert all(getattr(golden_model.MIGA, name) == value for name, value in METHOD.i
 VIDEO: dict[str, Any] = {"prompt": "a red balloon", "num_frames": 30, "fps": 6, "size": "48x32",
                          "num_inference_steps": 10, "miga": METHOD}  # fmt: skip
 """A short video of the small Wan model, as a client asks for it."""
+OPTIONS = {**golden_model.OPTIONS, "fps": 6, "miga": golden_model.MIGA}
+"""The same for the engine, but for the length."""
 SECONDS = 60.0
 """That a test waits for anything."""
 
@@ -158,3 +160,14 @@ def written(frames: torch.Tensor, path: Path, fps: int = 6) -> np.ndarray:
     with open_sink(path, fps, frames.shape[2], frames.shape[1]) as sink:
         sink.write(frames)
     return read_video(path)
+
+
+def first_frames(engine: Engine, count: int) -> torch.Tensor:
+    """The first frames of an endless one: uint8 `[T,H,W,3]`."""
+    chunks: list[torch.Tensor] = []
+    with engine.stream("a red balloon", **OPTIONS) as stream:
+        for chunk in stream:
+            chunks.append(chunk.frames)
+            if sum(map(len, chunks)) >= count:
+                break
+    return torch.cat(chunks)[:count]
