@@ -136,15 +136,18 @@ def environment(device: str) -> dict[str, object]:
 
 
 def _commit() -> str:
-    """MIGA_COMMIT, or git's short hash, with + where the working tree differs from it."""
+    """MIGA_COMMIT, or git's short hash, with + where the working tree differs from it in more than results."""
     if commit := os.environ.get("MIGA_COMMIT"):
         return commit
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        differences = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return _git("rev-parse", "--short", "HEAD") + "+" * bool(differences)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return answer.stdout.strip()
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:

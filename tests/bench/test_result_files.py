@@ -1,6 +1,8 @@
 """Results keep their columns, survive what fails and are taken over; the table is theirs."""
 
 import csv
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,25 @@ def test_rows_of_another_machine_are_taken_over(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "kernels_cuda.csv").write_text("op,other\n")
     with pytest.raises(ValueError, match="move it away or convert it"):
         result_files.take_over(tmp_path / "there")
+
+
+def test_a_commit_is_marked_where_more_than_results_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import result_files
+
+    def git(*command: str) -> None:
+        who = ["-c", "user.name=miga", "-c", "user.email=miga@example.org"]
+        subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    rows, code = tmp_path / "bench/results/rows.csv", tmp_path / "code.py"
+    rows.parent.mkdir(parents=True)
+    for file in (rows, code):
+        file.write_text("one\n")
+    git("init")
+    git("add", ".")
+    git("commit", "--message=one")
+    monkeypatch.setattr(result_files, "ROOT", tmp_path)
+    monkeypatch.delenv("MIGA_COMMIT", raising=False)
+    rows.write_text("one\ntwo\n")
+    assert re.fullmatch("[0-9a-f]{7,}", result_files._commit())
+    code.write_text("two\n")
+    assert re.fullmatch(r"[0-9a-f]{7,}\+", result_files._commit())
