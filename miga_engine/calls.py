@@ -12,11 +12,17 @@ import torch
 
 from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
 from miga_engine.device import own_modes
-from miga_engine.fields import option
+from miga_engine.errors import ConfigError
+from miga_engine.fields import Checked, option
 from miga_engine.options import with_default
 from miga_engine.request import Request
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.stream import Chunk, Event
+
+
+def _given(default: Any, help: str, shown: str = "") -> Any:
+    """A field for what only Python can give."""
+    return option(default, help, shown=shown, kind=object, is_hosted=False, is_recorded=False)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,52 @@ class LoadCall(LoadOptions):
         None, "the processes that share the windows of each pass; all must ask for the same video, and rank 0 gives "
         "its frames", kind=object, is_hosted=False, is_recorded=False,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentsCall(Checked):
+    """What `from_components` is asked for."""
+
+    transformer: object = _given(MISSING, "a module or state dict, official, of Diffusers or of ComfyUI; one of "
+                              "`models.protocols`; of VideoCrafter2 all of its state dict")  # fmt: skip
+    vae: object = _given(None, "the same; or a decoder of one's own, a `models.protocols.VAE`")
+    text_encoder: object = _given(None, "the same", "none: `embeddings` are all that prompts can name")
+    tokenizer: object = _given(None, "of tokenizers or transformers, or a tokenizer.json or spiece.model")
+    transformer_2: object = _given(None, "the network for low noise of Wan2.2 A14B")
+    embeddings: object = _given(None, "text embeddings [T,D] by prompt; see `Engine.hold_embedding`")
+    transformer_config: object = _given(None, "what its config.json says, beside what a module says itself")
+    vae_config: object = _given(None, "what its config.json says, beside what a module says itself")
+    name: str = option("components", "what messages, metadata and session files call the model", is_hosted=False)
+    window_frames: int | None = option(None, "latent frames the network was trained to see together",
+                                       shown="by model", least=1, is_hosted=False)  # fmt: skip
+    default_negative_prompt: str | None = option(None, "negative prompt of those who give none", shown="by model",
+                                                 is_hosted=False)  # fmt: skip
+    device: str | torch.device | None = option(None, "where it computes: what lies elsewhere is copied there",
+                            shown="that of the transformer", kind=object, is_hosted=False)  # fmt: skip
+    dtype: str | None = with_default(LoadOptions, "dtype", None)
+    vae_dtype: str | None = with_default(LoadOptions, "vae_dtype", None)
+    decoder: str = with_default(LoadOptions, "decoder", "vae")
+    preset: str | None = with_default(LoadOptions, "preset", None)
+    attention: str = with_default(LoadOptions, "attention", "auto")
+    compile: bool = with_default(LoadOptions, "compile", False)
+    capture: bool = with_default(LoadOptions, "capture", True)
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "vae_dtype"):
+            if isinstance(dtype := getattr(self, name), torch.dtype):
+                object.__setattr__(self, name, str(dtype).removeprefix("torch."))
+        super().__post_init__()
+
+    def prompts(self) -> Mapping[str, Any]:
+        """The embeddings that are given, by prompt."""
+        if self.embeddings is not None and not isinstance(self.embeddings, Mapping):
+            raise ConfigError(f"embeddings is of type {type(self.embeddings).__name__}: give tensors [T,D] by prompt")
+        return self.embeddings or {}
+
+    def extra(self) -> dict[str, Any]:
+        """What a miga.json would say."""
+        said = {name: getattr(self, name) for name in ("window_frames", "default_negative_prompt")}
+        return {name: value for name, value in said.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

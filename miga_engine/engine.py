@@ -6,14 +6,14 @@ import copy
 import dataclasses
 import functools
 import os
-import reprlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miga_engine import ops
+from miga_engine import networks
 from miga_engine.calls import (
+    ComponentsCall,
     EstimateCall,
     GenerateCall,
     LoadCall,
@@ -25,30 +25,24 @@ from miga_engine.calls import (
     StreamControls,
     Video,
 )
-from miga_engine.conditions import encoded
 from miga_engine.config import LoadOptions
 from miga_engine.device import indexed, is_out_of_memory, own_modes, resolve_device
 from miga_engine.errors import ConfigError, DeviceError
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.family import Sources
-from miga_engine.models.layers import set_tf32
-from miga_engine.models.loading import file_bytes, load_bundle, sources_of
-from miga_engine.noise import CounterNoise
+from miga_engine.models.loading import file_bytes
 from miga_engine.options import part, takes
 from miga_engine.presets import PRESETS, Preset
-from miga_engine.prompts import PromptEmbeddings
 from miga_engine.request import Request
-from miga_engine.resolve import layout_of, refuse_the_impossible, resolved, schedule_of, timeline_of
+from miga_engine.resolve import resolved
 from miga_engine.resuming import attention_choices, check_state, differences, identity, replayed, request_and_state
-from miga_engine.runtime.network import PromptedTransformer
 from miga_engine.runtime.ranks import Ranks
 from miga_engine.runtime.session import Session, load_session, taking_apart
-from miga_engine.runtime.sharing import SharedStream, SharedTransformer, Sharing
+from miga_engine.runtime.sharing import SharedStream, Sharing
 from miga_engine.runtime.stages import VideoRun
-from miga_engine.runtime.steering import LivePrompts, Steering
+from miga_engine.runtime.steering import Steering
 from miga_engine.runtime.stream import Events, Stream
-from miga_engine.tiny import WEIGHTS_DIR
-from miga_engine.video.rate import frame_rate
+from miga_engine.starting import started
 
 if TYPE_CHECKING:
     from miga_engine.memory import MemoryEstimate
@@ -64,7 +58,7 @@ class Engine:
     def __init__(
         self, bundle: ModelBundle, preset: Preset, *, name: str, device: torch.device, sources: Sources | None = None
     ) -> None:
-        self.bundle = bundle
+        self._networks = networks.Networks(bundle)
         self.preset = preset
         self.name = name
         self.sources = Sources(bundle.path) if sources is None else sources
@@ -87,26 +81,70 @@ class Engine:
         return cls._loaded(given, resolve_device(given.device))
 
     @classmethod
+    @own_modes()
+    @takes(ComponentsCall)
+    def from_components(cls, given: ComponentsCall) -> Engine:
+        """An engine of parts that are in memory: no weights are copied where device and dtype are those wanted, and no
+        file of weights is read, then or later.
+
+        What others change in these tensors changes here, too. Raises CheckpointError, ConfigError or DeviceError.
+        """
+        on = networks.first_device(given.transformer) if given.device is None else resolve_device(given.device)
+        return cls._of(given, *networks.of_components(given, on))
+
+    @classmethod
     def _loaded(cls, given: LoadCall, target: torch.device) -> Engine:
-        compute = _compute_dtype(given, target)
-        name = str(given.transformer or "tiny" if given.model == "tiny" else given.model)
-        is_tiny = name == "tiny"
-        sources = sources_of(given, WEIGHTS_DIR if is_tiny else None)
-        if given.preset is not None and given.preset not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(given.preset)}")
-        is_tf32 = given.vae_dtype == "tf32"
-        if is_tf32 and target.type == "cpu":
-            raise ConfigError("vae_dtype 'tf32' is for GPUs, and the device is a CPU: use float32")
-        bundle = load_bundle(sources, target, compute, getattr(torch, "float32" if is_tf32 else str(given.vae_dtype)))
-        set_tf32(bundle.vae, is_tf32)
-        ops.require_attention(given.attention, target, compute, bundle.transformer.config.head_dim)
-        bundle.transformer.attention = given.attention
-        if given.compile:
-            bundle.transformer.compile()
-        defaults = PRESETS[given.preset or ("tiny" if is_tiny else bundle.facts.default_preset)]
-        engine = cls(bundle, defaults, name=name, device=target, sources=sources)
-        engine.capture, engine.ranks = given.capture, given.ranks
+        return cls._of(given, *networks.read(given, target))
+
+    @classmethod
+    def _of(cls, given: LoadCall | ComponentsCall, model: networks.Networks, sources: Sources, name: str) -> Engine:
+        defaults = networks.defaults_of(given.preset, name, model.bundle)
+        engine = cls(model.bundle, defaults, name=name, device=model.device, sources=sources)
+        engine._networks, engine.capture, engine.ranks = model, given.capture, getattr(given, "ranks", None)
         return engine
+
+    @property
+    def bundle(self) -> ModelBundle:
+        """The networks and their facts; read again where they were unloaded."""
+        return self._networks.bundle
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the networks are in memory; see `unload`."""
+        return self._networks.is_there
+
+    def network_bytes(self) -> int:
+        """Bytes of the weights that are held now, the text encoder's with them while it is there."""
+        return self._networks.num_bytes()
+
+    def unload(self) -> None:
+        """Give back the networks' memory at once; the next call that needs them reads their files again.
+
+        A stream that goes on keeps what it computes with until it ends, and so does an engine that `shared` made. What
+        was given to `from_components` is let go of, and such an engine makes no more videos.
+        """
+        self._networks.unload()
+
+    def to(self, device: str | torch.device) -> Engine:
+        """Have the networks on another device, in the same dtypes; the engine itself. Memory where they were is given
+        back at once.
+
+        A stream that goes on stays where it is, and keeps its networks there until it ends. Raises DeviceError, or
+        ConfigError.
+        """
+        self._networks.transfer(resolve_device(device))
+        self.device = self._networks.device
+        self._estimates.clear()
+        return self
+
+    @own_modes()
+    def hold_embedding(self, embedding: torch.Tensor, prompt: str | None = None) -> str:
+        """Have a prompt mean a text embedding [T,D] (or [1,T,D]) of the model's text encoder, which is not asked then.
+
+        Rows of zeros at its end are padding. Without a prompt it gets a name, made of its content; the name is what
+        `stream`, `set_prompt` and session files then say. Raises ConfigError where it is none of this model's.
+        """
+        return networks.hold(self.bundle, embedding, prompt)
 
     @classmethod
     @own_modes()
@@ -121,7 +159,7 @@ class Engine:
         from miga_engine import memory
 
         target = torch.device("cuda") if str(given.device).startswith("cuda") else resolve_device(given.device)
-        dtype = str(_compute_dtype(given, target)).removeprefix("torch.")
+        dtype = str(networks.compute_dtype(given, target)).removeprefix("torch.")
         asked = dataclasses.asdict(part(given, LoadOptions))
         here = {"device": "meta", "dtype": dtype, "attention": "auto", "compile": False}
         here |= {"experts": "resident"} if target.type == "cpu" else {}  # where nothing is copied
@@ -131,7 +169,7 @@ class Engine:
             config = dataclasses.replace(request.miga, window_batch=given.window_batch)
             request = dataclasses.replace(request, miga=config)
 
-        shapes.bundle = memory.longest_texts(shapes.bundle)
+        shapes._networks = networks.Networks(memory.longest_texts(shapes.bundle))
         with memory.counting(target.type) as ledger:
             run = shapes.start(request)
         return memory.estimate(run, shapes.bundle, ledger, stored=file_bytes(shapes.sources))
@@ -149,6 +187,7 @@ class Engine:
             )
         engine = copy.copy(self)
         engine.capture, engine._sharing = False, Sharing(self.bundle, most_windows)
+        engine._networks = networks.Networks(self.bundle)
         return engine
 
     @own_modes()
@@ -313,7 +352,11 @@ class Engine:
 
     def _steered(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> Steering:
         try:
-            return self._start(request, emit, attention)
+            config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
+            return started(
+                dataclasses.replace(request, miga=config), self.bundle, self.device, emit, attention,
+                capture=self.capture, ranks=self.ranks, sharing=self._sharing,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -321,48 +364,6 @@ class Engine:
                 f"out of memory on {self.device} before the first pass of a video of {request.width}×{request.height}: "
                 "choose a smaller picture or bfloat16; `miga estimate` tells what it needs"
             ) from error
-
-    def _start(self, request: Request, emit: Callable[..., None], attention: dict[str, str]) -> Steering:
-        config = dataclasses.replace(request.miga, window_batch=self._window_batch(request))
-        bundle = self.bundle
-        schedule = schedule_of(request)
-        timeline = timeline_of(request, bundle)
-        frame_shape = bundle.frame_shape(request.height, request.width)
-        layout = layout_of(request, bundle)
-        refuse_the_impossible(layout, frame_shape, self.device)
-        texts = timeline.encode(request.negative_prompt, bundle.encode_prompts)
-        condition, rate = request.condition, float(frame_rate(request.fps))
-
-        def num_slots(texts: PromptEmbeddings) -> int:
-            num_prompts = texts.timeline.most_prompt_rows(layout.num_remembered)
-            return min(1 + layout.num_anchors + num_prompts, len(texts))  # 1: of the negative prompt
-
-        shared = self._sharing
-        kind: Any = PromptedTransformer if shared is None else functools.partial(SharedTransformer, shared)
-        network = kind(bundle, texts, schedule.network_timesteps, attention, num_slots(texts), rate)
-        prompts = LivePrompts(network, texts, bundle.encode_prompts, num_slots)
-        run = VideoRun(
-            network,
-            schedule,
-            config,
-            window_frames=bundle.window_frames,
-            frame_shape=frame_shape,
-            noise=CounterNoise(request.seed, frame_shape, self.device),
-            num_frames=layout.num_frames,
-            boundary_step=layout.boundary_step,
-            num_given=layout.num_given,
-            given=None if condition is None or condition.frames is None else encoded(condition, bundle),
-            guidance_scale=request.guidance_scale,
-            guidance=request.guidance,
-            guidance_scale_end=request.guidance_scale_end,
-            guidance_scale_low=request.guidance_scale_low,
-            device=self.device,
-            prompt_row=prompts.row,
-            emit=emit,
-            capture=self.capture,
-            ranks=self.ranks,
-        )
-        return Steering(run, prompts, request.changes)
 
     def _window_batch(self, request: Request) -> int:
         """Windows that go together: as asked, or what the GPU's memory holds beside everything else; 1 on CPUs."""
@@ -391,8 +392,3 @@ class Engine:
                 run = Engine(shapes, self.preset, name=self.name, device=shapes.device).start(sizes)
             self._estimates[key] = memory.running_bytes(run, shapes, ledger)
         return self._estimates[key]
-
-
-def _compute_dtype(given: LoadOptions, device: torch.device) -> torch.dtype:
-    """Of the transformer, on that device where the options leave it open."""
-    return getattr(torch, str(given.dtype or ("float32" if device.type == "cpu" else "bfloat16")))

@@ -8,7 +8,6 @@ count as if they had the most tokens the model takes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
@@ -20,16 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from miga_engine.device import amount
 from miga_engine.models.bundle import ModelBundle
+from miga_engine.models.layers import copied_to
 from miga_engine.models.protocols import TextEncoder
 from miga_engine.ops.frame_attention import workspace_bytes
 from miga_engine.runtime.decode import Decoding
@@ -190,8 +190,8 @@ def on_meta(bundle: ModelBundle) -> ModelBundle:
     shapes = dataclasses.replace(
         bundle,
         device=torch.device("meta"),
-        transformer=_on_meta(bundle.transformer),
-        vae=_on_meta(bundle.vae),
+        transformer=copied_to(torch.device("meta"), bundle.transformer),
+        vae=copied_to(torch.device("meta"), bundle.vae),
         open_text_encoder=lambda: _LongestText(bundle.text_dim),
     )
     return longest_texts(shapes)
@@ -242,17 +242,6 @@ class _LongestText(TextEncoder):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return torch.empty(*ids.shape, self.width, device="meta")
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def _on_meta(network: Module) -> Module:
-    """A copy with the same shapes and no data."""
-    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    return copy.deepcopy(network, memo)
 
 
 class _Needs(NamedTuple):

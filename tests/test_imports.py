@@ -22,7 +22,7 @@ LAYERS = [
     ["runtime"],
     ["tiny"],
     ["conditions"],
-    ["calls", "resolve", "resuming"],
+    ["calls", "networks", "resolve", "resuming", "starting"],
     ["memory"],
     ["engine"],
     ["measure"],
@@ -35,7 +35,7 @@ LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 # Stands beside the layers: the parts it may import, the only parts that may import it, and where a layer reaches up or
 # sideways inside a function (imported when called, never when loaded).
 STANDS_ALONE = {"video": {"errors", "_version", "files"}}
-USES_VIDEO = {"engine", "conditions", "calls", "resolve", "measure", "integrations", "cli"}
+USES_VIDEO = {"engine", "conditions", "calls", "resolve", "starting", "measure", "integrations", "cli"}
 LAZY_UPWARD = {("__init__", "config"), ("__init__", "engine")}
 BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version when loaded
 

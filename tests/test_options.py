@@ -24,6 +24,7 @@ from miga_engine.request import Request
 
 CALLS = {
     "from_pretrained": calls.LoadCall,
+    "from_components": calls.ComponentsCall,
     "estimate": calls.EstimateCall,
     "resolve": Request,
     "stream": calls.StreamCall,

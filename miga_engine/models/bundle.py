@@ -56,7 +56,8 @@ class ModelBundle:
     transformer: Transformer
     vae: VAE
     facts: ModelFacts
-    open_text_encoder: Callable[[], TextEncoder] = field(repr=False)
+    open_text_encoder: Callable[..., TextEncoder] = field(repr=False)
+    """On the bundle's device, or on the `device` that is named."""
     open_tokenizer: Callable[[], Tokenizer] = field(repr=False)
     rehearse: Callable[[], None] = field(repr=False)
     """Runs networks of the family in small, after which the libraries hold what a run needs of them."""
@@ -65,6 +66,8 @@ class ModelBundle:
     """How the text encoder's weights are stored: `weights.checkpoint.form_of`; empty where they lie with all others."""
     merged: tuple[tuple[str, float, str], ...] = ()
     """LoRAs in the transformer: path, strength, fingerprint."""
+    given_embeddings: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Embeddings [T,D] by prompt, for which the text encoder is not asked; shared by the copies of a bundle."""
     _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -91,6 +94,9 @@ class ModelBundle:
         """
         rows = []
         for prompt in prompts:
+            if prompt in self.given_embeddings:
+                rows.append(self.given_embeddings[prompt].to(self.device))
+                continue
             row = self._embeddings.pop(prompt, None)
             if row is None:
                 ids, mask = self.tokenizer([prompt])

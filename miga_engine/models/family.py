@@ -12,7 +12,7 @@ Families import nothing of each other. What more kinds of model will need has it
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,27 @@ class Sources:
 
 
 @dataclass(frozen=True)
+class Components:
+    """Parts of a model that are in memory: modules or state dicts, under the names of any layout.
+
+    `transformer_config` and `vae_config` are their config.json, where they are state dicts, or what is not in a
+    module's own config.
+    """
+
+    transformer: Any
+    vae: Any
+    transformer_2: Any = None
+    text_encoder: Any = None
+    """None: every prompt has an embedding."""
+    tokenizer: Any = None
+    """One of `tokenizers` or transformers, a file, or what answers as `models.protocols.Tokenizer`."""
+    transformer_config: Mapping[str, Any] | None = None
+    vae_config: Mapping[str, Any] | None = None
+    decoder: str = "vae"
+    name: str = "components"
+
+
+@dataclass(frozen=True)
 class Family:
     """What it answers of a path (a model's folder, a component's, or a weights file) or of the sources of a model. Each
     failure is a CheckpointError."""
@@ -91,6 +112,9 @@ class Family:
     is not this family's."""
     plain_files: Callable[[Sources], dict[str, Checkpoint | dict[str, Any] | bytes]]
     """A model as its makers lay it out in a folder: tensors, JSON and bytes by file name, LoRAs merged."""
+    of_components: Callable[[Components, Device, torch.dtype | None, torch.dtype | None], ModelBundle] | None = None
+    """All networks of parts in memory, whose tensors are shared where device and dtype stay; None of a dtype: as they
+    are. None where the family's networks are read from files alone."""
     refuses: Callable[[Path], None] = lambda folder: None
     """Raises for a folder whose JSON files alone tell that its model is of no use here."""
     describe: Callable[[Checkpoint], tuple[str, str] | None] = lambda checkpoint: None

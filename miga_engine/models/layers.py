@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +77,17 @@ def check_finite(what: str, given: Tensor, result: Tensor, dtype: torch.dtype) -
 def _is_finite(x: Tensor) -> bool:
     """In one reading, for the extremes of what holds NaN are NaN."""
     return bool(torch.stack(x.detach().aminmax()).isfinite().all())
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied_to(device: torch.device, network: Module) -> Module:
+    """The network on another device, in the same dtypes; the one that is given stays. On `meta` it has no data."""
+    memo: dict[int, Any] = {id(buffer): buffer.to(device) for buffer in network.buffers()}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+    return copy.deepcopy(network, memo)
 
 
 def set_tf32(network: nn.Module, allow: bool) -> None:

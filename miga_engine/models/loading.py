@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from miga_engine.config import PARTS, LoadOptions
 from miga_engine.device import own_modes
 from miga_engine.errors import CheckpointError
 from miga_engine.models.bundle import ModelBundle
-from miga_engine.models.family import Device, Family, Sources
+from miga_engine.models.family import Components, Device, Family, Sources
 from miga_engine.models.protocols import VAE, TextEncoder, Tokenizer, Transformer
 from miga_engine.models.videocrafter2.family import VIDEOCRAFTER2
 from miga_engine.models.wan.family import WAN
 from miga_engine.weights.files import open_checkpoint, opened_once
+from miga_engine.weights.held import held
 from miga_engine.weights.hub import is_hub_name, snapshot
 from miga_engine.weights.lora import lora_fingerprint
 from miga_engine.weights.untrusted import read_json, short
@@ -184,6 +185,24 @@ def load_bundle(
         return dataclasses.replace(bundle, extra=extra, merged=tuple(merged))
 
 
+@own_modes()
+def bundle_of_components(
+    parts: Components,
+    device: Device,
+    dtype: torch.dtype | None = None,
+    vae_dtype: torch.dtype | None = None,
+    extra: Mapping[str, Any] = {},
+) -> ModelBundle:
+    """A model of parts that are in memory. Their tensors are shared where device and dtype stay, None being as they
+    are; no file of weights is read. `extra` is what a miga.json would say. Raises CheckpointError."""
+    checkpoint = held("transformer", parts.transformer)
+    family = next((family for family in FAMILIES if family.describe(checkpoint) is not None), FAMILIES[0])
+    if family.of_components is None:
+        raise CheckpointError(f"the networks of {family.name} are read from files: use `Engine.from_pretrained`")
+    bundle = family.of_components(parts, device, dtype, vae_dtype)
+    return dataclasses.replace(bundle, extra=_checked_extra(dict(extra), parts.name, family))
+
+
 def file_bytes(path: str | Path | Sources) -> dict[str, int]:
     """Bytes that a model's networks take of its weights files, in the order in which `load_bundle`'s model reads them.
 
@@ -198,7 +217,10 @@ def _extra_facts(file: Path, family: Family) -> dict[str, Any]:
     """What miga.json says, or nothing where there is none."""
     if not file.is_file():
         return {}
-    extra = read_json(file)
+    return _checked_extra(read_json(file), file, family)
+
+
+def _checked_extra(extra: dict[str, Any], file: object, family: Family) -> dict[str, Any]:
     frames, negative = extra.get("window_frames", 1), extra.get("default_negative_prompt", "")
     most = family.window_bound
     if isinstance(frames, bool) or not isinstance(frames, int) or not 1 <= frames <= most:

@@ -206,7 +206,7 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         samples.append(flat[:: max(1, flat.numel() // 16)][:16].double())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes() if samples else type(module).__name__.encode())
     return digest.hexdigest()
 
 

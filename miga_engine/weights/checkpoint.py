@@ -31,6 +31,8 @@ class Checkpoint(ABC):
     """
 
     is_closed = False
+    is_held = False
+    """Whether the tensors are somebody's in memory, who lets them be used as they are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +48,8 @@ class Checkpoint(ABC):
         out.copy_(self.read(key))
 
     def copy(self, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor under `key` in memory of its own. Raises CheckpointError where it is none of floats."""
+        """The tensor under `key` in memory of its own, or that of who holds it, where device and dtype are those
+        wanted. Raises CheckpointError where it is none of floats."""
         stored = self.stored_dtype(key)
         if stored in PACKED and self.read_dtype(key).is_floating_point:
             out = torch.empty(self.shapes[key], dtype=dtype)
@@ -57,7 +60,7 @@ class Checkpoint(ABC):
                 f"{self.path} holds {self.key_in_file(key)} as {self.type_name(key)}, from which no weights follow: "
                 "give float weights"
             )
-        return self.read(key).to(device=device, dtype=dtype, copy=True)
+        return self.read(key).to(device=device, dtype=dtype, copy=not self.is_held)
 
     def read_dtype(self, key: str) -> torch.dtype:
         """In which `read` gives the tensor: as it is stored, or float32 of packed blocks."""

@@ -65,8 +65,9 @@ def _filled(module: Module, checkpoint: Checkpoint, device: torch.device, dtypes
     else:
         state = {name: _copied(checkpoint, name, device, dtype) for name, dtype in dtypes.items()}
         checkpoint.close()
+    module.requires_grad_(False)  # before it has tensors, for those of inference mode can have no gradients
     module.load_state_dict(state, strict=True, assign=True)
-    return module.to(device).eval().requires_grad_(False)
+    return module.to(device).eval()
 
 
 def _copied(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -34,6 +34,7 @@ class ScaledCheckpoint(Checkpoint):
         super().__init__(source.path)
         self._source = source
         self.metadata = source.metadata
+        self.is_held = source.is_held
         self.shapes = {key: shape for key, shape in source.shapes.items() if not _is_beside(key)}
         _refuse_formats(source)
         self._scale_of = {key: scale for key in self.shapes if (scale := _scale_of(source, key)) is not None}

@@ -19,6 +19,7 @@ class RenamedCheckpoint(Checkpoint):
         self._names = {new: old for old in source.shapes if (new := rename(old)) is not None}
         self.shapes = {new: source.shapes[old] for new, old in self._names.items()}
         self.metadata = source.metadata
+        self.is_held = source.is_held
 
     def read(self, key: str) -> Tensor:
         return self._source.read(self._names[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 
 from miga_engine.errors import CheckpointError, ConfigError
 from miga_engine.models.bundle import ModelBundle, ModelFacts
-from miga_engine.models.family import Device, Family, Sources
+from miga_engine.models.family import Components, Device, Family, Sources
 from miga_engine.models.videocrafter2 import layouts
-from miga_engine.models.videocrafter2.clip_text import CLIPTextEncoder
+from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig, CLIPTextEncoder
 from miga_engine.models.videocrafter2.tokenizer import TEXT_LEN, CLIPTokenizer
 from miga_engine.models.videocrafter2.unet import VideoUNet, VideoUNetConfig, unet_config
 from miga_engine.models.videocrafter2.vae import KLVAE, KLVAEConfig
 from miga_engine.weights.checkpoint import Checkpoint, check_fit, network_dtype
 from miga_engine.weights.files import format_of, open_checkpoint
+from miga_engine.weights.held import held
 from miga_engine.weights.load import load_module
 
 WINDOW_BOUND = 1024  # latent frames; the network knows no positions in time, but the rings of a run grow with them
@@ -38,15 +40,69 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
     """All networks of a model; the text encoder and the tokenizer are read when the first prompt is encoded."""
     load_tokenizer(sources)  # read late, but missed at once
     checkpoint = _open(_path(sources))
-    root, text = checkpoint.path.parent, layouts.text_encoder_config(layouts.text_encoder(checkpoint))
-    unet, vae = load_unet(sources, device, dtype), load_vae(sources, device, vae_dtype)
-    config = unet.config
+    return _bundle_of(
+        checkpoint.path.parent,
+        layouts.text_encoder_config(layouts.text_encoder(checkpoint)),
+        load_unet(sources, device, dtype),
+        load_vae(sources, device, vae_dtype),
+        device,
+        lambda device: load_text_encoder(sources, device, dtype),
+        lambda: load_tokenizer(sources),
+    )
+
+
+def of_components(
+    parts: Components, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype | None
+) -> ModelBundle:
+    """A model that is in memory, all networks in one module or state dict, as its one file has them, given as the
+    transformer; the tokenizer is a file. Raises CheckpointError."""
+    apart = [name for name in ("vae", "text_encoder", "transformer_2") if getattr(parts, name) is not None]
+    if apart or not isinstance(parts.tokenizer, str | os.PathLike):
+        raise CheckpointError(
+            "a VideoCrafter2 model is given as its one state dict holds it, as the transformer, and its tokenizer as a "
+            f"file: {f'leave {apart[0]} out' if apart else 'name that of OpenCLIP ViT-H/14'}"
+        )
+
+    def part(prefix: str) -> Checkpoint:
+        return layouts.network(held("transformer", parts.transformer), prefix)
+
+    layouts.check_schedule(held("transformer", parts.transformer))
+    vae = part(layouts.VAE)
+    config, own = layouts.vae_config(vae), network_dtype(vae, "post_quant_conv.weight")
+    tokenizer, text = Path(parts.tokenizer), layouts.text_encoder(held("transformer", parts.transformer))
+    text_config, text_dtype = layouts.text_encoder_config(text), network_dtype(text, "ln_final.weight")
+    return _bundle_of(
+        Path(parts.name),
+        text_config,
+        _unet(part(layouts.UNET), device, dtype),
+        load_module(lambda: KLVAE(config), vae, device=device, dtype=vae_dtype or own),
+        device,
+        lambda device: load_module(
+            lambda: CLIPTextEncoder(text_config),
+            layouts.text_encoder(held("transformer", parts.transformer)),
+            device=device,
+            dtype=dtype or text_dtype,
+        ),
+        lambda: CLIPTokenizer.from_file(tokenizer),
+    )
+
+
+def _bundle_of(
+    root: Path,
+    text: CLIPTextConfig,
+    unet: VideoUNet,
+    vae: KLVAE,
+    device: Device,
+    open_text_encoder: Callable[[Device], CLIPTextEncoder],
+    open_tokenizer: Callable[[], CLIPTokenizer],
+) -> ModelBundle:
+    config, target = unet.config, torch.device(device or "cpu")
     check_fit(root, "channels of a latent", vae=vae.config.z_dim, input=config.in_channels, output=config.out_channels)
     check_fit(root, "widths of a text", text_encoder=text.dim, UNet=config.context_dim)
     check_fit(root, "tokens of a text", text_encoder=text.text_len, tokenizer=TEXT_LEN)
     return ModelBundle(
         path=root,
-        device=torch.device(device or "cpu"),
+        device=target,
         dtype=unet.dtype,
         transformer=unet,
         vae=vae,
@@ -59,8 +115,8 @@ def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae
             default_negative_prompt="",
             protocol_frames=PROTOCOL_FRAMES,
         ),
-        open_text_encoder=lambda: load_text_encoder(sources, device, dtype),
-        open_tokenizer=lambda: load_tokenizer(sources),
+        open_text_encoder=lambda device=target: open_text_encoder(device),
+        open_tokenizer=open_tokenizer,
         rehearse=lambda: rehearse(unet.dtype),
     )
 
@@ -87,7 +143,10 @@ def load_unet(sources: Sources | Path, device: Device = None, dtype: torch.dtype
     """
     checkpoint = _open(_path(sources))
     layouts.check_schedule(checkpoint)
-    unet = layouts.network(checkpoint, layouts.UNET)
+    return _unet(layouts.network(checkpoint, layouts.UNET), device, dtype)
+
+
+def _unet(unet: Checkpoint, device: Device, dtype: torch.dtype | None) -> VideoUNet:
     config = unet_config(unet.shapes)
     return load_module(
         lambda: VideoUNet(config),
@@ -223,5 +282,6 @@ VIDEOCRAFTER2 = Family(
     network_bytes=network_bytes,
     kept_dtypes=kept_dtypes,
     plain_files=plain_files,
+    of_components=of_components,
     describe=describe,
 )

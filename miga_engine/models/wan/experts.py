@@ -79,6 +79,11 @@ class WanExperts(Transformer):
         for network in (self.high_noise_model, self.low_noise_model, *self._slot):
             network.attention = backend
 
+    @property
+    def is_movable(self) -> bool:  # type: ignore[override]
+        """Not where the networks are copied to a device by turns."""
+        return not self._slot
+
     def bring(self, expert: int) -> WanDiT:
         """The network 0 or 1 ready to compute, copied to the device where it is not there."""
         network = (self.high_noise_model, self.low_noise_model)[expert]

@@ -6,15 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from miga_engine.errors import CheckpointError
-from miga_engine.models.bundle import ModelBundle, ModelFacts
+from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.family import Device, Family, Sources
 from miga_engine.models.protocols import VAE
 from miga_engine.models.wan import kinds, layouts, places, vae_layouts, variants
+from miga_engine.models.wan.assembly import Opened, bundle_of, check_pair, loaded, variant_of_opened
+from miga_engine.models.wan.components import of_components
 from miga_engine.models.wan.dit import WanDiT, WanDiTConfig
 from miga_engine.models.wan.dit_layers import MAX_POSITIONS
 from miga_engine.models.wan.experts import WanExperts
@@ -26,17 +28,15 @@ from miga_engine.models.wan.tokenizer import (
     spiece_in,
 )
 from miga_engine.models.wan.umt5 import UMT5Encoder
-from miga_engine.models.wan.vae import WanVAE, WanVAEConfig
+from miga_engine.models.wan.vae import WanVAE
 from miga_engine.models.wan.variants import Variant, variant_of
-from miga_engine.weights.checkpoint import Checkpoint, check_fit, form_of, network_dtype
+from miga_engine.weights.checkpoint import Checkpoint, form_of, network_dtype
 from miga_engine.weights.files import indexed_files, open_checkpoint, open_files
 from miga_engine.weights.load import load_module
 from miga_engine.weights.lora import Lora
 from miga_engine.weights.untrusted import read_bounded, read_json
 
 _log = logging.getLogger("miga_engine")
-
-_VAE_OF = {16: "the VAE of Wan2.1 (Wan2.1_VAE.pth)", kinds.TI2V_CHANNELS: "the VAE of Wan2.2 (Wan2.2_VAE.pth)"}
 
 
 def load_transformer(sources: Sources, device: Device = None, dtype: torch.dtype | None = None) -> WanDiT | WanExperts:
@@ -48,7 +48,7 @@ def load_transformer(sources: Sources, device: Device = None, dtype: torch.dtype
 
 
 def _built(
-    opened: Sequence[_Opened], sources: Sources, device: Device, dtype: torch.dtype | None
+    opened: Sequence[Opened], sources: Sources, device: Device, dtype: torch.dtype | None
 ) -> WanDiT | WanExperts:
     dtype = dtype or network_dtype(opened[0].checkpoint, "patch_embedding.bias")
     target = torch.device(device or "cpu")
@@ -60,36 +60,24 @@ def _built(
             opened[0].checkpoint.path,
         )
     if len(opened) == 1:
-        return _loaded(opened[0], target, dtype)
-    of_high, of_low = (dataclasses.asdict(one.config) for one in opened)
-    for name, size in of_high.items():
-        check_fit(sources.folder, name, high_noise=size, low_noise=of_low[name])
-    boundary = _variant(opened).boundary_timestep
+        return loaded(opened[0], target, dtype)
+    check_pair(sources.folder, opened)
+    boundary = variant_of_opened(opened).boundary_timestep
     ratio = places.boundary_ratio(opened[0].path.parent)
     boundary = boundary if ratio is None else 1000 * ratio
     is_swapped, is_read = sources.experts == "swap" and target.type != "cpu", target.type != "meta"
     on = torch.device("cpu") if is_swapped and is_read else target
-    high = _loaded(opened[0], on, dtype)
+    high = loaded(opened[0], on, dtype)
     # Anew, for a LoRA of both was closed with the first that read it.
-    low = _loaded(_opened_transformers(sources)[1] if sources.loras else opened[1], on, dtype)
+    low = loaded(_opened_transformers(sources)[1] if sources.loras else opened[1], on, dtype)
     if is_swapped and not is_read:  # of shapes alone: those of what is on a device at a time
         return WanExperts(high, high, boundary)
     return WanExperts(high, low, boundary, target if is_swapped else None)
 
 
-class _Opened(NamedTuple):
-    """A transformer before its tensors are read."""
-
-    checkpoint: Checkpoint  # official names, floats, LoRAs merged as they are read
-    config: WanDiTConfig
-    stored: Mapping[str, Any]  # its config.json
-    path: Path  # of its folder, or of its file where that was named
-    is_causal: bool  # in a file as trainings of networks have it that make a block of frames after another
-
-
-def _opened_transformers(sources: Sources) -> list[_Opened]:
+def _opened_transformers(sources: Sources) -> list[Opened]:
     """The transformer, or, of Wan2.2 A14B, those for high and for low noise."""
-    opened: list[_Opened] = []
+    opened: list[Opened] = []
     for one in places.networks(sources):
         files = places.files_of(one, "transformer")
         stored = open_files(files)
@@ -99,18 +87,8 @@ def _opened_transformers(sources: Sources) -> list[_Opened]:
         config = layouts.transformer_config(official, said)
         loras = [Lora(open_checkpoint(file), strength) for file, strength in one.loras]
         is_causal = str(stored.metadata.get("table", "")).startswith("generator")
-        opened.append(_Opened(merge_loras(official, loras), config, said, one.leading, is_causal))
+        opened.append(Opened(merge_loras(official, loras), config, said, one.leading, is_causal))
     return opened
-
-
-def _loaded(one: _Opened, device: torch.device, dtype: torch.dtype) -> WanDiT:
-    return load_module(
-        lambda: WanDiT(one.config), one.checkpoint, device=device, dtype=dtype, keeps_fp32=WanDiT.keeps_fp32
-    )
-
-
-def _variant(opened: Sequence[_Opened]) -> Variant:
-    return variant_of(opened[0].config, opened[0].stored, opened[0].path, len(opened))
 
 
 def load_vae(sources: Sources, device: Device = None, dtype: torch.dtype = torch.float32) -> VAE:
@@ -148,64 +126,32 @@ def load_tokenizer(sources: Sources, text_len: int | None = None) -> UMT5Tokeniz
 
 def open_bundle(sources: Sources, device: Device, dtype: torch.dtype | None, vae_dtype: torch.dtype) -> ModelBundle:
     """All networks; the text encoder and the tokenizer are read when the first prompt is encoded."""
-    root = sources.folder
     opened = _opened_transformers(sources)
-    variant = _variant(opened)
+    variant = variant_of_opened(opened)
     _refuse_tiny_decoder(sources, opened[0])
     for part in ("text_encoder", "tae" if sources.decoder == "tae" else "vae"):  # read late, but missed at once
         kinds.require(open_files(places.files_of(sources, part)), part)
     texts_form = form_of(open_files(places.files_of(sources, "text_encoder")))
     places.tokenizer_file(sources)
-    transformer = _built(opened, sources, device, dtype)
-    vae = load_vae(sources, device, vae_dtype)
-    config = transformer.config
-    _check_latents(root, vae, config)
-
-    def open_text_encoder() -> UMT5Encoder:
-        encoder = load_text_encoder(sources, device, dtype)
-        check_fit(root, "widths of a text", text_encoder=encoder.config.dim, transformer=config.text_dim)
-        return encoder
-
-    return ModelBundle(
-        path=root,
-        device=torch.device(device or "cpu"),
-        dtype=transformer.dtype,
-        transformer=transformer,
-        vae=vae,
-        facts=ModelFacts(
-            window_frames=variant.window_frames,
-            size_multiple=vae.config.spatial_factor * max(config.patch_size),
-            text_len=config.text_len,
-            prediction_type="velocity",
-            default_preset=variant.default_preset,
-            default_negative_prompt=variant.default_negative_prompt,
-            protocol_frames=variant.protocol_frames,
-        ),
-        texts_form=texts_form,
-        open_text_encoder=open_text_encoder,
-        open_tokenizer=lambda: load_tokenizer(sources, config.text_len),
-        rehearse=lambda: rehearse(transformer.dtype),
+    return bundle_of(
+        sources.folder,
+        variant,
+        _built(opened, sources, device, dtype),
+        load_vae(sources, device, vae_dtype),
+        device,
+        lambda device: load_text_encoder(sources, device, dtype),
+        lambda text_len: load_tokenizer(sources, text_len),
+        texts_form,
     )
 
 
-def _refuse_tiny_decoder(sources: Sources, opened: _Opened) -> None:
+def _refuse_tiny_decoder(sources: Sources, opened: Opened) -> None:
     """CheckpointError where a tiny decoder is asked for and there is none for the transformer's latents."""
     if sources.decoder == "tae" and opened.config.in_dim == kinds.TI2V_CHANNELS:
         raise CheckpointError(
             f"{opened.path} is the transformer of Wan2.2 TI2V-5B, whose latents the decoder 'tae' does not decode, "
             "being TAEW2.1: load the model with decoder 'vae'"
         )
-
-
-def _check_latents(root: Path, vae: VAE, config: WanDiTConfig) -> None:
-    """CheckpointError where the VAE's latents are not those that the transformer takes and gives."""
-    has, wanted = vae.config.z_dim, config.in_dim
-    if wanted == config.out_dim != has and wanted in _VAE_OF:
-        raise CheckpointError(
-            f"the transformer of {root} takes latents of {wanted} channels and the VAE has {has}: "
-            f"give {_VAE_OF[wanted]} with --vae"
-        )
-    check_fit(root, "channels of a latent", vae=has, input=wanted, output=config.out_dim)
 
 
 def network_bytes(sources: Sources) -> dict[str, int]:
@@ -246,7 +192,7 @@ def plain_files(sources: Sources) -> dict[str, Checkpoint | dict[str, Any] | byt
     tokenizer, extra = places.tokenizer_file(sources), sources.folder / "miga.json"
     load_tokenizer(sources)  # known to be one
     is_json = tokenizer.suffix == ".json"
-    variant, said = _variant(opened), read_json(extra) if extra.is_file() else {}
+    variant, said = variant_of_opened(opened), read_json(extra) if extra.is_file() else {}
     config = _official_config(opened[0].config, variant)
     if variant_of(opened[0].config, config, Path("unnamed"), len(opened)).window_frames != variant.window_frames:
         said = {"window_frames": variant.window_frames, **said}  # which the old name told
@@ -277,17 +223,6 @@ def _official_config(config: WanDiTConfig, variant: Variant) -> dict[str, Any]:
     return {"_class_name": "WanModel", "model_type": "ti2v" if is_ti2v else "t2v", **sizes}
 
 
-def rehearse(dtype: torch.dtype) -> None:
-    """A run in small, which makes the libraries load and build what a run needs of them."""
-    config = WanDiTConfig(
-        dim=32, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=1, text_dim=8, text_len=4, in_dim=4, out_dim=4
-    )
-    transformer = WanDiT(config).to(dtype)
-    transformer(torch.zeros(1, 4, 5, 32, 32, dtype=dtype), 0.0, torch.zeros(1, 4, 8))
-    vae = WanVAE(WanVAEConfig(dim=8, z_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)))
-    vae.decode(torch.zeros(1, 4, 2, 8, 8))
-
-
 def _stored_config(file: Path, class_names: Collection[str]) -> Mapping[str, Any]:
     """The config.json beside a weights file, or nothing where there is none or it belongs to another network."""
     config_file = file.parent / "config.json"
@@ -309,6 +244,7 @@ WAN = Family(
     network_bytes=network_bytes,
     kept_dtypes=kept_dtypes,
     plain_files=plain_files,
+    of_components=of_components,
     refuses=places.refuse_described,
     describe=kinds.describe,
 )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from miga_engine.errors import CheckpointError
+from miga_engine.errors import CheckpointError, ConfigError
+from miga_engine.models.protocols import Tokenizer
 from miga_engine.models.tokenizing import clean_prompt, encode, reported
 from miga_engine.models.wan.layouts import vocabulary
 from miga_engine.models.wan.spiece import spiece_of_gguf, tokenizer_of_spiece
 from miga_engine.weights.files import format_of, open_checkpoint
-from miga_engine.weights.untrusted import read_bounded, refuse_spoilt
+from miga_engine.weights.untrusted import read_bounded, refuse_spoilt, short
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,6 +41,37 @@ def spiece_in(path: Path) -> bytes:
     if content is None:
         raise CheckpointError(f"{path} holds no tokenizer: give a tokenizer.json or a spiece.model")
     return content
+
+
+def tokenizer_of(given: Any, text_len: int) -> Tokenizer:
+    """A tokenizer that is in memory, or a file or folder; one of `tokenizers` or transformers is copied, not changed.
+
+    Raises CheckpointError where it is none.
+    """
+    import tokenizers
+
+    if isinstance(given, str | os.PathLike):
+        return UMT5Tokenizer.from_file(Path(given), text_len)
+    backend = getattr(given, "backend_tokenizer", given)
+    if isinstance(backend, tokenizers.Tokenizer):
+        return UMT5Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), text_len)
+    if hasattr(given, "sp_model"):
+        content = given.sp_model.serialized_model_proto()
+        return UMT5Tokenizer(tokenizer_of_spiece(content, "the tokenizer that was given"), text_len)
+    if given is None or not callable(given):
+        raise CheckpointError(
+            f"the tokenizer is of type {type(given).__name__}: give that of the text encoder, of tokenizers or "
+            "transformers, or a tokenizer.json"
+        )
+    return cast("Tokenizer", given)
+
+
+def without_texts(prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """The tokenizer of a model without a text encoder. Raises ConfigError."""
+    raise ConfigError(
+        f"there is no text encoder, and no embedding of the prompt {short(prompts[0])!r} was given: give it to "
+        "`Engine.hold_embedding`, or load the model with a text encoder"
+    )
 
 
 class UMT5Tokenizer:

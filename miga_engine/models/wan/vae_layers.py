@@ -78,7 +78,8 @@ class CausalConv3d(Causal, nn.Conv3d):
             stacked = frames[:, :span:stride]
         else:
             stacked = torch.cat([frames[:, i : i + span : stride] for i in range(num_taps)], dim=-1)
-        kernel = self.weight[:, :, -num_taps:].permute(0, 3, 4, 2, 1).flatten(3)  # [C',kh,kw,num_taps·C]
+        # [C',kh,kw,num_taps·C], dense: some taps of weights that are laid out lie apart, which rounds in another way.
+        kernel = self.weight[:, :, -num_taps:].permute(0, 3, 4, 2, 1).flatten(3).contiguous()
         if self.kernel_size[1:] == (1, 1):
             return pointwise(stacked, kernel.flatten(1), self.bias)
         pictures = stacked.flatten(0, 1).permute(0, 3, 1, 2)
