@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def _bundle_of(
         ),
         open_text_encoder=lambda device=target: open_text_encoder(device),
         open_tokenizer=open_tokenizer,
-        rehearse=lambda: rehearse(unet.dtype),
+        rehearse=functools.partial(rehearse, unet.dtype),
     )
 
 

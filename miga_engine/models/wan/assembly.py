@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def bundle_of(
         texts_form=texts_form,
         open_text_encoder=open_fitting,
         open_tokenizer=lambda: open_tokenizer(config.text_len),
-        rehearse=lambda: rehearse(transformer.dtype),
+        rehearse=functools.partial(rehearse, transformer.dtype),
     )
 
 

@@ -8,7 +8,7 @@ the video's rate as SkyReels-V2 is told it (arXiv 2504.13074 and its code).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -272,6 +272,10 @@ class WanDiT(Transformer):
         t = t if t.ndim == 2 else t.reshape(-1, 1)
         rows = torch.arange(t.numel(), device=device).view(t.shape).expand(batch, num_frames)
         return self.encode_timesteps(t.flatten()), rows.contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, which may be on another device, makes its own tables."""
+        return {**super().__getstate__(), "_rotary_tables": {}}
 
     def _rotary_table(self, rows: int, columns: int, device: torch.device) -> RotaryTable:
         key = (rows, columns, device)
