@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import golden_model
+import live_modules
 import numpy as np
 import pytest
 import torch
@@ -68,3 +70,28 @@ def test_two_videos_in_one_event_loop(tmp_path: Path) -> None:
     assert [len(seconds) for seconds in levels.values()] == [7, 7]
     assert levels["balloon"][-1] < 0.7 * levels["balloon"][0]  # night has come
     assert levels["kite"][-1] > 0.7 * levels["kite"][0]
+
+
+@pytest.mark.slow
+def test_parts_in_memory_make_a_video(tmp_path: Path) -> None:
+    printed, errors = _start("components.py", tmp_path).communicate(timeout=120)
+    lines = printed.splitlines()
+    assert [line for line in lines if line.startswith("frames ")][-1].endswith(" to 96"), errors
+    assert int(lines[-2].split()[0]) > 0
+    assert lines[-1] == "0 MiB of weights"
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_diffusers_makes_a_long_video(tmp_path: Path) -> None:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    parts = live_modules.modules_of(golden_model.build(tmp_path / "wan"))
+    WanPipeline(**parts, scheduler=UniPCMultistepScheduler()).save_pretrained(tmp_path / "pipe")
+    program = (EXAMPLES / "diffusers_pipeline.py").read_text()
+    made = "MigaPipeline.from_pipe(short)"
+    program = program.replace(made, f"{made}.configure(preset='wan2.1-4step')")  # or it takes two minutes
+    assert "4step" in program
+    command = [sys.executable, "-c", program, "pipe", "--cpu"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+    assert (tmp_path / "last.png").exists()
+    assert len(read_video(tmp_path / "long.mp4")) == 97
