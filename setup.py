@@ -103,6 +103,7 @@ setup(
         "miga_engine": ["py.typed"],
         "miga_engine.tiny": ["weights/**/*"],
         "miga_engine.integrations.server": ["page.html"],
+        "miga_engine.integrations.comfyui": ["pyproject.toml", "requirements.txt", "icon.png", "example_workflows/*"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
