@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from miga_engine.config import MigaConfig
 from miga_engine.fields import kind_of
 from miga_engine.options import Option, Record, fields, form
 
@@ -57,7 +58,7 @@ def inputs_of(record: Record, basic: Iterable[str] = (), without: Iterable[str] 
     shown = [option for option in form([record]) if option.name not in without]
     presets = {name for name, option in fields(record).items() if "FromPreset" in str(option.type)}
     return [
-        _input(option, option.name in presets or record.__name__ == "MigaConfig")._replace(
+        _input(option, option.name in presets or issubclass(record, MigaConfig))._replace(
             is_advanced=option.name not in basic
         )
         for option in shown
