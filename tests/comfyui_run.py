@@ -38,6 +38,10 @@ from miga_engine.models.wan.dit import WanDiT
 from miga_engine.video.reading import read_video
 
 PACK = ROOT / "miga_engine" / "integrations" / "comfyui"
+OF_V1 = """from miga_engine.integrations.comfyui import schema
+
+NODE_CLASS_MAPPINGS = schema.v1_classes()
+"""
 METHOD = dataclasses.asdict(golden_model.MIGA)
 MOST_SECONDS = 3.0
 """From an interruption to the end of the prompt."""
@@ -101,11 +105,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(comfyui: Path, python: str, port: int, base: Path) -> Iterator[Server]:
+def served(comfyui: Path, python: str, port: int, base: Path, *, is_v1: bool) -> Iterator[Server]:
     """A server with the pack, whose files lie in a folder of its own."""
     for name in ("output", "input", "temp", "user", "custom_nodes", "models"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    (base / "custom_nodes" / "miga").symlink_to(PACK)
+    if is_v1:
+        (base / "custom_nodes" / "miga.py").write_text(OF_V1)
+    else:
+        (base / "custom_nodes" / "miga").symlink_to(PACK)
     command = [python, "main.py", "--cpu", "--disable-api-nodes", "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
     paths = [str(ROOT), *filter(None, [os.environ.get("COMFYUI_PYTHONPATH")])]
@@ -257,13 +264,14 @@ def main() -> int:
     parser.add_argument("--python", required=True, help="an interpreter with ComfyUI's packages and the engine's; "
                         "COMFYUI_PYTHONPATH is put before its own path")  # fmt: skip
     parser.add_argument("--only", choices=("examples", "interruption", "memory", "refusals"), help="one part")
+    parser.add_argument("--v1", action="store_true", help="nodes as a ComfyUI without the V3 schema takes them")
     parser.add_argument("--port", type=int, default=8199)
     parser.add_argument("--keep", type=Path, help="a folder for the server's files, which stays")
     options = parser.parse_args()
     report = Report()
     base = options.keep or Path(tempfile.mkdtemp(prefix="comfyui-"))
     try:
-        with served(options.comfyui, options.python, options.port, base) as server:
+        with served(options.comfyui, options.python, options.port, base, is_v1=options.v1) as server:
             known = [name for name in server.ask("/object_info") if name.startswith("Miga")]
             report("nodes", ", ".join(known), len(known) == len(comfyui_workflows.NODES))
             for name in ("examples", "interruption", "memory", "refusals"):

@@ -93,6 +93,12 @@ def test_data_is_installed(built: Path) -> None:
     } == expected
     assert (built / "miga_engine/py.typed").is_file()
     assert (built / "miga_engine/integrations/server/page.html").is_file()
+    pack = Path("miga_engine/integrations/comfyui")
+    suffixes = (".json", ".png", ".toml", ".txt")
+    files = {path.relative_to(ROOT) for path in (ROOT / pack).glob("**/*") if path.suffix in suffixes}
+    installed = {path.relative_to(built) for path in (built / pack).glob("**/*") if path.suffix in suffixes}
+    assert installed == files
+    assert {pack / "pyproject.toml", pack / "example_workflows" / "render.json"} < files
 
 
 def test_installed_copy_imports(built: Path, tmp_path: Path) -> None:

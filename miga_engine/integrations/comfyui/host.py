@@ -134,12 +134,12 @@ class Comfy:
                 is_told = True
                 raise InterruptedByUser
 
-        hooks = torch.nn.modules.module.register_module_forward_pre_hook(look) if is_within_passes else None
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(look) if is_within_passes else None
         try:
             yield
         finally:
-            if hooks is not None:
-                hooks.remove()
+            if hook is not None:
+                hook.remove()
 
     def progress(self, num_frames: int | None) -> Progress:
         """A bar of the node, for a video of so many frames."""
