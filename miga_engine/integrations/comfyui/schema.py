@@ -12,6 +12,7 @@ from miga_engine.integrations.comfyui.nodes import NODES, Node
 
 CATEGORY = "miga"
 _STEP = 0.01  # of numbers in a widget
+_ROUND = 1e-6  # to which the editor rounds what is typed; without it, to the step: 0.005 would become 0.01
 
 
 def has_v3() -> bool:
@@ -44,7 +45,7 @@ def widget(asked: Input, comfy: Comfy) -> tuple[Any, dict[str, Any]]:
     if asked.kind in ("INT", "FLOAT"):
         said |= {"min": asked.least, "max": asked.most}
     if asked.kind == "FLOAT":
-        said["step"] = _STEP
+        said |= {"step": _STEP, "round": _ROUND}
     if asked.is_seed:
         said["control_after_generate"] = True
     if asked.kind == "STRING":
