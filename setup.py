@@ -16,7 +16,7 @@ MODE = os.environ.get("MIGA_BUILD_EXT", "auto")
 if MODE not in ("auto", "1", "0"):
     raise SystemExit(f"MIGA_BUILD_EXT is {MODE!r}: choose auto, 1 or 0")
 
-SOURCES = ("csrc", "csrc/core", "csrc/bindings")  # csrc/embed is a library of its own
+SOURCES = ("csrc", "csrc/core", "csrc/bindings")
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest whose stable symbols the extension may use
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
 
@@ -101,6 +101,7 @@ setup(
     package_dir={"miga_engine": "miga_engine", "miga_engine.kernels": "kernels"},
     package_data={
         "miga_engine": ["py.typed"],
+        "miga_engine.embed": ["*.h", "*.cpp"],
         "miga_engine.tiny": ["weights/**/*"],
         "miga_engine.integrations.server": ["page.html"],
     },

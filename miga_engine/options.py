@@ -249,7 +249,7 @@ def markdown() -> str:
 
 
 def c_comment() -> str:
-    """The list of options in csrc/embed/miga_embed.h."""
+    """The list of options in miga_engine/embed/miga_embed.h."""
     headings = {
         Request: "Of the video: prompt, ",
         MigaConfig: "Of the method, in an object of the name miga: ",

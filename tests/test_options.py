@@ -93,7 +93,7 @@ def test_a_new_option_is_written_once(tmp_path, monkeypatch) -> None:
 
 def test_documents_are_what_the_records_say() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == options.markdown(), "run `make options`"
-    header = (ROOT / "csrc" / "embed" / "miga_embed.h").read_text()
+    header = (ROOT / "miga_engine" / "embed" / "miga_embed.h").read_text()
     assert options.c_comment() in header, f"put this list into the header:\n{options.c_comment()}"
 
 
