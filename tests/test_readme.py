@@ -124,6 +124,9 @@ def _check_command(line: str) -> None:
     elif program == "python" and arguments[0] == "-m":
         found = importlib.util.find_spec(arguments[1])
         assert found is not None, line
+        if found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{arguments[1]}.__main__")
+            assert found is not None, line
         assert found.origin is not None
         if arguments[1].startswith("bench."):
             _check_parsed(importlib.import_module(arguments[1]).build_parser(), arguments[2:])

@@ -244,7 +244,7 @@ def test_build_says_why_it_cannot(monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "sentence"),
     [
-        ("/absent/c++ -O1", "there is no C++ compiler /absent/c++: install it, or name another one in CXX"),
+        ("/absent/c++ -O1", r"there is no C\+\+ compiler /absent/c\+\+: install it, or name another one in CXX"),
         ("/bin/false", r"/bin/false failed on \S+miga_embed.cpp with exit code 1: read its words above"),
     ],
 )
