@@ -1,14 +1,15 @@
 # demo: a video from a prompt · test: lint and all tests · quick: the fast ones · lint · fake-cuda: runs on a pretended GPU
-# aot: the GPU kernels, compiled · options: docs/options.md · embed: the C interface · bench · venv · clean
+# aot: the GPU kernels, compiled · options: docs/options.md · embed: the C interface · wheel-test: the wheel, installed, for each Python · bench · venv · clean
 # The environment is .venv, made by `python3 -m venv` from the lock files; setting it up again costs nothing.
 
 PYTHON ?= python3
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test quick lint fake-cuda aot options embed bench venv clean
+.PHONY: demo test quick lint fake-cuda aot options embed wheel-test bench venv clean
 
 demo: venv
 	mkdir -p out
@@ -39,9 +40,13 @@ aot: $(VENV)/.installed
 options: $(VENV)/.installed
 	$(BIN)/python -m miga_engine.options > docs/options.md
 
-# Into build/embed: libmiga_embed.so and example; the header is csrc/embed/miga_embed.h.
+# Into build/embed: libmiga_embed.so, miga_embed.h and example.
 embed: $(VENV)/.installed
-	$(BIN)/python csrc/embed/build.py
+	$(BIN)/python -m miga_engine.embed --build-dir build/embed
+
+# Minutes a Python (docs/wheels.md). PYTHONS: names or paths; auditwheel is used where it is on the PATH.
+wheel-test: $(VENV)/.test $(VENV)/.installed
+	$(BIN)/python tests/wheels.py --pythons "$(PYTHONS)"
 
 # One thread, measured in turns; about a quarter of an hour. Rows are appended to bench/results.
 bench: export OMP_NUM_THREADS = 1

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("MIGA_BUILD_EXT", "auto")
 if MODE not in ("auto", "1", "0"):
     raise SystemExit(f"MIGA_BUILD_EXT is {MODE!r}: choose auto, 1 or 0")
 
 SOURCES = ("csrc", "csrc/core", "csrc/bindings")  # csrc/embed is a library of its own
+EMBED = "miga_engine.embed.sources"
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: the oldest whose stable symbols the extension may use
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
 
@@ -27,6 +29,13 @@ def find_torch() -> Path | None:
         [sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True, check=False
     ).stdout.strip()
     return Path(answer) if answer and (Path(answer) / "include/torch/csrc/stable/library.h").is_file() else None
+
+
+class BuildPackage(build_py):
+    """The C interface is installed as sources, without what builds it from a checkout."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [] if package == EMBED else super().find_package_modules(package, package_dir)
 
 
 class BuildKernels(build_ext):
@@ -97,15 +106,20 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["miga_engine*"]), "miga_engine.kernels"],
-    package_dir={"miga_engine": "miga_engine", "miga_engine.kernels": "kernels"},
+    packages=[*find_packages(include=["miga_engine*"]), "miga_engine.kernels", EMBED],
+    package_dir={
+        "miga_engine": "miga_engine",
+        "miga_engine.kernels": "kernels",
+        EMBED: "csrc/embed",
+    },
     package_data={
         "miga_engine": ["py.typed"],
+        EMBED: ["miga_embed.h", "miga_embed.cpp", "example.cpp"],
         "miga_engine.tiny": ["weights/**/*"],
         "miga_engine.integrations.server": ["page.html"],
         "miga_engine.integrations.comfyui": ["pyproject.toml", "requirements.txt", "icon.png", "example_workflows/*"],
     },
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the library uses no Python symbol
 )

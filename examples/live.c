@@ -1,6 +1,6 @@
 /* A renderer that pulls frames and changes the prompt on the way: `make embed`, then
  *
- *     cc examples/live.c -Icsrc/embed -Lbuild/embed -lmiga_embed -Wl,-rpath,$PWD/build/embed -o live && ./live > live.rgb
+ *     cc examples/live.c -Ibuild/embed -Lbuild/embed -lmiga_embed -Wl,-rpath,$PWD/build/embed -o live && ./live > live.rgb
  *     ffmpeg -f rawvideo -pixel_format rgb24 -video_size 96x64 -framerate 12 -i live.rgb live.mp4
  */
 #include <stdio.h>

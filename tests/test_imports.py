@@ -26,7 +26,7 @@ LAYERS = [
     ["memory"],
     ["engine"],
     ["measure"],
-    ["integrations"],
+    ["integrations", "embed"],
     ["cli"],
     ["__main__"],
 ]

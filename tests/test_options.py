@@ -17,6 +17,7 @@ from miga_engine.cli.config_file import read_config
 from miga_engine.cli.main import _build_parser
 from miga_engine.cli.write_options import RECORDS
 from miga_engine.config import MigaConfig, StreamOptions
+from miga_engine.embed import HEADER
 from miga_engine.fields import option
 from miga_engine.integrations import embed
 from miga_engine.presets import PRESETS
@@ -93,7 +94,7 @@ def test_a_new_option_is_written_once(tmp_path, monkeypatch) -> None:
 
 def test_documents_are_what_the_records_say() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == options.markdown(), "run `make options`"
-    header = (ROOT / "csrc" / "embed" / "miga_embed.h").read_text()
+    header = HEADER.read_text(encoding="utf-8")
     assert options.c_comment() in header, f"put this list into the header:\n{options.c_comment()}"
 
 

@@ -1,15 +1,21 @@
 """What an installed copy holds, and what importing it costs."""
 
+import itertools
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import miga_engine
+from miga_engine import _extension
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,6 +89,43 @@ def test_every_module_and_kernel_is_installed(built: Path) -> None:
     kernels = {Path("miga_engine") / path.relative_to(ROOT) for path in ROOT.glob("kernels/*.py")}
     assert {path.relative_to(built) for path in built.glob("**/*.py")} == modules | kernels
     assert {path.name for path in built.iterdir()} == {"miga_engine"}
+
+
+def test_sources_of_the_c_interface_are_installed(built: Path) -> None:
+    installed = {path.name: path.read_bytes() for path in (built / "miga_engine/embed/sources").iterdir()}
+    assert set(installed) == {"miga_embed.h", "miga_embed.cpp", "example.cpp"}
+    assert all((ROOT / "csrc/embed" / name).read_bytes() == content for name, content in installed.items())
+
+
+def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir"]
+    environment = {**os.environ, "MIGA_BUILD_EXT": "0"}
+    run = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [path for pattern in ("csrc/**/*.*", "kernels/*.py", "miga_engine/**/*.*") for path in ROOT.glob(pattern)]
+    wanted = {str(path.relative_to(ROOT)) for path in sources if path.suffix not in (".so", ".pyc") and path.is_file()}
+    assert {"csrc/embed/miga_embed.h", "csrc/bindings/gelu.cpp", "setup.py", "pyproject.toml"} <= held
+    assert wanted <= held
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not here")
+def test_what_the_kernels_link_is_of_every_linux_or_left_to_torch() -> None:
+    """As the repaired wheel and cibuildwheel's are: one wheel for all Pythons, without a copy of torch in it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert settings["build"] == "cp310-manylinux_x86_64"
+    assert '"py_limited_api": "cp310"' in (ROOT / "setup.py").read_text()
+    words = shlex.split(settings["linux"]["repair-wheel-command"])
+    excluded = [pattern for option, pattern in itertools.pairwise(words) if option == "--exclude"]
+    table = subprocess.run(["readelf", "-d", _extension.LIBRARY], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", table))
+    left_to_torch = {name for name in needed if any(fnmatch(name, pattern) for pattern in excluded)}
+    assert left_to_torch >= {"libtorch_cpu.so"}
+    assert needed - left_to_torch <= {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
 
 
 def test_data_is_installed(built: Path) -> None:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from miga_engine.cli import main, render
 from miga_engine.cli.main import _build_parser
+from miga_engine.embed import HEADER
 from miga_engine.errors import ConfigError
 from miga_engine.integrations.server.serve import Server
 from miga_engine.presets import PRESETS
@@ -123,6 +124,9 @@ def _check_command(line: str) -> None:
     elif program == "python" and arguments[0] == "-m":
         found = importlib.util.find_spec(arguments[1])
         assert found is not None, line
+        if found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{arguments[1]}.__main__")
+            assert found is not None, line
         assert found.origin is not None
         if arguments[1].startswith("bench."):
             _check_parsed(importlib.import_module(arguments[1]).build_parser(), arguments[2:])
@@ -311,7 +315,7 @@ def test_the_c_block_compiles(tmp_path: Path) -> None:
     source = '#include "miga_embed.h"\nvoid show(const unsigned char *);\nint main(void) {\n'
     source += f"static unsigned char pixels[64 * 96 * 3];\n{block}return 0;\n}}\n"
     (tmp_path / "host.c").write_text(source)
-    flags = ["-x", "c", "-std=c99", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc' / 'embed'}"]
+    flags = ["-x", "c", "-std=c99", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{HEADER.parent}"]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, tmp_path / "host.c"], check=True)
 
 

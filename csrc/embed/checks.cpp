@@ -3,7 +3,7 @@
 //     checks LIBRARY MODEL OPTIONS SESSION
 //
 // OPTIONS is the inside of a JSON object that begins with num_frames and has no seed. Prints a line for each finding,
-// which tests/integrations/test_embed.py reads. Exits with 1 where a promise of miga_embed.h is broken.
+// which test_embed.py reads. Exits with 1 where a promise of miga_embed.h is broken.
 
 #include "miga_embed.h"
 

@@ -136,12 +136,14 @@ bool initialize_python() {
     Object signals(PyImport_ImportModule("_signal"));
     signals.reset();
     sigaction(SIGINT, &interrupt, nullptr);
-    // After site-packages, so that an installed miga_engine comes before the checkout the library was built from.
-    PyObject *path = PySys_GetObject("path");
-    Object checkout(PyUnicode_DecodeFSDefault(MIGA_BUILD_ROOT));
-    if (path != nullptr && checkout) PyList_Append(path, checkout.get());
-    PyErr_Clear();
-    checkout.reset();
+    // After site-packages, so that an installed miga_engine comes before the checkout the library was built from. Empty
+    // where it was built from an installed one: another environment does not mix with that.
+    if (*MIGA_BUILD_ROOT != '\0') {
+        PyObject *path = PySys_GetObject("path");
+        const Object checkout(PyUnicode_DecodeFSDefault(MIGA_BUILD_ROOT));
+        if (path != nullptr && checkout) PyList_Append(path, checkout.get());
+        PyErr_Clear();
+    }
     PyEval_SaveThread();
     return true;
 }

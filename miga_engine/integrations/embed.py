@@ -1,4 +1,4 @@
-"""What the C interface (csrc/embed) calls: a run as one object that fills a caller's buffers; options are JSON."""
+"""What the C interface calls (csrc/embed): a run that fills a caller's buffers; options are JSON."""
 
 from __future__ import annotations
 

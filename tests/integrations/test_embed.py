@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -19,11 +18,13 @@ import torch
 
 import miga_engine
 from miga_engine import Engine
+from miga_engine import embed as building
 from miga_engine.config import fifo_config
+from miga_engine.embed.__main__ import main as build_main
 from miga_engine.errors import ConfigError, DriftError, MigaError, SessionError
 from miga_engine.integrations import embed
 
-HERE = places.ROOT / "csrc" / "embed"
+HERE = building.HERE
 NUM_FRAMES = 30
 OPTIONS = {
     "num_frames": NUM_FRAMES,
@@ -33,23 +34,19 @@ OPTIONS = {
 }
 
 
-def _build_script():
-    spec = importlib.util.spec_from_file_location("build_embed", HERE / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """Folder of libmiga_embed.so, example and checks."""
-    script = _build_script()
     folder = tmp_path_factory.mktemp("embed")
     try:
-        script.build(folder)
-    except script.CannotEmbedError as error:
+        building.find_python()
+    except building.CannotEmbedError as error:
         pytest.skip(str(error))
-    script.compile_cpp(HERE / "checks.cpp", folder / "checks", "-ldl", "-pthread")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXXFLAGS", "-Werror")
+        building.build(folder)
+        checks = places.ROOT / "csrc" / "embed" / "checks.cpp"
+        building.compile_cpp(checks, folder / "checks", "-ldl", "-pthread")
     return folder
 
 
@@ -235,14 +232,44 @@ def test_in_a_process_that_has_python(built, folder, frames, loader):
 
 
 def test_build_says_why_it_cannot(monkeypatch):
-    script = _build_script()
-    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: "/absent/include")
-    with pytest.raises(script.CannotEmbedError, match=r"/absent/include has no Python.h: install Python's headers"):
-        script.find_python()
+    monkeypatch.setattr(building.sysconfig, "get_path", lambda name: "/absent/include")
+    with pytest.raises(building.CannotEmbedError, match=r"/absent/include has no Python.h: install Python's headers"):
+        building.find_python()
     monkeypatch.undo()
-    monkeypatch.setattr(script.sys, "platform", "plan9")
-    with pytest.raises(script.CannotEmbedError, match="built on Linux only, and this is plan9"):
-        script.find_python()
+    monkeypatch.setattr(building.sys, "platform", "plan9")
+    with pytest.raises(building.CannotEmbedError, match="built on Linux only, and this is plan9"):
+        building.find_python()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "sentence"),
+    [
+        ("/absent/c++ -O1", r"there is no C\+\+ compiler /absent/c\+\+: install it, or name another one in CXX"),
+        ("/bin/false", r"/bin/false failed on \S+miga_embed.cpp with exit code 1: read its words above"),
+    ],
+)
+def test_a_compiler_that_fails_is_a_sentence(monkeypatch, tmp_path, capsys, compiler, sentence):
+    monkeypatch.setenv("CXX", compiler)
+    assert build_main(["--build-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert re.match(f"miga_engine: the C interface was not built: {sentence}", said.err)
+    assert said.out == ""
+    assert (tmp_path / "miga_embed.h").read_bytes() == building.HEADER.read_bytes()
+
+
+def test_a_folder_that_cannot_be_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(building.CannotEmbedError, match="name another folder"):
+        building.build(tmp_path / "file")
+
+
+def test_an_installed_package_is_found_by_its_environment_alone(monkeypatch):
+    root = building.package_folder()
+    monkeypatch.setattr(building.site, "getsitepackages", lambda: [str(HERE.parents[1])])
+    assert building.package_folder() == ""
+    monkeypatch.setattr(building.site, "getsitepackages", lambda: ["/absent/site-packages"])
+    assert building.package_folder() == str(HERE.parents[1])
+    assert root in ("", str(HERE.parents[1]))
 
 
 # What Python does for it -----------------------------------------------------------------------------------------
