@@ -114,7 +114,7 @@ setup(
     },
     package_data={
         "miga_engine": ["py.typed"],
-        EMBED: ["miga_embed.h", "miga_embed.cpp", "example.cpp"],
+        EMBED: ["*.h", "*.cpp"],
         "miga_engine.tiny": ["weights/**/*"],
         "miga_engine.integrations.server": ["page.html"],
         "miga_engine.integrations.comfyui": ["pyproject.toml", "requirements.txt", "icon.png", "example_workflows/*"],

@@ -93,7 +93,7 @@ def test_every_module_and_kernel_is_installed(built: Path) -> None:
 
 def test_sources_of_the_c_interface_are_installed(built: Path) -> None:
     installed = {path.name: path.read_bytes() for path in (built / "miga_engine/embed/sources").iterdir()}
-    assert set(installed) == {"miga_embed.h", "miga_embed.cpp", "example.cpp"}
+    assert set(installed) == {"miga_embed.h", "miga_embed.cpp", "example.cpp", "checks.cpp"}
     assert all((ROOT / "csrc/embed" / name).read_bytes() == content for name, content in installed.items())
 
 

@@ -1,4 +1,4 @@
-"""Builds the C interface from a checkout: python csrc/embed/build.py [FOLDER], as `python -m miga_engine.embed` does."""
+"""As `python -m miga_engine.embed`, from a checkout: python csrc/embed/build.py [FOLDER] builds the C interface."""
 
 import sys
 from pathlib import Path

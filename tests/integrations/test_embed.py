@@ -24,7 +24,7 @@ from miga_engine.embed.__main__ import main as build_main
 from miga_engine.errors import ConfigError, DriftError, MigaError, SessionError
 from miga_engine.integrations import embed
 
-HERE = building.HERE
+SOURCES, HERE = building.SOURCES, building.HERE
 NUM_FRAMES = 30
 OPTIONS = {
     "num_frames": NUM_FRAMES,
@@ -108,7 +108,7 @@ def _host(*command: object, code: int = 0, **environment: str) -> subprocess.Com
 def test_header_is_plain_c(tmp_path):
     (tmp_path / "host.c").write_text('#include "miga_embed.h"\nint main(void) { return miga_abi() != MIGA_ABI; }\n')
     compiler = os.environ.get("CXX", "g++")
-    flags = ["-x", "c", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{HERE}"]
+    flags = ["-x", "c", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{SOURCES}"]
     subprocess.run([compiler, *flags, tmp_path / "host.c"], check=True)
 
 
@@ -116,7 +116,9 @@ def test_header_is_plain_c(tmp_path):
 def test_library_exports_the_header_and_nothing_else(built):
     table = _host("nm", "-D", "--defined-only", built / "libmiga_embed.so").stdout
     exported = {line.split()[-1] for line in table.splitlines() if line.split()[-2] in "TDBR"}
-    assert exported == set(re.findall(r"^MIGA_API .*?(miga_\w+)\(", (HERE / "miga_embed.h").read_text(), re.MULTILINE))
+    assert exported == set(
+        re.findall(r"^MIGA_API .*?(miga_\w+)\(", (SOURCES / "miga_embed.h").read_text(), re.MULTILINE)
+    )
 
 
 @pytest.mark.slow
@@ -183,7 +185,7 @@ def test_a_host_can_rely_on_it(built, folder, frames, tmp_path):
 def test_the_renderer_of_the_examples_changes_its_prompt(built, tmp_path):
     program = tmp_path / "live"
     subprocess.run(
-        ["cc", places.ROOT / "examples" / "live.c", f"-I{HERE}", f"-L{built}", "-lmiga_embed", f"-Wl,-rpath,{built}",
+        ["cc", places.ROOT / "examples" / "live.c", f"-I{SOURCES}", f"-L{built}", "-lmiga_embed", f"-Wl,-rpath,{built}",
          "-Wall", "-Werror", "-o", program],
         check=True,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def taken(given: Mapping[str, Any], inputs: Iterable[Input]) -> dict[str, Any]:
         if value is None or (asked.unset is not None and value == asked.unset):
             continue
         is_switch = asked.kind == "COMBO" and asked.choices[-2:] == ("on", "off")
-        options[asked.name] = value == "on" if is_switch else value
+        options[asked.name] = value in ("on", True) if is_switch else value
     return options
 
 
