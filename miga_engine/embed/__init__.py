@@ -60,7 +60,7 @@ def package_folder() -> str:
 
 
 def build(folder: Path) -> Path:
-    """Put libmiga_embed.so, miga_embed.h and a program `example` into a folder; the library's path.
+    """Put libmiga_embed.so, miga_embed.h and a program `example` into a folder, which may be moved; the library's path.
 
     CannotEmbedError where Python lacks what a host needs, or the compiler (CXX, else g++) fails.
     """
@@ -77,11 +77,18 @@ def build(folder: Path) -> Path:
         "MIGA_BUILD_ROOT": package_folder(),
         "MIGA_PYTHON_VERSION": f"{sys.version_info.major}.{sys.version_info.minor}",
     }
-    defines = [f'-D{name}="{text}"' for name, text in texts.items()]
+    defines = [f"-D{name}={c_string(text)}" for name, text in texts.items()]
     python = ["-isystem", str(headers), str(libpython), f"-Wl,-rpath,{libpython.parent}"]
-    compile_cpp(SOURCES / "miga_embed.cpp", library, "-shared", "-fPIC", *defines, *python, "-ldl")
+    # Without a name of its own, the example would look for the library at the path that is given to its compiler.
+    shared = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    compile_cpp(SOURCES / "miga_embed.cpp", library, *shared, *defines, *python, "-ldl")
     compile_cpp(SOURCES / "example.cpp", folder / "example", str(library), "-Wl,-rpath,$ORIGIN", "-pthread")
     return library
+
+
+def c_string(text: str) -> str:
+    """The text as C writes it: paths may hold quotes and backslashes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def compile_cpp(source: Path, target: Path, *arguments: str) -> None:

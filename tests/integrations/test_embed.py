@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -119,6 +120,21 @@ def test_library_exports_the_header_and_nothing_else(built):
     assert exported == set(
         re.findall(r"^MIGA_API .*?(miga_\w+)\(", (SOURCES / "miga_embed.h").read_text(), re.MULTILINE)
     )
+
+
+def test_the_folder_may_be_moved(built, tmp_path):
+    for name in ("example", "libmiga_embed.so"):
+        shutil.copy(built / name, tmp_path)
+    result = _host(tmp_path / "example", "/absent", "{}", code=1)
+    assert result.stderr.startswith("example: the options have no")
+    assert "[libmiga_embed.so]" in _host("readelf", "-d", built / "example").stdout
+
+
+def test_a_path_with_quotes_is_compiled_in(tmp_path):
+    text = 'a "quoted" \\ folder'
+    (tmp_path / "told.cpp").write_text("#include <cstdio>\nint main() { return std::puts(TOLD) < 0; }\n")
+    building.compile_cpp(tmp_path / "told.cpp", tmp_path / "told", f"-DTOLD={building.c_string(text)}")
+    assert _host(tmp_path / "told").stdout == f"{text}\n"
 
 
 @pytest.mark.slow
