@@ -174,12 +174,24 @@ class Sharing:
         torch.get_num_threads()
         while self._thread is threading.current_thread():
             try:
-                news = self._inbox.get(timeout=self._seconds_to_wait())
+                news = self._next()
             except queue.Empty:
                 self._compute_next()
             else:
                 news()
                 del news  # with its batch
+
+    def _next(self) -> Callable[[], None]:
+        """What was told next; queue.Empty where it is time to compute.
+
+        Python 3.10 waits for ever for something that is not there, if `get` is its first look and its time runs out
+        meanwhile: the first look takes no time.
+        """
+        with contextlib.suppress(queue.Empty):
+            return self._inbox.get_nowait()
+        if (seconds := self._seconds_to_wait()) == 0:
+            raise queue.Empty
+        return self._inbox.get(timeout=seconds)
 
     def _take(self, call: _Call) -> None:
         call.member.kind = call.kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import queue
 import random
 import signal
 import sys
@@ -329,3 +330,24 @@ def test_a_batch_whose_caller_was_interrupted_is_not_computed(engine: Engine) ->
     first(a_batch(engine, 2, [1], [0]))  # of another kind, behind what was there before
     assert sharing.num_forwards == 2
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(0.0, ["now"]), (0.5, ["now", 0.5]), (None, ["now", None])])
+def test_the_first_look_for_news_takes_no_time(shared: Engine, seconds: float | None, looks: list[Any]) -> None:
+    """For Python 3.10 waits for ever where the time of the first one runs out before it has looked."""
+    seen: list[Any] = []
+
+    class Inbox:
+        def get_nowait(self) -> None:
+            seen.append("now")
+            raise queue.Empty
+
+        def get(self, timeout: float | None) -> None:
+            seen.append(timeout)
+            raise queue.Empty
+
+    sharing = meeting.Sharing(shared.bundle, 2)
+    sharing._inbox, sharing._seconds_to_wait = Inbox(), lambda: seconds  # type: ignore[assignment, method-assign]
+    with pytest.raises(queue.Empty):
+        sharing._next()
+    assert seen == looks
