@@ -108,6 +108,10 @@ class Engine:
         """The networks and their facts; read again where they were unloaded."""
         return self._networks.bundle
 
+    @bundle.setter
+    def bundle(self, bundle: ModelBundle) -> None:
+        self._networks = networks.Networks(bundle)
+
     @property
     def is_loaded(self) -> bool:
         """Whether the networks are in memory; see `unload`."""
