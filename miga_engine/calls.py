@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
+from miga_engine.config import NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions, as_texts
 from miga_engine.device import own_modes
 from miga_engine.errors import ConfigError
 from miga_engine.fields import Checked, option
@@ -67,8 +67,8 @@ class LoadCall(LoadOptions):
 class ComponentsCall(Checked):
     """What `from_components` is asked for."""
 
-    transformer: object = _given(MISSING, "a module or state dict, official, of Diffusers or of ComfyUI; one of "
-                              "`models.protocols`; of VideoCrafter2 all of its state dict")  # fmt: skip
+    transformer: object = _given(MISSING, "a module or state dict, official, of Diffusers or of ComfyUI; of "
+                              "VideoCrafter2 all of its state dict")  # fmt: skip
     vae: object = _given(None, "the same; or a decoder of one's own, a `models.protocols.VAE`")
     text_encoder: object = _given(None, "the same", "none: `embeddings` are all that prompts can name")
     tokenizer: object = _given(None, "of tokenizers or transformers, or a tokenizer.json or spiece.model")
@@ -92,9 +92,7 @@ class ComponentsCall(Checked):
     capture: bool = with_default(LoadOptions, "capture", True)
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "vae_dtype"):
-            if isinstance(dtype := getattr(self, name), torch.dtype):
-                object.__setattr__(self, name, str(dtype).removeprefix("torch."))
+        as_texts(self, LoadOptions)
         super().__post_init__()
 
     def prompts(self) -> Mapping[str, Any]:

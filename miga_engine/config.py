@@ -34,6 +34,14 @@ MAX_FRAME = 10**9
 """Number of the last video frame: two years of video."""
 
 
+def as_texts(record: object, names: type[Any]) -> None:
+    """Make texts of the paths, dtypes and devices of a record, those of its fields that another record has."""
+    for name in (field.name for field in dataclasses.fields(names)):
+        value = getattr(record, name, None)
+        if isinstance(value, os.PathLike) or type(value).__module__ == "torch":
+            object.__setattr__(record, name, str(value).removeprefix("torch."))
+
+
 @dataclass(frozen=True)
 class LoadOptions(Checked):
     """Which model, where and how it computes."""
@@ -93,10 +101,7 @@ class LoadOptions(Checked):
     )
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in dataclasses.fields(LoadOptions)):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike) or type(value).__module__ == "torch":
-                object.__setattr__(self, name, str(value).removeprefix("torch."))
+        as_texts(self, LoadOptions)
         object.__setattr__(self, "lora", weighted_files("lora", self.lora))
         super().__post_init__()
 

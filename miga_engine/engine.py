@@ -89,18 +89,19 @@ class Engine:
 
         What others change in these tensors changes here, too. Raises CheckpointError, ConfigError or DeviceError.
         """
-        on = networks.first_device(given.transformer) if given.device is None else resolve_device(given.device)
-        return cls._of(given, *networks.of_components(given, on))
+        return cls._of(given, *networks.of_components(given))
 
     @classmethod
     def _loaded(cls, given: LoadCall, target: torch.device) -> Engine:
-        return cls._of(given, *networks.read(given, target))
+        engine = cls._of(given, *networks.read(given, target))
+        engine.ranks = given.ranks
+        return engine
 
     @classmethod
     def _of(cls, given: LoadCall | ComponentsCall, model: networks.Networks, sources: Sources, name: str) -> Engine:
         defaults = networks.defaults_of(given.preset, name, model.bundle)
         engine = cls(model.bundle, defaults, name=name, device=model.device, sources=sources)
-        engine._networks, engine.capture, engine.ranks = model, given.capture, getattr(given, "ranks", None)
+        engine._networks, engine.capture = model, given.capture
         return engine
 
     @property
@@ -173,7 +174,7 @@ class Engine:
             config = dataclasses.replace(request.miga, window_batch=given.window_batch)
             request = dataclasses.replace(request, miga=config)
 
-        shapes._networks = networks.Networks(memory.longest_texts(shapes.bundle))
+        shapes.bundle = memory.longest_texts(shapes.bundle)
         with memory.counting(target.type) as ledger:
             run = shapes.start(request)
         return memory.estimate(run, shapes.bundle, ledger, stored=file_bytes(shapes.sources))
@@ -191,7 +192,7 @@ class Engine:
             )
         engine = copy.copy(self)
         engine.capture, engine._sharing = False, Sharing(self.bundle, most_windows)
-        engine._networks = networks.Networks(self.bundle)
+        engine.bundle = self.bundle
         return engine
 
     @own_modes()

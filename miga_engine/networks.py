@@ -15,7 +15,7 @@ from torch import Tensor
 from miga_engine import ops
 from miga_engine.calls import ComponentsCall, LoadCall
 from miga_engine.config import LoadOptions
-from miga_engine.device import give_back, own_modes
+from miga_engine.device import give_back, own_modes, resolve_device
 from miga_engine.errors import ConfigError
 from miga_engine.models.bundle import ModelBundle
 from miga_engine.models.family import Components, Sources
@@ -24,7 +24,7 @@ from miga_engine.models.loading import bundle_of_components, load_bundle, source
 from miga_engine.presets import PRESETS, Preset
 from miga_engine.prompts import check_text
 from miga_engine.tiny import WEIGHTS_DIR
-from miga_engine.weights.held import first_device as first_device
+from miga_engine.weights.held import held
 
 
 class Networks:
@@ -71,8 +71,7 @@ class Networks:
         if device == before:
             return
         if bundle is not None:
-            if allows_tf32(bundle.vae) and device.type == "cpu":
-                raise ConfigError("vae_dtype 'tf32' is for GPUs, and the device is a CPU: load the model in float32")
+            _check_tf32("tf32" if allows_tf32(bundle.vae) else None, device)
             bundle = moved(bundle, device) if bundle.transformer.is_movable else None
         self._bundle, self.device = bundle, device
         give_back(before)
@@ -109,26 +108,21 @@ def read(given: LoadCall, target: torch.device) -> tuple[Networks, Sources, str]
     _check_preset(given.preset)
 
     def read_on(device: torch.device) -> ModelBundle:
-        vae_dtype = getattr(torch, "float32" if given.vae_dtype == "tf32" else str(given.vae_dtype))
         _check_tf32(given.vae_dtype, device)
-        bundle = load_bundle(sources, device, compute, vae_dtype)
-        return _prepared(bundle, given, device)
+        return _prepared(load_bundle(sources, device, compute, _dtype(given.vae_dtype)), given, device)
 
     return Networks(read_on(target), read_on), sources, name
 
 
-def of_components(given: ComponentsCall, target: torch.device) -> tuple[Networks, Sources, str]:
+def of_components(given: ComponentsCall) -> tuple[Networks, Sources, str]:
     """A model of parts in memory, which is from nowhere, and its name."""
     _check_preset(given.preset)
+    own = held("transformer", given.transformer).device
+    target = own if given.device is None else resolve_device(given.device)
     _check_tf32(given.vae_dtype, target)
-    names = [field.name for field in dataclasses.fields(Components)]
-    dtypes = {"dtype": given.dtype, "vae_dtype": "float32" if given.vae_dtype == "tf32" else given.vae_dtype}
-    bundle = bundle_of_components(
-        Components(**{name: getattr(given, name) for name in names}),
-        target,
-        **{name: None if dtype is None else getattr(torch, str(dtype)) for name, dtype in dtypes.items()},
-        extra=given.extra(),
-    )
+    parts = Components(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Components)})
+    dtype, vae_dtype = (None if asked is None else _dtype(asked) for asked in (given.dtype, given.vae_dtype))
+    bundle = bundle_of_components(parts, target, dtype, vae_dtype, given.extra())
     for prompt, embedding in given.prompts().items():
         hold(bundle, embedding, prompt)
     bundle = _prepared(bundle, given, target)
@@ -140,23 +134,22 @@ def hold(bundle: ModelBundle, embedding: Any, prompt: str | None) -> str:
     name = "the embedding" + ("" if prompt is None else f" of the prompt {reprlib.repr(prompt)}")
     if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
         raise ConfigError(f"{name} is of type {type(embedding).__name__}: give a tensor of floats [T,D]")
-    rows = embedding.detach()
-    rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
+    tokens = embedding.detach()
+    tokens = tokens[0] if tokens.ndim == 3 and len(tokens) == 1 else tokens
     width, most = bundle.text_dim, bundle.facts.text_len
-    if rows.ndim != 2 or rows.shape[1] != width:
+    if tokens.ndim != 2 or tokens.shape[1] != width:
         raise ConfigError(f"{name} has shape {list(embedding.shape)}: the model takes [T, {width}]")
-    used = rows.any(dim=1).nonzero()
-    rows = rows[: int(used[-1]) + 1 if len(used) else 1]
-    if len(rows) > most:
-        raise ConfigError(f"{name} has {len(rows)} tokens: the model takes at most {most}")
-    if not bool(rows.isfinite().all()):
+    used = tokens.any(dim=1).nonzero()
+    tokens = tokens[: int(used[-1]) + 1 if len(used) else 1].to("cpu", copy=True)
+    if len(tokens) > most:
+        raise ConfigError(f"{name} has {len(tokens)} tokens: the model takes at most {most}")
+    if not bool(tokens.isfinite().all()):
         raise ConfigError(f"{name} holds NaN or infinity: look for what made it")
-    rows = rows.to("cpu", copy=True)
     if prompt is None:
-        content = rows.contiguous().view(torch.uint8).numpy().tobytes()
+        content = tokens.contiguous().view(torch.uint8).numpy().tobytes()
         prompt = f"embedding {hashlib.blake2b(content, digest_size=8).hexdigest()}"
     check_text("the prompt", prompt)
-    bundle.given_embeddings[prompt] = rows
+    bundle.given_embeddings[prompt] = tokens
     return prompt
 
 
@@ -168,6 +161,11 @@ def compute_dtype(given: LoadOptions, device: torch.device) -> torch.dtype:
 def defaults_of(preset: str | None, name: str, bundle: ModelBundle) -> Preset:
     """The preset that is asked for, or the model's."""
     return PRESETS[preset or ("tiny" if name == "tiny" else bundle.facts.default_preset)]
+
+
+def _dtype(name: Any) -> torch.dtype:
+    """The dtype of a name, float32 of tf32."""
+    return getattr(torch, "float32" if name == "tf32" else str(name))
 
 
 def _check_preset(preset: str | None) -> None:

@@ -42,7 +42,10 @@ OF_V1 = """from miga_engine.integrations.comfyui import schema
 
 NODE_CLASS_MAPPINGS = schema.v1_classes()
 """
-METHOD = dataclasses.asdict(golden_model.MIGA)
+METHOD = {
+    name: ("on" if value else "off") if isinstance(value, bool) else value
+    for name, value in dataclasses.asdict(golden_model.MIGA).items()
+}
 MOST_SECONDS = 3.0
 """From an interruption to the end of the prompt."""
 

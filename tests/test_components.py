@@ -171,6 +171,8 @@ def test_sessions_pass_between_files_and_components(folder: Path, frames: torch.
 
 def test_what_is_no_part_is_refused_in_a_sentence(folder: Path) -> None:
     parts, facts = live_modules.modules_of(folder), live_modules.facts_of(folder)
+    with pytest.raises(CheckpointError, match="the transformer that was given is of type int: give a module or a"):
+        Engine.from_components(**parts | {"transformer": 3}, **facts)
     with pytest.raises(CheckpointError, match="the vae that was given is of type int: give a module or a state dict"):
         Engine.from_components(**parts | {"vae": 3}, **facts)
     with pytest.raises(CheckpointError, match=r"holds .* without data, on the device 'meta'"):

@@ -122,16 +122,6 @@ def _rate(path: Path) -> float | None:
         return None if video.fps is None else float(video.fps)
 
 
-def _parts(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
-    """As many frames at a time [n,H,W,3] as are measured together."""
-    import numpy as np
-
-    from miga_engine.measure.measures import PART_FRAMES
-
-    while part := list(islice(frames, PART_FRAMES)):
-        yield np.stack(part)
-
-
 def _evaluate(options: argparse.Namespace) -> int:
     import numpy as np
 
@@ -151,7 +141,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     videos = {}
     for file, name in zip(files, names, strict=True):
         results[name] = measures.measure(
-            _parts(read_frames(file, options.num_frames)),
+            measures.in_parts(read_frames(file, options.num_frames)),
             _rate(Path(file)),
             prompt=options.prompt or _prompt_of(file),
             block=options.block,

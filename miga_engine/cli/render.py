@@ -22,7 +22,7 @@ from miga_engine.runtime.session_info import model_of_session, parts_of_session,
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.contact_sheet import ContactSheet
 from miga_engine.video.encoder_thread import EncoderThread
-from miga_engine.video.outputs import is_sequence, open_sink, reopen_sink, suffixes_of
+from miga_engine.video.outputs import is_sequence, open_sink, sink_for, suffixes_of
 from miga_engine.video.paths import check_output
 from miga_engine.video.sink import Sink
 
@@ -209,9 +209,7 @@ def _resume_command(outputs: Outputs, session: Session) -> str:
 def _open_output(stream: Stream, outputs: Outputs, metadata: dict[str, Any]) -> Sink:
     request = stream.request
     fps, width, height = request.fps, request.width, request.height
-    if stream.output is None:
-        return open_sink(outputs.video, fps, width, height, metadata, overwrite=outputs.overwrite)
-    return reopen_sink(outputs.video, *stream.output, fps, width, height, metadata, overwrite=outputs.overwrite)
+    return sink_for(outputs.video, stream.output, fps, width, height, metadata, overwrite=outputs.overwrite)
 
 
 def stop_signals() -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,12 @@ def measure(
         "curves": {name: [_json_number(x) for x in curve] for name, curve in curves.items()},
         "flags": _flags(figures),
     }
+
+
+def in_parts(frames: Iterator[VideoArray]) -> Iterator[VideoArray]:
+    """Frames [H,W,3], as many at a time [n,H,W,3] as are measured together: a video may be longer than memory."""
+    while part := list(islice(frames, PART_FRAMES)):
+        yield np.stack(part)
 
 
 def _parts(frames: VideoArray | Iterable[VideoArray]) -> Iterator[VideoArray]:

@@ -39,13 +39,16 @@ class Transformer(nn.Module, ABC):
     boundary_timestep: float | None = None
     """From which timestep on the first of two networks, for high noise, is meant, and below it the second: `forward`
     then takes `expert`, 0 or 1, for all frames of a call. None: one network for all."""
-    is_movable = True
-    """Whether a copy can be on another device."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Dtype of the matrix products."""
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether a copy can be on another device."""
+        return True
 
     @abstractmethod
     def encode_timesteps(self, timesteps: Tensor, fps: float | None = None) -> Any:

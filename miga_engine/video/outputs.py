@@ -119,6 +119,23 @@ def open_sink(
     return output.sink(target, fps, width, height, metadata or {})
 
 
+def sink_for(
+    path: str | os.PathLike[str] | Callable[["np.ndarray[Any, Any]"], object],
+    left: tuple[Mapping[str, Any], FrameArray] | None,
+    fps: float | str | Fraction,
+    width: int,
+    height: int,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Sink:
+    """A new file, or one that is gone on with where a run left it: `left` is position and frames, as `reopen_sink`
+    takes them."""
+    if left is None:
+        return open_sink(path, fps, width, height, metadata, overwrite=overwrite)
+    return reopen_sink(path, *left, fps, width, height, metadata, overwrite=overwrite)
+
+
 def reopen_sink(
     path: str | os.PathLike[str] | Callable[["np.ndarray[Any, Any]"], object],
     position: Mapping[str, Any],

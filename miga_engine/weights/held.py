@@ -36,6 +36,11 @@ class HeldCheckpoint(Checkpoint):
             self._tensors[str(key)] = tensor.detach()
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie, told by the first."""
+        return next((tensor.device for tensor in self._tensors.values()), torch.device("cpu"))
+
     def read(self, key: str) -> Tensor:
         return self._tensors[key]
 
@@ -61,9 +66,3 @@ def said_of(given: Any) -> dict[str, Any]:
         return {}
     as_read = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     return {"_class_name": type(given).__name__, **as_read}
-
-
-def first_device(given: Any) -> torch.device:
-    """Where the tensors of a module or a state dict lie."""
-    tensors = given.state_dict() if isinstance(given, nn.Module) else given
-    return next((value.device for value in tensors.values() if isinstance(value, Tensor)), torch.device("cpu"))

@@ -157,6 +157,8 @@ def test_what_is_out_of_place_is_said(
     ):
         with pytest.raises(ConfigError, match=sentence):
             pipe(PROMPT, **{**OPTIONS, **given})
+    with pipe.stream(PROMPT, **golden_model.OPTIONS, miga=golden_model.MIGA, stride=3) as stream:
+        assert stream.request.miga == dataclasses.replace(golden_model.MIGA, stride=3)
     with pytest.raises(TypeError, match="sede"):
         pipe(PROMPT, sede=3)
     with caplog.at_level(logging.WARNING, "miga_engine"):

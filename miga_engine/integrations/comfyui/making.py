@@ -16,8 +16,7 @@ from miga_engine.runtime.session import SUFFIX, load_session, locked, remove_ses
 from miga_engine.runtime.session_info import video_of_session
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.encoder_thread import EncoderThread
-from miga_engine.video.outputs import open_sink, reopen_sink
-from miga_engine.video.sink import Sink
+from miga_engine.video.outputs import sink_for
 
 OpenStream = Callable[[Callable[[Event], None], Callable[[], bool]], Stream]
 """(on_event, is_cancelled) → the stream."""
@@ -51,7 +50,8 @@ def write(comfy: Comfy, model: Managed, open_stream: OpenStream, files: Files) -
     """
     with locked(files.session), _watched(comfy, model, open_stream) as (stream, progress):
         metadata = stream.request.metadata(**model.engine.made_of())
-        with EncoderThread(_sink(files.video, stream, metadata)) as sink:
+        size = stream.request.width, stream.request.height
+        with EncoderThread(sink_for(files.video, stream.output, stream.request.fps, *size, metadata)) as sink:
             stream.save_every(files.save_every, files.session, sink, keep_extension=files.keeps_session)
             try:
                 for frames in _frames(stream, progress):
@@ -112,11 +112,3 @@ def _frames(stream: Stream, progress: Progress) -> Iterator[Tensor]:
     for chunk in stream:
         yield chunk.frames
         progress.frames(chunk.frames, stream.num_frames_out)
-
-
-def _sink(path: Path, stream: Stream, metadata: dict[str, Any]) -> Sink:
-    request = stream.request
-    size = request.width, request.height
-    if stream.output is None:
-        return open_sink(path, request.fps, *size, metadata)
-    return reopen_sink(path, *stream.output, request.fps, *size, metadata)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,23 +253,15 @@ def _eval(comfy: Comfy, given: dict[str, Any]) -> Made:
     source = given["video"].get_stream_source()
     if isinstance(source, str):
         with opened_video(source) as video:
-            measured = measures.measure(_parts(video.frames), None if video.fps is None else float(video.fps))
+            measured = measures.measure(
+                measures.in_parts(video.frames), None if video.fps is None else float(video.fps)
+            )
     else:
         images = given["video"].get_components().images
         measured = measures.measure((images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
     result = {Path(source).name if isinstance(source, str) else "video": measured}
     table = report.table(result)
     return Made((table, json.dumps(result, ensure_ascii=False)), {"text": (table,)})
-
-
-def _parts(frames: Iterator[Any]) -> Iterator[Any]:
-    """As many frames at a time uint8 `[n,H,W,3]` as are measured together: a video may be longer than memory."""
-    import numpy as np
-
-    from miga_engine.measure.measures import PART_FRAMES
-
-    while part := list(islice(frames, PART_FRAMES)):
-        yield np.stack(part)
 
 
 # -----------------------------------------------------------------------------------------------------------------

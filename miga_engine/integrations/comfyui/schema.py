@@ -96,11 +96,10 @@ def extension() -> Any:
     """The pack as the V3 schema has it."""
     latest = importlib.import_module("comfy_api.latest")
 
-    class Extension(latest.ComfyExtension):  # type: ignore[name-defined]
-        async def get_node_list(self) -> list[type]:
-            return [v3_class(node, latest.io) for node in NODES]
+    async def get_node_list(self: Any) -> list[type]:
+        return [v3_class(node, latest.io) for node in NODES]
 
-    return Extension()
+    return type("Extension", (latest.ComfyExtension,), {"get_node_list": get_node_list})()
 
 
 def v3_class(node: Node, io: Any) -> type:

@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from miga_engine import ConfigError, Engine, Event, Stream
-from miga_engine.config import MigaConfig
+from miga_engine.config import MigaConfig, replace_options
 from miga_engine.options import fields
 
 _log = logging.getLogger("miga_engine")
@@ -100,12 +100,10 @@ class MigaPipeline(DiffusionPipeline):
         device = self._offload_device or self._engine_options.get("device") or self.device
         state = (*(_state_of(part) for part in parts.values()), str(device))
         if self._engine is None or self._engine[0] != state or not self._engine[1].is_loaded:
-            options = {"name": self._name(), **self._engine_options, "device": device}
+            name = str(self.config.get("_name_or_path") or type(self).__name__)
+            options = {"name": name, **self._engine_options, "device": device}
             self._engine = state, Engine.from_components(**parts, tokenizer=self.tokenizer, **options)
         return self._engine[1]
-
-    def _name(self) -> str:
-        return str(self.config.get("_name_or_path") or type(self).__name__)
 
     @property
     def interrupt(self) -> bool:
@@ -147,7 +145,8 @@ class MigaPipeline(DiffusionPipeline):
             options["seed"] = _seed_of(generator)
         method = {name: options.pop(name) for name in fields(MigaConfig) if name in options}
         if method:
-            options["miga"] = {**dict(options.get("miga") or {}), **method}
+            given = options.get("miga") or {}
+            options["miga"] = replace_options(given, method) if isinstance(given, MigaConfig) else {**given, **method}
         return engine.stream(prompt, **options)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from miga_engine.integrations.server.metrics import Metrics
 from miga_engine.runtime.session import locked
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.encoder_thread import EncoderThread
-from miga_engine.video.outputs import open_sink, reopen_sink
+from miga_engine.video.outputs import sink_for
 from miga_engine.video.sink import Sink
 
 _log = logging.getLogger("miga_engine")
@@ -130,9 +130,7 @@ def _open_sink(job: Job, stream: Stream, metadata: dict[str, Any]) -> Sink:
     if stream.output is None or not stream.output[0].get("num_frames"):  # nothing of a file counts, if there is one
         job.video.unlink(missing_ok=True)
         job.stale_inode = None
-    if stream.output is None:
-        return open_sink(job.video, request.fps, *size, metadata)
-    return reopen_sink(job.video, *stream.output, request.fps, *size, metadata)
+    return sink_for(job.video, stream.output, request.fps, *size, metadata)
 
 
 def _tell(job: Job, event: Event) -> None:

@@ -64,23 +64,23 @@ def of_components(
             f"file: {f'leave {apart[0]} out' if apart else 'name that of OpenCLIP ViT-H/14'}"
         )
 
-    def part(prefix: str) -> Checkpoint:
-        return layouts.network(held("transformer", parts.transformer), prefix)
+    def whole() -> Checkpoint:  # anew for each network, which closes it
+        return held("transformer", parts.transformer)
 
-    layouts.check_schedule(held("transformer", parts.transformer))
-    vae = part(layouts.VAE)
+    layouts.check_schedule(whole())
+    vae = layouts.network(whole(), layouts.VAE)
     config, own = layouts.vae_config(vae), network_dtype(vae, "post_quant_conv.weight")
-    tokenizer, text = Path(parts.tokenizer), layouts.text_encoder(held("transformer", parts.transformer))
+    tokenizer, text = Path(parts.tokenizer), layouts.text_encoder(whole())
     text_config, text_dtype = layouts.text_encoder_config(text), network_dtype(text, "ln_final.weight")
     return _bundle_of(
         Path(parts.name),
         text_config,
-        _unet(part(layouts.UNET), device, dtype),
+        _unet(layouts.network(whole(), layouts.UNET), device, dtype),
         load_module(lambda: KLVAE(config), vae, device=device, dtype=vae_dtype or own),
         device,
         lambda device: load_module(
             lambda: CLIPTextEncoder(text_config),
-            layouts.text_encoder(held("transformer", parts.transformer)),
+            layouts.text_encoder(whole()),
             device=device,
             dtype=dtype or text_dtype,
         ),

@@ -80,7 +80,7 @@ class WanExperts(Transformer):
             network.attention = backend
 
     @property
-    def is_movable(self) -> bool:  # type: ignore[override]
+    def is_movable(self) -> bool:
         """Not where the networks are copied to a device by turns."""
         return not self._slot
 
