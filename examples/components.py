@@ -26,7 +26,8 @@ engine = Engine.from_components(
 )
 kite = engine.bundle.encode_prompts(["a yellow kite over green hills at dusk"])
 name = engine.hold_embedding(kite)  # an embedding in place of a text, from wherever it is
-with engine.stream({0: name, 48: "a red balloon over snowy hills"}, 97, negative_prompt="") as stream:
+prompts = {0: name, 24: "a red balloon over snowy hills"}
+with engine.stream(prompts, num_frames=49, miga={"warmup": "clip"}) as stream:
     for chunk in stream:
         print(f"frames {chunk.first_frame} to {chunk.first_frame + len(chunk.frames) - 1}", flush=True)
 print(f"{engine.network_bytes() / 2**20:.0f} MiB of weights")

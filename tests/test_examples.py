@@ -76,7 +76,7 @@ def test_two_videos_in_one_event_loop(tmp_path: Path) -> None:
 def test_parts_in_memory_make_a_video(tmp_path: Path) -> None:
     printed, errors = _start("components.py", tmp_path).communicate(timeout=120)
     lines = printed.splitlines()
-    assert [line for line in lines if line.startswith("frames ")][-1].endswith(" to 96"), errors
+    assert [line for line in lines if line.startswith("frames ")][-1].endswith(" to 48"), errors
     assert int(lines[-2].split()[0]) > 0
     assert lines[-1] == "0 MiB of weights"
 

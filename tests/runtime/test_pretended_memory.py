@@ -226,21 +226,21 @@ def test_the_batch_is_chosen_without_a_folder_and_once_for_each_size(gpu, monkey
 
 
 @pytest.mark.slow
-def test_networks_leave_the_gpu_at_once_and_come_back(gpu) -> None:
+def test_networks_leave_the_gpu_at_once_and_come_back(gpu, folders) -> None:
     before = gpu.live_bytes
-    engine = Engine.from_pretrained("tiny", "cuda", "float32")
-    frames = frames_by(engine, "tiny")
+    engine = Engine.from_pretrained(folders["wan"], "cuda", "float32")
+    frames = frames_by(engine, "wan")
     held = engine.network_bytes()
     assert 0 < held <= gpu.live_bytes - before
     engine.unload()
     assert gpu.live_bytes == before
-    assert torch.equal(frames_by(engine, "tiny"), frames)
+    assert torch.equal(frames_by(engine, "wan"), frames)
     on_cpu = engine.to("cpu")
     assert on_cpu is engine
     assert gpu.live_bytes == before
-    assert levels_apart(frames_by(engine, "tiny"), frames) <= 1
+    assert levels_apart(frames_by(engine, "wan"), frames) <= 1
     engine.unload()
     assert engine.device.type == "cpu"
-    assert torch.equal(frames_by(engine.to("cuda"), "tiny"), frames)  # read again, there
+    assert torch.equal(frames_by(engine.to("cuda"), "wan"), frames)  # read again, there
     assert engine.bundle.dtype == torch.float32
     assert gpu.live_bytes - before >= held
