@@ -9,12 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from places import ROOT
-
+import miga_engine
 from miga_engine.integrations.comfyui.inputs import Input
 from miga_engine.integrations.comfyui.nodes import NODES
 
-FOLDER = ROOT / "miga_engine" / "integrations" / "comfyui" / "example_workflows"
+FOLDER = Path(miga_engine.__file__).parent / "integrations" / "comfyui" / "example_workflows"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 PROMPT = "a red kite over green hills at noon"
 
