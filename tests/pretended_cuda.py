@@ -84,13 +84,13 @@ class Machine(Devices):
     """Runs every operator on the host's memory, watched."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
-        on_device = [tensor for tensor in given if isinstance(tensor, CudaTensor)]
+        given = leaves(args)
         asked = kwargs.get("device")
         if asked is None:
-            asked = next((value for value in leaves(args) if isinstance(value, torch.device)), None)
+            asked = next((value for value in given if isinstance(value, torch.device)), None)
         asked = None if asked is None else torch.device(asked)
-        if not on_device and (asked is None or asked.type != "cuda"):
+        is_on_device = any(isinstance(value, CudaTensor) for value in (given + leaves(kwargs) if kwargs else given))
+        if not is_on_device and (asked is None or asked.type != "cuda"):
             return func(*args, **kwargs)
         name = func._schema.name
         if asked is not None and asked.type == "meta":
@@ -239,10 +239,15 @@ def _no_eager(*_: Any, **__: Any) -> Any:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Tensors that the operator's schema says it writes into."""
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[i] if i < len(args) else None)
-            yield from (tensor for tensor in leaves(value) if isinstance(tensor, Tensor))
+    for i, name in _written_arguments(func):
+        value = kwargs.get(name, args[i] if i < len(args) else None)
+        yield from (tensor for tensor in leaves(value) if isinstance(tensor, Tensor))
+
+
+@functools.cache
+def _written_arguments(func: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(func._schema.arguments)
+    return [(i, given.name) for i, given in arguments if given.alias_info is not None and given.alias_info.is_write]
 
 
 def _host(value: Any) -> Any:

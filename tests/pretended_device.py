@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _ROOT = f"{Path(__file__).parents[1]}/"
 _PRODUCT = (f"{_ROOT}miga_engine/", f"{_ROOT}kernels/")
@@ -115,11 +115,15 @@ class Graph:
                 if not block.tensors:
                     here.report("a graph uses memory that was freed since its capture", f"allocated at {block.born}")
                 here.note_use(block, stream, time, is_write=is_write, what="a replay")
-            for func, args, kwargs, results in self.operations:
-                again = func(*args, **kwargs)
-                for old, new in zip(leaves(results), leaves(again), strict=True):
-                    if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                        old.copy_(new)
+            with _disable_current_modes():  # it is all on the host, and there is nothing to watch
+                self._run()
+
+    def _run(self) -> None:
+        for func, args, kwargs, results in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(leaves(results), leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
 
 
 class CudaTensor(torch.Tensor):
@@ -338,21 +342,29 @@ class Devices:
             self.report("a capture forbids", what)
 
 
-def leaves(tree: Any) -> Iterator[Any]:
+def leaves(tree: Any) -> list[Any]:
     """What lies in lists, tuples and dictionaries."""
-    if isinstance(tree, list | tuple):
-        for part in tree:
-            yield from leaves(part)
-    elif isinstance(tree, dict):
-        yield from leaves(list(tree.values()))
-    else:
-        yield tree
+    found: list[Any] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: Any, found: list[Any]) -> None:
+    for part in tree if isinstance(tree, _SEQUENCES) else tree.values() if isinstance(tree, dict) else (tree,):
+        if isinstance(part, _TREES):
+            _gather(part, found)
+        else:
+            found.append(part)
+
+
+_SEQUENCES = (list, tuple)
+_TREES = (list, tuple, dict)
 
 
 def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
     """The same with every leaf changed."""
-    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
-        return type(tree)(mapped(change, part) for part in tree)
+    if isinstance(tree, _SEQUENCES) and not isinstance(tree, torch.Size):
+        return type(tree)([mapped(change, part) for part in tree])
     if isinstance(tree, dict):
         return {name: mapped(change, part) for name, part in tree.items()}
     return change(tree)
