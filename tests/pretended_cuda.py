@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -84,18 +84,14 @@ class Machine(Devices):
     """Runs every operator on the host's memory, watched."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = leaves(args)
-        asked = kwargs.get("device")
-        if asked is None:
-            asked = next((value for value in given if isinstance(value, torch.device)), None)
-        asked = None if asked is None else torch.device(asked)
-        is_on_device = any(isinstance(value, CudaTensor) for value in (given + leaves(kwargs) if kwargs else given))
-        if not is_on_device and (asked is None or asked.type != "cuda"):
+        given = Given(args, kwargs)
+        asked = kwargs.get("device") or given.device
+        asked = torch.device(asked) if isinstance(asked, str) else asked
+        if not given.on_device and (asked is None or asked.type != "cuda"):
             return func(*args, **kwargs)
-        name = func._schema.name
+        name = _facts(func).name
         if asked is not None and asked.type == "meta":
-            host_args, host_kwargs = _on_host((args, kwargs))
-            return func(*host_args, **({**host_kwargs, "device": asked} if "device" in kwargs else host_kwargs))
+            return func(*given.args, **({**given.kwargs, "device": asked} if "device" in kwargs else given.kwargs))
         self.before(name, args)
         if name.startswith("miga::"):
             with OnMachine():
@@ -108,7 +104,7 @@ class Machine(Devices):
         if name == "aten::_addmm_activation":  # whose GELU is the exact one on a CPU
             product = self.execute(torch.ops.aten.addmm.default, args, {})
             return self.execute(torch.ops.aten.gelu.default, (product,), {"approximate": "tanh"})
-        return self.execute(func, args, kwargs, asked)
+        return self.execute(func, args, kwargs, asked, given)
 
     def _dispatch(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is registered for GPUs; the kernel that it launches comes back to `launch`."""
@@ -128,54 +124,55 @@ class Machine(Devices):
         return self.execute(op, args, kwargs)
 
     def execute(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: torch.device | None = None
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        asked: torch.device | None = None,
+        given: Given | None = None,
     ) -> Any:
         """Run on the host's memory, watched."""
-        name = func._schema.name
-        given = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
-        on_device = [tensor for tensor in given if isinstance(tensor, CudaTensor)]
-        on_host = [tensor for tensor in given if not isinstance(tensor, CudaTensor)]
+        facts, given = _facts(func), given or Given(args, kwargs)
+        name, on_device, on_host = facts.name, given.on_device, given.on_host
         to_host = asked is not None and asked.type == "cpu"
         device = on_device[0].device if on_device and (asked is None or to_host) else self.device(asked)
         stream = self.current_stream(device)
         with self.lock:
-            is_copy = name in ("aten::copy_", "aten::_to_copy")
-            if len({tensor.device for tensor in on_device}) > 1 and not is_copy:
+            if len(on_device) > 1 and not facts.is_copy and any(tensor.device != device for tensor in on_device):
                 self.report("tensors of two devices", name)
-            if on_device and [t for t in on_host if t.ndim] and name not in INDEXING and not is_copy:
+            if on_host and on_device and not facts.may_mix and any(tensor.ndim for tensor in on_host):
                 self.report("tensors of CPU and CUDA", name)
             time = stream.tick()
-            self._note_waits(name, args, kwargs, on_device, on_host, asked, stream)
-            host_args, host_kwargs = _on_host((args, kwargs))
-            if host_kwargs.get("device") is not None:
-                host_kwargs["device"] = HOST
-            host_kwargs.pop("pin_memory", None)
-            written = list(_written(func, args, kwargs))
+            if facts.may_wait:
+                self._note_waits(name, args, kwargs, on_device, on_host, asked, stream)
+            if given.kwargs.get("device") is not None:
+                given.kwargs["device"] = HOST
+            given.kwargs.pop("pin_memory", None)
+            written = list(_written(facts, args, kwargs)) if facts.written else []
             graph = self.capturing
             for tensor in on_device if graph is None else ():  # what is captured runs in replays alone
                 is_write = any(tensor is other for other in written)
-                block = self.block_of(tensor.host.untyped_storage(), tensor.device)
-                self.note_use(block, stream, time, is_write=is_write, what=name)
+                self.note_use(tensor.hold.block, stream, time, is_write=is_write, what=name)
             kept = [tensor.host.clone() for tensor in written if isinstance(tensor, CudaTensor)] if graph else []
-            result = func(*host_args, **host_kwargs)
+            result = func(*given.args, **given.kwargs)
             if to_host or (name == "aten::copy_" and not isinstance(args[0], CudaTensor)):
                 return args[0] if name == "aten::copy_" else result
             if graph is not None:
-                self._record(graph, func, host_args, host_kwargs, result, on_device, written, kept)
-            hosts = {id(tensor.host): tensor for tensor in on_device}
+                self._record(graph, func, given, result, written, kept)
 
             def on_machine(value: Any) -> Any:
                 if not isinstance(value, Tensor):
                     return value
-                if id(value) in hosts:
-                    return hosts[id(value)]
+                for tensor in on_device:
+                    if tensor.host is value:
+                        return tensor
                 block = self.block_of(value.untyped_storage(), device)
                 if graph is None:
                     block.writer = block.writer or (stream.name, time)
                     block.uses[stream.name] = time
-                return CudaTensor(value, device)
+                return CudaTensor(value, device, block)
 
-            return mapped(on_machine, result)
+            return on_machine(result) if isinstance(result, Tensor) else mapped(on_machine, result)
 
     def _note_waits(
         self,
@@ -208,56 +205,89 @@ class Machine(Devices):
                     self.host_waits_for(stream.clock)
 
     def _record(
-        self,
-        graph: Graph,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        result: Any,
-        on_device: list[CudaTensor],
-        written: list[Tensor],
-        kept: list[Tensor],
+        self, graph: Graph, func: Any, given: Given, result: Any, written: list[Tensor], kept: list[Tensor]
     ) -> None:
         """A capture computes nothing: what was written is put back, and new results are NaN."""
-        graph.operations.append((func, args, kwargs, result))
-        for tensor in on_device:
-            block = self.block_of(tensor.host.untyped_storage())
+        for tensor in given.on_device:
+            block = tensor.hold.block
             if block.graph is None or block.graph() is not graph:
                 graph.outside[block] = graph.outside.get(block, False) or any(tensor is other for other in written)
         for tensor, before in zip(written, kept, strict=True):
             tensor.host.copy_(before)
-        known = {tensor.host.untyped_storage().data_ptr() for tensor in on_device}
+        known = {tensor.host.untyped_storage().data_ptr() for tensor in given.on_device}
+        results: list[Tensor | None] = []
         for value in leaves(result):
             is_new = isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known
+            results.append(value if is_new else None)
             if is_new and value.is_floating_point():
                 value.fill_(float("nan"))
+        graph.operations.append((func, given.args, given.kwargs, results))
 
 
 def _no_eager(*_: Any, **__: Any) -> Any:
     raise AssertionError("float64 on a GPU: no op of a run computes in it")
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors that the operator's schema says it writes into."""
-    for i, name in _written_arguments(func):
-        value = kwargs.get(name, args[i] if i < len(args) else None)
-        yield from (tensor for tensor in leaves(value) if isinstance(tensor, Tensor))
+class Given:
+    """The arguments of an operator on the host, and what is among them."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        self.on_device: list[CudaTensor] = []
+        self.on_host: list[Tensor] = []
+        self.device: torch.device | None = None
+        """The first that is not named."""
+        self.args = self._listed(args)
+        device = self.device
+        self.kwargs = {name: self._host(value) for name, value in kwargs.items()} if kwargs else {}
+        self.device = device
+
+    def _listed(self, values: Any) -> list[Any]:
+        return [value if type(value) in _PLAIN else self._host(value) for value in values]
+
+    def _host(self, value: Any) -> Any:
+        if isinstance(value, CudaTensor):
+            self.on_device.append(value)
+            return value.host
+        if isinstance(value, Tensor):
+            self.on_host.append(value)
+        elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            return type(value)(self._listed(value))
+        elif isinstance(value, dict):
+            return {name: self._host(part) for name, part in value.items()}
+        elif isinstance(value, torch.device):
+            self.device = self.device or value
+            return HOST
+        return value
+
+
+_PLAIN = {int, float, bool, type(None), str, torch.dtype}
+
+
+class Facts(NamedTuple):
+    """What an operator is."""
+
+    name: str
+    written: list[tuple[int, str]]
+    """Arguments, by place and name, that its schema says it writes into."""
+    is_copy: bool
+    may_mix: bool
+    """Tensors of the host are no fault beside the device's."""
+    may_wait: bool
 
 
 @functools.cache
-def _written_arguments(func: Any) -> list[tuple[int, str]]:
-    arguments = enumerate(func._schema.arguments)
-    return [(i, given.name) for i, given in arguments if given.alias_info is not None and given.alias_info.is_write]
+def _facts(func: Any) -> Facts:
+    name, arguments = func._schema.name, enumerate(func._schema.arguments)
+    written = [(i, given.name) for i, given in arguments if given.alias_info is not None and given.alias_info.is_write]
+    is_copy = name in ("aten::copy_", "aten::_to_copy")
+    may_mix = is_copy or name in INDEXING
+    return Facts(name, written, is_copy, may_mix, may_wait=may_mix or name in HOST_WAITS)
 
 
-def _host(value: Any) -> Any:
-    if isinstance(value, CudaTensor):
-        return value.host
-    return HOST if isinstance(value, torch.device) else value
-
-
-def _on_host(arguments: Any) -> Any:
-    return mapped(_host, arguments)
+def _written(facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for i, name in facts.written:
+        value = kwargs.get(name, args[i] if i < len(args) else None)
+        yield from (tensor for tensor in leaves(value) if isinstance(tensor, Tensor))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import functools
 import sys
 import threading
 import traceback
@@ -97,7 +98,8 @@ class Graph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.pool_handle: int | None = None
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.operations: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
+        """Operators, what they are given on the host, and what they make in memory of its own."""
         self.outside: dict[Block, bool] = {}
         """Memory that is not the graph's: whether it is written."""
         self.num_replays = 0
@@ -112,7 +114,7 @@ class Graph:
         with here.lock:
             time = stream.tick()
             for block, is_write in self.outside.items():
-                if not block.tensors:
+                if not block.is_held():
                     here.report("a graph uses memory that was freed since its capture", f"allocated at {block.born}")
                 here.note_use(block, stream, time, is_write=is_write, what="a replay")
             with _disable_current_modes():  # it is all on the host, and there is nothing to watch
@@ -121,8 +123,8 @@ class Graph:
     def _run(self) -> None:
         for func, args, kwargs, results in self.operations:
             again = func(*args, **kwargs)
-            for old, new in zip(leaves(results), leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+            for old, new in zip(results, (again,) if isinstance(again, Tensor) else leaves(again), strict=True):
+                if old is not None:
                     old.copy_(new)
 
 
@@ -132,7 +134,7 @@ class CudaTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, host: Tensor, device: torch.device) -> CudaTensor:
+    def __new__(cls, host: Tensor, device: torch.device, block: Block | None = None) -> CudaTensor:
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             host.size(),
@@ -142,7 +144,7 @@ class CudaTensor(torch.Tensor):
             device=device,
         )
         tensor.host = host
-        machine().block_of(host.untyped_storage(), device).tensors.add(tensor)
+        tensor.hold = (block or machine().block_of(host.untyped_storage(), device)).hold()
         return tensor
 
     def __repr__(self) -> str:
@@ -158,7 +160,7 @@ class CudaTensor(torch.Tensor):
         return self.host.untyped_storage()
 
     def record_stream(self, stream: Stream) -> None:
-        machine().block_of(self.host.untyped_storage()).recorded.add(stream.name)
+        self.hold.block.recorded.add(stream.name)
 
     def tolist(self) -> Any:
         machine().note_wait("tolist")
@@ -176,8 +178,22 @@ class CudaTensor(torch.Tensor):
 class OnMachine(TorchDispatchMode):
     """Sends operators that make tensors of device cuda to the machine."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's guard against it costs more than most operators."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return machine().run(func, args, kwargs or {})
+
+
+class Hold:
+    """What the tensors over one piece of memory share, and nothing else has."""
+
+    __slots__ = ("__weakref__", "block")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
 
 
 class Block:
@@ -186,10 +202,20 @@ class Block:
     def __init__(self, stream: Stream, graph: Graph | None, size: int, born: str) -> None:
         self.stream, self.size, self.born = stream, size, born
         self.graph = None if graph is None else weakref.ref(graph)  # which holds the memory, and not the other way
-        self.tensors: weakref.WeakSet[CudaTensor] = weakref.WeakSet()
+        self._hold: Callable[[], Hold | None] = lambda: None
         self.uses: dict[str, int] = {}
         self.recorded: set[str] = set()
         self.writer: tuple[str, int] | None = None
+
+    def hold(self) -> Hold:
+        hold = self._hold()
+        if hold is None:
+            hold = Hold(self)
+            self._hold = weakref.ref(hold)
+        return hold
+
+    def is_held(self) -> bool:
+        return self._hold() is not None
 
 
 class Devices:
@@ -209,7 +235,7 @@ class Devices:
         self.live_at_empty_cache: list[int] = []
         self.before: Callable[[str, tuple[Any, ...]], None] = lambda name, args: None
         """Called before every operator with its name and arguments; what it raises is the operator's failure."""
-        self._blocks: weakref.WeakKeyDictionary[torch.UntypedStorage, Block] = weakref.WeakKeyDictionary()
+        self._blocks: dict[weakref.ref[torch.UntypedStorage], Block] = {}
         self._thread = threading.local()
         self._defaults: dict[int, Stream] = {}
         self._capture_stream: Stream | None = None
@@ -218,11 +244,18 @@ class Devices:
 
     def device(self, device: Any = None) -> torch.device:
         """With its index; the current one where none is named."""
+        if isinstance(device, torch.device) and device.index is not None:
+            return device
         device = torch.device("cuda" if device is None else device if not isinstance(device, int) else f"cuda:{device}")
         return torch.device("cuda", self.guard.current_device() if device.index is None else device.index)
 
     def current_stream(self, device: Any = None) -> Stream:
-        return getattr(self._thread, "streams", {}).get(self.device(device).index) or self.default_stream(device)
+        index = self.device(device).index
+        return (
+            getattr(self._thread, "streams", _NOTHING).get(index)
+            or self._defaults.get(index)
+            or self.default_stream(device)
+        )
 
     def default_stream(self, device: Any = None) -> Stream:
         index = self.device(device).index
@@ -294,17 +327,17 @@ class Devices:
     # Memory --------------------------------------------------------------------------------------------------------
 
     def block_of(self, storage: torch.UntypedStorage, device: torch.device | None = None) -> Block:
-        block = self._blocks.get(storage)
+        block = self._blocks.get(weakref.ref(storage))
         if block is None:
             block = Block(self.current_stream(device), self.capturing, storage.nbytes(), _where())
-            self._blocks[storage] = block
+            self._blocks[weakref.ref(storage, self._freed)] = block
             self.live_bytes += block.size
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._freed, block)
         return block
 
-    def _freed(self, block: Block) -> None:
+    def _freed(self, storage: weakref.ref[torch.UntypedStorage]) -> None:
         with self.lock:
+            block = self._blocks.pop(storage)
             self.live_bytes -= block.size
             for name, time in block.uses.items():
                 if name not in (block.stream.name, *block.recorded) and block.stream.clock[name] < time:
@@ -357,6 +390,7 @@ def _gather(tree: Any, found: list[Any]) -> None:
             found.append(part)
 
 
+_NOTHING: dict[Any, Any] = {}
 _SEQUENCES = (list, tuple)
 _TREES = (list, tuple, dict)
 
@@ -375,10 +409,15 @@ def _where() -> str:
     lines: list[str] = []
     frame = sys._getframe(1)
     while frame is not None and len(lines) < 2:
-        if frame.f_code.co_filename.startswith(_PRODUCT):
+        if _is_product(frame.f_code.co_filename):
             lines.append(f"{frame.f_code.co_filename.removeprefix(_ROOT)}:{frame.f_lineno}")
         frame = frame.f_back
     return " < ".join(lines)
+
+
+@functools.cache
+def _is_product(path: str) -> bool:
+    return path.startswith(_PRODUCT)
 
 
 machines: list[Any] = []
