@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found] # what `signal` wraps, forty times as fast where all are looked at
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -23,8 +24,8 @@ class uninterrupted:  # noqa: N801 - reads as what the block is
         if threading.current_thread() is not threading.main_thread():
             return
         try:
-            for number in signal.valid_signals():
-                handler = signal.getsignal(number)
+            for number in range(1, signal.NSIG):
+                handler = _signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler  # before it is replaced: giving it back twice does no harm
                     signal.signal(number, self._note)
