@@ -17,7 +17,7 @@ from miga_engine.models.videocrafter2.clip_text import CLIPTextConfig, CLIPTextE
 from miga_engine.models.videocrafter2.unet import VideoUNet, unet_config
 
 GOLDENS = Path(__file__).parent / "goldens"
-OPTIONS = {"height": 32, "width": 48, "num_inference_steps": 10}
+OPTIONS = {"height": 32, "width": 48, "num_inference_steps": 8}
 MIGA = MigaConfig(zigzag_width=2, stage2_steps=3, guidance_frames=1, stride=2, judge_step=3)
 
 
@@ -83,9 +83,9 @@ FAMILIES = {
         {
             "height": 8,
             "width": 16,
-            "num_inference_steps": 7,
+            "num_inference_steps": 5,
             "miga": dataclasses.replace(
-                MIGA, judge_step=2, reference_groups=1, candidates=2, score_drop=0.0, refine_steps=1
+                MIGA, stage2_steps=2, judge_step=2, reference_groups=1, candidates=2, score_drop=0.0, refine_steps=1
             ),
         },
         9,

@@ -22,15 +22,15 @@ CAN_PRETEND = [
 ]
 
 PROMPT = "a red balloon over snowy hills at dawn"
-TINY = {"height": 32, "width": 48, "num_inference_steps": 8}
+TINY = {"height": 32, "width": 48, "num_inference_steps": 6}
 
 
 def options_of(family: str) -> dict[str, Any]:
     if family == "tiny":
         # a queue of several windows, so that there are batches; branches that read different frames
         miga = dataclasses.replace(
-            PRESETS["tiny"].miga, zigzag_width=4, stage2_steps=2, window_batch=2, judge_step=3, past_context=True,
-            history_guidance="all",
+            PRESETS["tiny"].miga, zigzag_width=4, stage2_steps=2, window_batch=2, judge_step=2, reference_groups=1,
+            past_context=True, history_guidance="all",
         )  # fmt: skip
         return {**TINY, "num_frames": 61, "miga": miga}
     known = golden_model.FAMILIES[family]

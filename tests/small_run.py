@@ -38,7 +38,8 @@ def generate(model: Path, video: object, num_frames: int, *more: object) -> list
     """Arguments of `miga generate` for a video of 48×32 at 6 fps."""
     config = golden_model.MIGA
     method = ["--zigzag-width", config.zigzag_width, "--stage2-steps", config.stage2_steps, "--guidance-frames", 1]
-    method += ["--stride", config.stride, "--judge-step", config.judge_step, "--num-inference-steps", 10, "--seed", 3]
+    method += ["--stride", config.stride, "--judge-step", config.judge_step, "--num-inference-steps"]
+    method += [golden_model.OPTIONS["num_inference_steps"], "--seed", 3]
     size = ["--height", 32, "--width", 48, "--fps", 6, "--num-frames", num_frames, "-q"]
     return ["generate", "a red balloon", "--model", model, *size, *method, "-o", video, *more]
 

@@ -110,7 +110,7 @@ def test_the_command_begins_with_a_picture_and_with_a_clip_and_resumes(engines, 
     picture.write_bytes(encode_png(small_models.PICTURE.numpy(), ""))
     with open_sink(clip, "16", 30, 20) as sink:
         sink.write(small_models.CLIP)
-    flags = ["--height", "32", "--width", "64", "--num-inference-steps", "10", "--num-frames", "22", "--zigzag-width",
+    flags = ["--height", "32", "--width", "64", "--num-inference-steps", "8", "--num-frames", "22", "--zigzag-width",
              "2", "--stage2-steps", "3", "--guidance-frames", "1", "--stride", "2", "--judge-step", "3", "--fps", "16",
              "--quiet"]  # fmt: skip
     for flag, file in (("--image", picture), ("--video", clip)):

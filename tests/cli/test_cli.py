@@ -26,7 +26,7 @@ from miga_engine.cli.main import _build_parser, _hyphenate
 from miga_engine.cli.settings import read_settings, video_options
 from miga_engine.video.reading import read_metadata, read_video
 
-SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "10", "--zigzag-width", "2", "--stage2-steps", "3",
+SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "8", "--zigzag-width", "2", "--stage2-steps", "3",
          "--guidance-frames", "1", "--stride", "2", "--judge-step", "3"]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_videocrafter2_folder_makes_a_video(tmp_path, capsys):
 @pytest.mark.slow
 def test_fifo_method_and_no_flags(folder, tmp_path):
     video = tmp_path / "video.mkv"
-    arguments = ["--height", 32, "--width", 48, "--num-inference-steps", 10]
+    arguments = ["--height", 32, "--width", 48, "--num-inference-steps", 8]
     assert (
         _miga("generate", "x", "--model", folder, "--method", "fifo", "--num-frames", 17, "-o", video, "-q", *arguments)
         == 0

@@ -29,7 +29,7 @@ from miga_engine.video.reading import read_video
 METHOD = {"zigzag_width": 2, "stage2_steps": 3, "guidance_frames": 1, "stride": 2, "judge_step": 3}
 assert all(getattr(golden_model.MIGA, name) == value for name, value in METHOD.items())
 VIDEO: dict[str, Any] = {"prompt": "a red balloon", "num_frames": 30, "fps": 6, "size": "48x32",
-                         "num_inference_steps": 10, "miga": METHOD}  # fmt: skip
+                         "num_inference_steps": 8, "miga": METHOD}  # fmt: skip
 """A short video of the small Wan model, as a client asks for it."""
 OPTIONS = {**golden_model.OPTIONS, "fps": 6, "miga": golden_model.MIGA}
 """The same for the engine, but for the length."""

@@ -102,7 +102,7 @@ def test_a_video_is_read_while_it_is_made(engine: Engine, tmp_path: Path) -> Non
 
 
 def test_names_of_others_are_understood(engine: Engine) -> None:
-    limits, small = ServeOptions(), {"size": "48x32", "num_inference_steps": 10, **METHOD}
+    limits, small = ServeOptions(), {"size": "48x32", "num_inference_steps": 8, **METHOD}
     given = asked_of({"prompt": {"0": "a", "160": "b"}, "seconds": "4", "user": "me", "video_params": {"fps": 24},
                       "flow_shift": 2.5, "extra_body": {"tail_signal": 0.5}, "seed": 2**64 - 1, "model": "small-wan",
                       **small}, engine, limits)  # fmt: skip

@@ -20,7 +20,7 @@ SUITE = {
          "prompt_gen_list_extract": []},
     ]
 }  # fmt: skip
-SMALL = ["--height", 32, "--width", 48, "--num-inference-steps", 10, "--zigzag-width", 2, "--stage2-steps", 3,
+SMALL = ["--height", 32, "--width", 48, "--num-inference-steps", 8, "--zigzag-width", 2, "--stage2-steps", 3,
          "--guidance-frames", 1, "--stride", 2, "--judge-step", 3]  # fmt: skip
 
 

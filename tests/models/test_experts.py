@@ -400,7 +400,7 @@ def test_the_command_resumes_with_both_networks_named(model: Path, tmp_path: Pat
     method = {"zigzag_width": 2, "stage2_steps": 3, "guidance_frames": 1, "stride": 2, "judge_step": 3}
     (model / "miga.json").write_text(json.dumps({"window_frames": 5}))
     engine = Engine.from_pretrained(model, "cpu", transformer=high, transformer_2=low)
-    sizes = {"height": 32, "width": 48, "num_inference_steps": 10, "shift": 5.0}
+    sizes = {"height": 32, "width": 48, "num_inference_steps": 8, "shift": 5.0}
     whole = engine.generate("a kite", 21, **sizes, miga=method).frames
     with engine.stream("a kite", 21, **sizes, miga=method) as stream:
         begun = next(stream).frames

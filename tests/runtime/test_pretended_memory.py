@@ -20,6 +20,7 @@ from miga_engine.device import is_out_of_memory
 from miga_engine.errors import DeviceError
 from miga_engine.presets import PRESETS
 from miga_engine.runtime import denoise
+from miga_engine.runtime.stream import Event
 
 pytestmark = CAN_PRETEND
 
@@ -77,27 +78,28 @@ class _Fault:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", OUT_OF_MEMORY[:5:2])
-def test_memory_that_runs_out_in_the_first_forward_halves_the_batch(gpu, error: Exception) -> None:
-    engine, events = Engine.from_pretrained("tiny", "cuda", "float32", capture=False), []
+def test_memory_that_runs_out_in_the_first_forward_halves_the_batch(gpu) -> None:
+    engine = Engine.from_pretrained("tiny", "cuda", "float32", capture=False)
     expected = frames_by(engine, "tiny")
-    gpu.before = fault = _Fault(gpu, error, in_capture=False)
-    live: list[int] = []
     forward = denoise.Denoiser._forward
+    for error in OUT_OF_MEMORY[:5:2]:
+        gpu.before = fault = _Fault(gpu, error, in_capture=False)
+        live: list[int] = []
+        events: list[Event] = []
 
-    def watched(self: denoise.Denoiser, *arguments: Any) -> None:
-        if not fault.is_over:
-            live.append(gpu.live_bytes)
-        forward(self, *arguments)
+        def watched(self: denoise.Denoiser, *arguments: Any, fault=fault, live=live) -> None:
+            if not fault.is_over:
+                live.append(gpu.live_bytes)
+            forward(self, *arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoise.Denoiser, "_forward", watched)
-        frames = engine.generate(PROMPT, **options_of("tiny"), on_event=events.append).frames
-    assert fault.is_over
-    assert [event.data["window_batch"] for event in events if event.kind == "window_batch"] == [1]
-    assert levels_apart(frames, expected) <= 1
-    # Nothing of the failed forward was held, by its error's traceback say, when the cache was emptied.
-    assert gpu.live_at_empty_cache[-1] <= live[-1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(denoise.Denoiser, "_forward", watched)
+            frames = engine.generate(PROMPT, **options_of("tiny"), on_event=events.append).frames
+        assert fault.is_over
+        assert [event.data["window_batch"] for event in events if event.kind == "window_batch"] == [1]
+        assert levels_apart(frames, expected) <= 1
+        # Nothing of the failed forward was held, by its error's traceback say, when the cache was emptied.
+        assert gpu.live_at_empty_cache[-1] <= live[-1]
 
 
 @pytest.mark.slow

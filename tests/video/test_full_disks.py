@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_while_a_run_is_gone_on_with(
 
 # The command ---------------------------------------------------------------------------------------------------------
 
-OPTIONS = ["--height", "32", "--width", "48", "--fps", "6", "--num-frames", "33", "--num-inference-steps", "10", "-q",
+OPTIONS = ["--height", "32", "--width", "48", "--fps", "6", "--num-frames", "33", "--num-inference-steps", "8", "-q",
            "--zigzag-width", "2", "--stage2-steps", "3", "--guidance-frames", "1", "--stride", "2",
            "--judge-step", "3"]  # fmt: skip
 
