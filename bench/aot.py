@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,12 +205,22 @@ def compiling_for(target: str) -> Iterator[list[Any]]:
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        with redirect_stdout(io.StringIO()) as said:
+            compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        if said.getvalue():  # nothing where Triton has the kernel already
+            _said[compiled[-1].hash] = said.getvalue()
         return compiled[-1]
 
     triton.runtime.driver.set_active(driver)
-    with mock.patch.object(triton.JITFunction, "run", compile_only):
+    with (
+        mock.patch.object(triton.JITFunction, "run", compile_only),
+        mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True),
+    ):
         yield compiled
+
+
+_said: dict[str, str] = {}
+"""By a kernel's hash: what ptxas said of it when Triton ran it."""
 
 
 def compile_case(case: str, target: str, call: Callable[[], None] | None = None) -> list[Code]:
@@ -222,7 +233,9 @@ def compile_case(case: str, target: str, call: Callable[[], None] | None = None)
 def _measured(case: str, kernel: Any, target: str) -> Code:
     is_amd = TARGETS[target][0] == "hip"
     text = kernel.asm["amdgcn" if is_amd else "ptx"]
-    registers, spilled, is_serialized = _amd_registers(text) if is_amd else _ptxas_registers(text)
+    registers, spilled, is_serialized = (
+        _amd_registers(text) if is_amd else _ptxas_registers(_said.get(kernel.hash) or _ask_ptxas(text))
+    )
     full_waits, partial_waits, overlap = _overlap(text)
     accesses = list(_amd_accesses(text) if is_amd else _nvidia_accesses(text))
     total = sum(size for _, size in accesses)
@@ -246,8 +259,8 @@ def _measured(case: str, kernel: Any, target: str) -> Code:
     )
 
 
-def _ptxas_registers(ptx: str) -> tuple[int, int, bool]:
-    """Registers of a thread, bytes of local memory, and whether products are serialised: the word of Triton's ptxas."""
+def _ask_ptxas(ptx: str) -> str:
+    """What Triton's ptxas says of a kernel, where Triton has not run it for this one."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
@@ -255,7 +268,11 @@ def _ptxas_registers(ptx: str) -> tuple[int, int, bool]:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [get_ptxas(int(arch[2])).path, "-v", f"--gpu-name={arch[1]}", source, "-o", Path(folder, "cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _ptxas_registers(said: str) -> tuple[int, int, bool]:
+    """Registers of a thread, bytes of local memory, and whether products are serialised: the word of Triton's ptxas."""
     stack, stores = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said).groups())
     is_serialized = "wgmma.mma_async instructions are serialized" in said
     return int(re.search(r"Used (\d+) registers", said)[1]), max(stack, stores), is_serialized
