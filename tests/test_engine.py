@@ -322,10 +322,10 @@ def test_what_a_run_holds_does_not_grow_with_its_length(engine):
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     held = []
-    prompt = {40 * i: f"a kite number {i}" for i in range(12)}
+    prompt = {20 * i: f"a kite number {i}" for i in range(14)}
     with engine.stream(prompt, **(golden_model.OPTIONS | {"miga": golden_model.MIGA})) as stream:
         for chunk in stream:
-            if chunk.first_frame >= (81, 401)[len(held)]:
+            if chunk.first_frame >= (81, 241)[len(held)]:
                 held.append(alive())
             if len(held) == 2:
                 break
@@ -340,7 +340,7 @@ def test_of_many_prompts_only_those_at_hand_are_held(models, family, monkeypatch
     step = 4 if family == "wan" else 1
     prompt = {step * i: f"a kite number {i}" for i in range(100)}
     options = {**options, "miga": dataclasses.replace(options["miga"], prompt_blend_frames=2 * step)}
-    num_frames = (40 if family == "wan" else 20) * step
+    num_frames = (28 if family == "wan" else 14) * step
     tables = []
     make = PromptedTransformer.__init__
 

@@ -71,7 +71,7 @@ def test_fifo_and_a_stochastic_solver_can_be_gone_on_with(tmp_path) -> None:
     engine = Engine.from_pretrained(golden_model.build_videocrafter2(tmp_path / "model"), "cpu")
     miga = dataclasses.replace(golden_model.MIGA, reference_groups=1, candidates=2, judge_step=2)
     for config in (miga, fifo_config(miga, 5)):
-        options = {"height": 8, "width": 16, "num_inference_steps": 7, "miga": config}
+        options = {"height": 8, "width": 16, "num_inference_steps": 6, "miga": config}
         _check_resumes_everywhere(engine, options, 6, tmp_path, every=3)
 
 
@@ -152,6 +152,7 @@ def test_any_length_made_longer_is_a_longer_run(engine, tmp_path, num_frames) ->
 @pytest.mark.parametrize(("num_frames", "longer"), [(57, 93)])
 def test_the_embedded_model_made_longer(tmp_path, num_frames, longer) -> None:
     engine, size = Engine.from_pretrained("tiny", "cpu"), {"height": 32, "width": 48}
+    size |= {"num_inference_steps": 12, "miga": dataclasses.replace(engine.preset.miga, stage2_steps=3, judge_step=4)}
     stream = engine.stream("a red balloon over snowy hills at dawn", num_frames, **size)
     stream.save_every(None, tmp_path / "run.safetensors", keep_extension=True)
     short = frames_of(stream)

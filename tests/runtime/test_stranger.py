@@ -25,6 +25,7 @@ from torch import Tensor
 from miga_engine.errors import OutputError, SessionError
 from miga_engine.runtime import session as session_file
 from miga_engine.runtime.session import load_session, locked, previous_path
+from miga_engine.runtime.stream import Stream
 
 NUM_FRAMES = 33
 
@@ -46,25 +47,37 @@ def _generate(model: Path, video: object, *more: object) -> list[object]:
     return small_run.generate(model, video, NUM_FRAMES, *more)
 
 
+def _stop(model: Path, folder: Path, name: str, after: int, *more: object) -> Path:
+    """A run to a video of this name in the folder that was told to stop after some frames: its session file."""
+    following = Stream.__next__
+
+    def next_and_stop(self: Stream) -> Any:
+        chunk = following(self)
+        if self.num_frames_out >= after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return chunk
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "__next__", next_and_stop)
+        assert miga(*_generate(model, f"{folder}/{name}", *more)) == 128 + signal.SIGTERM
+    return folder / f"{Path(name).stem}.session.safetensors"
+
+
+@pytest.fixture(scope="module")
+def stopped_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `stopped` begins with if nothing else is asked for: session files do not say where they lie."""
+    return _stop(model, tmp_path_factory.mktemp("stopped"), "video.rgb", 9)
+
+
 @pytest.fixture
-def stopped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A run to a video of this name that was told to stop after some frames: its session file."""
+def stopped(model: Path, stopped_once: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run into a folder of the test's own, stopped after nine frames: its session file."""
 
-    def stop(name: str = "video.rgb", after: int = 9, *more: object) -> Path:
-        from miga_engine.runtime.stream import Stream
-
-        following = Stream.__next__
-
-        def next_and_stop(self: Stream) -> Any:
-            chunk = following(self)
-            if self.num_frames_out >= after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return chunk
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Stream, "__next__", next_and_stop)
-            assert miga(*_generate(model, f"{tmp_path}/{name}", *more)) == 128 + signal.SIGTERM
-        return tmp_path / f"{Path(name).stem}.session.safetensors"
+    def stop(*more: object) -> Path:
+        if more:
+            return _stop(model, tmp_path, "video.rgb", 9, *more)
+        shutil.copytree(stopped_once.parent, tmp_path, dirs_exist_ok=True)
+        return tmp_path / stopped_once.name
 
     return stop
 
@@ -163,7 +176,7 @@ def test_a_copied_folder_goes_on_in_the_copy(model, tmp_path, stopped) -> None:
 def test_a_command_that_goes_on_is_told_whole(model, tmp_path, stopped, capsys) -> None:
     """With what the session file is not trusted to say."""
     (tmp_path / "states").mkdir()
-    stopped("video.rgb", 9, "--session", tmp_path / "states" / "run.safetensors")
+    stopped("--session", tmp_path / "states" / "run.safetensors")
     told = capsys.readouterr().err
     command = f"miga resume {tmp_path}/states/run.safetensors --output {tmp_path}/video.rgb --model {model}"
     assert command in told
@@ -249,7 +262,7 @@ def test_warnings_are_heard_without_a_bar_too(model, tmp_path, stopped, capsys) 
 @pytest.mark.slow
 def test_events_are_told_once_though_the_run_was_killed(model, tmp_path, stopped) -> None:
     events = tmp_path / "events.jsonl"
-    saved = stopped("video.rgb", 9, "--events", events)
+    saved = stopped("--events", events)
     written = events.read_text()
     last = json.loads(written.splitlines()[-1])
     assert last["event"] == "saved"
