@@ -94,11 +94,10 @@ class Maker:
                 with contextlib.suppress(MigaError):  # the last one stands where this cannot be saved
                     stream.save(session, tally)
                 raise
-            if not stream.is_finished:
-                yield {"stopped": True}
-                return
-            self._store.keep(folder, names[0])
-            yield {"made": self._record(names[0], stream, tally)}
+            if stream.is_finished:
+                self._store.keep(folder, names[0])
+            end = {"made": self._record(names[0], stream, tally)} if stream.is_finished else {"stopped": True}
+        yield end  # with everything closed: whoever hears it may end this process
 
     def _open(
         self, job: Job, session: Path, on_event: Callable[[Event], None], is_cancelled: Callable[[], bool]

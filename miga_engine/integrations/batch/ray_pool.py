@@ -41,7 +41,7 @@ def cluster(address: str) -> Iterator[Any]:
         yield ray
         return
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         words = " ".join(str(error).split())
         raise DeviceError(

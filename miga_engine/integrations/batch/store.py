@@ -191,7 +191,7 @@ class UrlStore(Store):
 
     def write(self, file: str, text: str) -> None:
         with tempfile.TemporaryDirectory(prefix="miga-batch-") as folder:
-            (Path(folder) / file).write_text(text, encoding="utf-8")
+            write_whole(Path(folder) / file, text)
             self.keep(Path(folder), file)
 
     def append(self, file: str, line: str) -> None:
