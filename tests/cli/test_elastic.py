@@ -66,8 +66,9 @@ def test_it_goes_on_by_itself_where_torchrun_may_start_it_again(
 
 def _agent(port: int, options: list[str], log: Path) -> subprocess.Popen[bytes]:
     """One machine of a group that may shrink to one, with a process of the run."""
+    soon = "last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=2"  # that a machine is missed
     torchrun = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", "last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=2", "--rdzv-id", "video",
+                "--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", soon, "--rdzv-id", "video",
                 "--local-addr", "localhost"]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "miga_engine", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
