@@ -120,7 +120,7 @@ def windows_alone(number: int, count: int, folder: Path) -> None:
     while run.stage != "stage1":
         run.tick()
     denoiser, forward, whole = run.denoiser, run.denoiser._forward, run.denoiser.run
-    in_forward, passes = [0.0], []
+    in_forward, passes = [0.0], list[tuple[list[int], float, float]]()
 
     def timed(windows: list[Window], first_output: int) -> None:
         start = time.perf_counter()
@@ -133,18 +133,18 @@ def windows_alone(number: int, count: int, folder: Path) -> None:
         start = time.perf_counter()
         whole(windows, **options)
         seconds = time.perf_counter() - start
-        if len(windows) >= 12:
-            passes.append((in_forward[0] / len(windows), seconds - in_forward[0]))
-            sizes.append([window.commit_stop - window.commit_start for window in windows])
+        commits = [window.commit_stop - window.commit_start for window in windows]
+        passes.append((commits, in_forward[0], seconds - in_forward[0]))
 
-    sizes: list[list[int]] = []
     denoiser._forward, denoiser.run = timed, timed_pass
     for _ in range(bench_scaling.TICKS):
         run.tick()
     frame_bytes = run.store.sample[0].numel() * run.store.sample.element_size()
-    windows, rests = zip(*passes, strict=True)
+    most = max(len(commits) for commits, _, _ in passes)
+    full = [one for one in passes if len(one[0]) >= bench_scaling.SHARE_OF_FULL * most]
     print(json.dumps({
-        "window": statistics.mean(windows), "rest": statistics.mean(rests), "commits": sizes,
+        "window": statistics.mean(forward / len(commits) for commits, forward, _ in full),
+        "rest": statistics.mean(rest for _, _, rest in full), "commits": [commits for commits, _, _ in full],
         "branches": denoiser._num_branches, "frame_bytes": frame_bytes,
     }))  # fmt: skip
     dist.destroy_process_group()
