@@ -48,7 +48,7 @@ def batch(options: argparse.Namespace) -> int:
     common |= {name: str(Path(common[name]).absolute()) for name in FILES if name in common}
     path = settings["jobs"]
     made = {} if asked.verify is None else Manifest.made_in(path)
-    jobs = read_jobs(path, common, asked.seed_numbers())
+    jobs = read_jobs(path, common, asked.seed_numbers(), asked.segments)
     _check(jobs, settings)
     if asked.dry_run:
         return _dry_run(jobs, settings)
@@ -65,7 +65,7 @@ def _check(jobs: Sequence[Job], settings: Mapping[str, Any]) -> None:
 
     loading = {**picked(settings, LoadOptions), "device": "meta", "attention": "auto", "compile": False}
     shapes = Engine.from_pretrained(**loading)
-    for job in jobs:
+    for job in [part for whole in jobs for part in whole.parts()]:
         try:
             shapes.resolve(job.prompt, **{name: job.options[name] for name in job.options if name not in _OF_STREAM})
             StreamOptions(**picked(job.options, StreamOptions))
@@ -77,30 +77,46 @@ _OF_STREAM = tuple(picked(dict.fromkeys(StreamOptions.__dataclass_fields__), Str
 
 
 def _make(jobs: Sequence[Job], store: Store, settings: Mapping[str, Any], asked: BatchOptions) -> int:
-    from miga_engine.integrations.batch.making import remove_sessions
+    from miga_engine.integrations.batch.making import remove_sessions, video_of
     from miga_engine.integrations.batch.manifest import Manifest
+    from miga_engine.integrations.batch.segments import Segments
 
     manifest, files = Manifest(store), store.names()
+    everything = list({part.name: part for job in jobs for part in (job, *job.parts())}.values())
     if asked.overwrite:
-        manifest.forget(job.name for job in jobs)
+        manifest.forget(job.name for job in everything)
     left = [job for job in jobs if not manifest.is_made(job, files)]
-    manifest.forget(job.name for job in left)  # whose video is gone
+    parts = {part.name: part for job in left for part in job.parts()}
+    there = {name: manifest.made[name] for name, part in parts.items() if manifest.is_made(part, files)}
+    manifest.forget(job.name for job in everything if job.name in parts and job.name not in there)  # the video is gone
     if len(left) < len(jobs):
         say(f"miga: {len(jobs) - len(left)} of {len(jobs)} videos are there already")
+    num_made = num_frames = 0
 
-    def on_made(job: Job, made: dict[str, Any]) -> None:
-        manifest.add(job, made)
-        remove_sessions(store, job)
+    def on_whole(job: Job, made: dict[str, Any], parts: list[Job]) -> None:
+        nonlocal num_made, num_frames
+        num_made, num_frames = num_made + 1, num_frames + made["num_frames"]
+        if parts:
+            manifest.add(job, made)
+            manifest.forget(part.name for part in parts)
+            for part in parts:
+                store.remove(video_of(part, asked.container))
+
+    segments = Segments(left, there, store, asked.container, on_whole)
+
+    def on_made(part: Job, made: dict[str, Any]) -> None:
+        manifest.add(part, made)
+        remove_sessions(store, part)
+        segments.add(part, manifest.made[part.name])
 
     started = time.perf_counter()
-    outcome, signals = _run(left, store, settings, asked, on_made)
+    outcome, signals = _run(segments.left, store, settings, asked, on_made)
     seconds = time.perf_counter() - started
-    manifest.put_in_order(jobs)
-    num_frames = sum(made["num_frames"] for made in outcome.made.values())
+    manifest.put_in_order(everything)
     lost = f"; {outcome.num_lost} times a worker was lost" if outcome.num_lost else ""
-    say(f"{store.name}: {len(outcome.made)} videos, {num_frames} frames; {seconds:.1f} s "
+    say(f"{store.name}: {num_made} videos, {num_frames} frames; {seconds:.1f} s "
         f"({num_frames / max(seconds, 1e-3):.1f} frames/s){lost}")  # fmt: skip
-    return _report(outcome, signals, {job.name: job for job in jobs})
+    return _report(outcome, signals, {job.name: job for job in everything})
 
 
 def _report(outcome: Outcome, signals: list[int], jobs: Mapping[str, Job]) -> int:
@@ -205,15 +221,19 @@ def _verify(
     jobs: Sequence[Job], made: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], asked: BatchOptions
 ) -> int:
     """Make some of a manifest's videos again, and compare."""
+    from miga_engine.integrations.batch.segments import Segments
     from miga_engine.integrations.batch.store import store_of
 
     assert asked.verify is not None
     known = [job for job in jobs if job.name in made]
     sample = random.Random(_SAMPLE_SEED).sample(known, min(asked.verify, len(known)))
     differ: list[str] = []
+    num_compared = 0
 
     def compare(job: Job, again: dict[str, Any]) -> None:
         then = made[job.name]
+        nonlocal num_compared
+        num_compared += 1
         is_same = then["frames"] == again["frames"]
         if not is_same:
             differ.append(job.name)
@@ -226,10 +246,12 @@ def _verify(
             + (f" ({'; '.join(apart)})" if apart else ""))  # fmt: skip
 
     with tempfile.TemporaryDirectory(prefix="miga-verify-") as folder:
-        outcome, signals = _run(sample, store_of(folder), settings, asked, compare)
-    code = _report(outcome, signals, {job.name: job for job in sample})
+        store = store_of(folder)
+        segments = Segments(sample, {}, store, asked.container, lambda job, again, parts: compare(job, again))
+        outcome, signals = _run(segments.left, store, settings, asked, segments.add)
+    code = _report(outcome, signals, {part.name: part for part in (*sample, *segments.left)})
     if differ:
-        say(f"miga: {len(differ)} of {len(outcome.made)} videos have other frames than the manifest says")
+        say(f"miga: {len(differ)} of {num_compared} videos have other frames than the manifest says")
     return code or (2 if differ else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,18 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from places import ROOT
 from served import METHOD, OPTIONS
 
 from miga_engine import Engine, cli
+from miga_engine.errors import OutputError
 from miga_engine.integrations.batch import local
 from miga_engine.integrations.batch.jobs import Job, read_jobs
 from miga_engine.integrations.batch.making import Maker, Report, session_of, video_of
 from miga_engine.integrations.batch.manifest import NAME
 from miga_engine.integrations.batch.running import run
+from miga_engine.integrations.batch.segments import Segments
 from miga_engine.integrations.batch.store import Store, store_of
+from miga_engine.video.joining import join
 from miga_engine.video.reading import read_metadata, read_video
 
 ASKED: dict[str, Any] = {"num_frames": 30, "fps": 6, "height": 32, "width": 48, "num_inference_steps": 10, **METHOD}
@@ -126,6 +131,48 @@ def test_what_fails_is_a_report(engine: Engine, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(engine, "resolve", fails)
     (report,) = _maker(engine, store).make(_job(tmp_path), lambda: False)
     assert report == {"error": "KeyError: 'a fault\\nof ours'", "kind": "internal error"}
+
+
+# Segments -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4"])
+def test_segments_are_joined_once_all_are_there(engine: Engine, store: Store, tmp_path: Path, container: str) -> None:
+    job = _job(tmp_path, prompt={"0": "a red balloon", "12": "a blue kite"}, num_frames=29, segments=2, name="x")
+    maker, found = Maker(engine, store, container, 100, overwrite=False), []
+    segments = Segments([job], {}, store, container, lambda *told: found.append(told))
+    assert segments.left == job.parts()
+    made = [list(maker.make(part, lambda: False))[-1]["made"] for part in job.parts()]
+    segments.add(job.parts()[1], made[1])
+    assert found == []
+    again = Segments([job], {job.parts()[1].name: made[1]}, store, container, lambda *told: found.append(told))
+    assert again.left == [job.parts()[0]]  # as a batch does that was killed between them
+    again.add(job.parts()[0], made[0])
+    ((whole, record, parts),) = found
+    assert (whole, parts) == (job, job.parts())
+    assert (record["num_frames"], record["segments"]) == (29, [part["frames"] for part in made])
+    names = [record["video"], *(part["video"] for part in made)]
+    with store.workplace(names) as folder:
+        joined, *cut = (read_video(folder / name) for name in names)
+        assert np.array_equal(joined, np.concatenate(cut))
+        said = read_metadata(folder / record["video"])
+    assert said["segments"] == [
+        {"first_frame": 0, "seed": 0}, {"first_frame": 14, "seed": job.parts()[1].options["seed"]}
+    ]  # fmt: skip
+    if container == "mkv":
+        assert [_hash(torch.from_numpy(frames)) for frames in cut] == record["segments"]
+        assert torch.equal(torch.from_numpy(cut[1]), _alone(engine, job.parts()[1]))
+
+
+def test_videos_of_other_kinds_are_not_joined(engine: Engine, tmp_path: Path) -> None:
+    video = engine.generate("a red balloon", 5, **OPTIONS)
+    video.save(tmp_path / "a.mkv")
+    dataclasses.replace(video, frames=video.frames[:, :, :32]).save(tmp_path / "b.mkv")
+    (tmp_path / "whole.mkv").write_text("somebody's")
+    with pytest.raises(OutputError, match="it was encoded otherwise"):
+        join([tmp_path / "a.mkv", tmp_path / "b.mkv"], tmp_path / "whole.mkv", 6, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mkv", "b.mkv", "whole.mkv"}
+    assert (tmp_path / "whole.mkv").read_text() == "somebody's"
 
 
 # The schedule ---------------------------------------------------------------------------------------------------------

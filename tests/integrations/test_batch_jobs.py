@@ -76,6 +76,8 @@ def test_seeds_make_a_video_each_and_names_follow_from_what_is_asked(tmp_path: P
         ("jobs.jsonl", '{"seed": 3}', "has the prompt None: give a text, or a timeline"),
         ("jobs.jsonl", '{"prompt": {"-1": "a"}}', "has the prompt"),
         ("jobs.jsonl", '{"prompt": "a", "prompt_at": [[0, "b"]]}', "has the prompt_at"),
+        ("jobs.jsonl", '{"prompt": "a", "segments": 0}', "gives segments as 0: give a number from 1 to 1000"),
+        ("jobs.jsonl", '{"prompt": "a", "segments": 10}', "has 9 frames to cut into 10 segments"),
         ("jobs.jsonl", '{"prompt": "a", "image": 3}', "gives image as 3: give a file"),
         ("jobs.csv", "prompt,prompt\na,b\n", "two columns of one name"),
         ("jobs.csv", "prompt,seed\na kite, red,3\n", "line 2 of .* has not as many cells"),
@@ -95,6 +97,24 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "jobs.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is no text in UTF-8"):
         read_jobs(tmp_path / "jobs.txt", {}, [])
+
+
+def test_segments_are_jobs_that_begin_anew(tmp_path: Path) -> None:
+    text = '{"prompt": {"0": "a", "10": "b", "16": "c"}, "num_frames": 25, "seed": 3, "image": "a.png", "name": "x"}'
+    (whole,) = _jobs(tmp_path / "jobs.jsonl", text.replace('"name"', '"segments": 3, "name"'))
+    (as_one,) = _jobs(tmp_path / "jobs.jsonl", text)
+    assert as_one.parts() == [as_one]
+    assert whole.digest != as_one.digest
+    first, second, third = whole.parts()
+    assert [part.name for part in whole.parts()] == ["x.1of3", "x.2of3", "x.3of3"]
+    assert [part.num_frames for part in whole.parts()] == [8, 8, 9]
+    assert [part.prompt for part in whole.parts()] == [{0: "a"}, {0: "a", 2: "b"}, {0: "c"}]
+    assert (first.options["seed"], "image" in first.options) == (3, True)
+    assert len({part.options["seed"] for part in whole.parts()}) == 3
+    assert not {"image", "video", "video_frames"} & {*second.options, *third.options}
+    assert whole.to_record()["segments"] == 3
+    (by_option,) = read_jobs(tmp_path / "jobs.jsonl", {}, [], 3)
+    assert by_option.digest == whole.digest
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "3-1", "1,1", "-1", f"{2**64}", "0-9999999"])

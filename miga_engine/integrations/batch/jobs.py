@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 import reprlib
@@ -15,6 +16,7 @@ from typing import Any
 from miga_engine.config import MigaConfig, StreamOptions
 from miga_engine.errors import ConfigError
 from miga_engine.fields import kind_of
+from miga_engine.integrations.batch.settings import MOST_SEGMENTS
 from miga_engine.options import check_kinds, fields, named_once, picked
 from miga_engine.prompts import FRAME_NUMBER
 from miga_engine.request import Request
@@ -26,8 +28,12 @@ MADE = "made"
 FILES = ("image", "video")
 """Options that name a file; one that is not absolute lies beside the file of jobs."""
 
+OF_BEGINNING = (*FILES, "video_frames")
+"""Options of the first segment alone."""
+
 _RECORDS = (Request, MigaConfig, StreamOptions)
 _OPTIONS = {name: option for record in _RECORDS for name, option in fields(record).items()}
+_OWN = ("name", "prompt", "prompt_at", "segments")
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 _MOST_SLUG = 40
 
@@ -41,33 +47,58 @@ class Job:
     options: dict[str, Any]
     place: str
     """Where it is from, for messages."""
+    segments: int = 1
+    """Parts that are made apart, and joined by cuts."""
 
     def to_record(self) -> dict[str, Any]:
         """As a line of a file of jobs; `digest` tells another video by this name."""
         timeline = {str(frame): text for frame, text in self.prompt.items()}
         prompt: Any = timeline["0"] if set(timeline) == {"0"} else timeline
         flat = {name: value for name, value in self.options.items() if name != "miga"}
-        return {"name": self.name, "prompt": prompt, **flat, **self.options["miga"]}
+        cut = {} if self.segments == 1 else {"segments": self.segments}
+        return {"name": self.name, "prompt": prompt, **flat, **self.options["miga"], **cut}
 
     @property
     def digest(self) -> str:
         """A short name of all that is asked for."""
-        return _digest(self.prompt, self.options)
+        return _digest(self.prompt, self.options, self.segments)
 
     @property
     def num_frames(self) -> int:
         return int(self.options["num_frames"])
 
+    def parts(self) -> list[Job]:
+        """The jobs of its segments, in order; of one alone the job itself.
 
-def read_jobs(path: str | Path, common: Mapping[str, Any], seeds: list[int]) -> list[Job]:
+        The first has the job's seed and what the video begins with, each other a seed made of it and its number.
+        """
+        if self.segments == 1:
+            return [self]
+        bounds = [self.num_frames * i // self.segments for i in range(self.segments + 1)]
+        return [self._part(i, start, end) for i, (start, end) in enumerate(itertools.pairwise(bounds))]
+
+    def _part(self, number: int, start: int, end: int) -> Job:
+        text = self.prompt[max(frame for frame in self.prompt if frame <= start)]
+        later = {frame - start: text for frame, text in self.prompt.items() if start < frame < end}
+        kept = {name: value for name, value in self.options.items() if not number or name not in OF_BEGINNING}
+        seed = self.options["seed"]
+        if number:
+            seed = int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
+        name = f"{self.name}.{number + 1}of{self.segments}"
+        return Job(name, {0: text, **later}, {**kept, "num_frames": end - start, "seed": seed}, self.place)
+
+
+def read_jobs(path: str | Path, common: Mapping[str, Any], seeds: list[int], segments: int = 1) -> list[Job]:
     """The jobs of a file, each known to be of options that there are; ConfigError names the line.
 
-    common: options of every job that gives none of its own. seeds: a job without a seed becomes one of each of these.
+    common, segments: of every job that gives none of its own. seeds: a job without a seed becomes one of each of these.
     """
     jobs: dict[str, Job] = {}
     for place, given in _lines(Path(path)):
         flat = _options(given, place, Path(path).parent)
-        prompt, name = _prompt(flat, place), flat.pop("name", None)
+        prompt, name, cut = _prompt(flat, place), flat.pop("name", None), flat.pop("segments", segments)
+        if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut <= MOST_SEGMENTS:
+            raise ConfigError(f"{place} gives segments as {reprlib.repr(cut)}: give a number from 1 to {MOST_SEGMENTS}")
         if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise ConfigError(f"{place} has the name {reprlib.repr(name)}: give up to 100 letters, digits, . _ and -")
         flat = {**common, **flat}
@@ -75,8 +106,10 @@ def read_jobs(path: str | Path, common: Mapping[str, Any], seeds: list[int]) -> 
             options = {**picked(flat, Request), **picked(flat, StreamOptions), "seed": seed}
             options["miga"] = picked(flat, MigaConfig)
             is_one_of_many = name is not None and bool(seeds) and "seed" not in flat
-            job_name = _name(prompt, options) if name is None else f"{name}-s{seed}" if is_one_of_many else name
-            job = Job(job_name, prompt, options, place)
+            if cut > (num_frames := options.get("num_frames", 1)):
+                raise ConfigError(f"{place} has {num_frames} frames to cut into {cut} segments: give as many frames")
+            job_name = _name(prompt, options, cut) if name is None else f"{name}-s{seed}" if is_one_of_many else name
+            job = Job(job_name, prompt, options, place, cut)
             if (other := jobs.setdefault(job_name.lower(), job)) is not job:
                 what = "ask for the same video" if name is None else f"have the same name {job_name}"
                 raise ConfigError(f"{other.place} and {place} {what}: leave one out, or give another seed or name")
@@ -166,10 +199,10 @@ def _options(given: Mapping[str, Any], place: str, folder: Path) -> dict[str, An
     outer = {name: value for name, value in given.items() if name not in ("miga", MADE)}
     for name, value in (*outer.items(), *(inner or {}).items()):
         ours = name.strip().replace("-", "_")
-        if ours not in (*_OPTIONS, "prompt", "prompt_at", "name"):
+        if ours not in (*_OPTIONS, *_OWN):
             raise ConfigError(
                 f"{place} has an unknown option {reprlib.repr(name)}; the options are "
-                f"{', '.join(sorted((*_OPTIONS, 'name', 'prompt', 'prompt_at')))}"
+                f"{', '.join(sorted((*_OPTIONS, *_OWN)))}"
             )
         if ours in flat:
             raise ConfigError(f"{place} gives {ours} twice: keep one")
@@ -208,12 +241,13 @@ def _prompt(flat: dict[str, Any], place: str) -> dict[int, str]:
     return dict(sorted(timeline.items()))
 
 
-def _digest(prompt: Mapping[int, str], options: Mapping[str, Any]) -> str:
-    asked = json.dumps([sorted(prompt.items()), options], sort_keys=True)
+def _digest(prompt: Mapping[int, str], options: Mapping[str, Any], segments: int) -> str:
+    cut = [segments] if segments > 1 else []
+    asked = json.dumps([sorted(prompt.items()), options, *cut], sort_keys=True)
     return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
 
 
-def _name(prompt: Mapping[int, str], options: Mapping[str, Any]) -> str:
+def _name(prompt: Mapping[int, str], options: Mapping[str, Any], segments: int) -> str:
     """A file's name that says what the video is, the same wherever the job stands in its file."""
     slug = re.sub(r"[^a-z0-9]+", "-", next(iter(prompt.values())).lower()).strip("-")[:_MOST_SLUG].strip("-")
-    return f"{slug or 'video'}-s{options['seed']}-{_digest(prompt, options)[:6]}"
+    return f"{slug or 'video'}-s{options['seed']}-{_digest(prompt, options, segments)[:6]}"

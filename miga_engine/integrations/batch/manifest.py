@@ -65,7 +65,7 @@ class Manifest:
 
     def add(self, job: Job, made: Mapping[str, Any]) -> None:
         """The line is safe when this returns."""
-        self.made[job.name] = {"job": job.digest, **made}
+        self.made[job.name] = {**made, "job": job.digest}
         self._lines[job.name] = json.dumps({**job.to_record(), MADE: self.made[job.name]}, ensure_ascii=False)
         if self._is_whole:
             self._store.append(NAME, self._lines[job.name])

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from miga_engine.errors import ConfigError
 from miga_engine.fields import Checked, option
 
+MOST_SEGMENTS = 1000
+
 _MOST = 10**6
 _SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
 
@@ -24,6 +26,10 @@ class BatchOptions(Checked):
     seeds: str | None = option(
         None, "a video for each of these seeds, of every job that gives none: 0-3,7", shown="that of --seed",
         group="batch", metavar="SEEDS",
+    )  # fmt: skip
+    segments: int = option(
+        1, "parts of each video, which are made at the same time and joined by cuts: each begins anew, with another "
+        "seed, for the frames of a queue are made one after the other", least=1, most=MOST_SEGMENTS, group="batch",
     )  # fmt: skip
     workers: int | None = option(
         None, "videos that are made at once, each by a process of its own", shown="one a GPU, or 1; on a cluster of "
