@@ -52,7 +52,7 @@ wheel-test: $(VENV)/.test $(VENV)/.installed
 bench: export OMP_NUM_THREADS = 1
 bench: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/python -m pytest bench/bench_kernels.py -q -s -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-disable
-	for name in engine forward load formats memory savings scaling; do $(BIN)/python bench/bench_$$name.py || exit 1; done
+	for name in engine forward load formats memory savings scaling batch; do $(BIN)/python bench/bench_$$name.py || exit 1; done
 	$(BIN)/python bench/table.py
 
 venv: $(VENV)/.installed

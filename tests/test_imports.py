@@ -25,7 +25,7 @@ LAYERS = [
     ["calls", "networks", "resolve", "resuming", "starting"],
     ["memory"],
     ["engine"],
-    ["measure"],
+    ["handover", "measure"],
     ["integrations", "embed"],
     ["cli"],
     ["__main__"],
@@ -41,7 +41,7 @@ BESIDE_THE_LAYERS = {"__init__"}  # lazy exports: imports errors and _version wh
 
 # Heavy or optional: never when the package is loaded, whatever the module.
 ONLY_IN_FUNCTIONS = {
-    *("diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray", "cv2", "matplotlib"),
+    *("diffusers", "transformers", "accelerate", "xformers", "huggingface_hub", "ray", "fsspec", "cv2", "matplotlib"),
     *("starlette", "uvicorn", "websockets", "multipart", "python_multipart", "prometheus_client"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.settings import load_engine, prompt_timeline, read_settings, video_options
 from miga_engine.cli.terminal import say
-from miga_engine.cli.write_options import CHECKPOINT_EVERY, WriteOptions
+from miga_engine.cli.write_options import WriteOptions
 from miga_engine.config import LoadOptions, StreamOptions
-from miga_engine.errors import ConfigError, MigaError, printable
+from miga_engine.errors import ConfigError, MigaError, OutputError, printable
 from miga_engine.options import as_recorded, picked
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from miga_engine.cli.render import Outputs
     from miga_engine.engine import Engine
     from miga_engine.memory import MemoryEstimate
+    from miga_engine.request import Request
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.runtime.session import Session
     from miga_engine.runtime.stream import Event, Stream
@@ -37,7 +39,10 @@ def generate(options: argparse.Namespace) -> int:
     from miga_engine.weights.files import opened_once
 
     with opened_once(), Ranks.from_environment(settings.get("device")) as ranks:
-        outputs = Outputs.check(writing) if ranks is None or ranks.rank == 0 else None
+        is_writer, left = ranks is None or ranks.rank == 0, _left_session(writing, ranks)
+        outputs = None
+        if is_writer:
+            outputs = Outputs.check(writing) if left is None else Outputs.of_session(writing, writing.output, *left)
         asked = video_options(settings)
         estimate = _estimate_memory(settings, prompt, asked)
         _refuse_the_impossible(estimate)
@@ -49,11 +54,12 @@ def generate(options: argparse.Namespace) -> int:
                 frames = "" if given.kind == "image" else f"the last {given.num_frames} frames of "
                 say(f"begins with {frames}{printable(given.source)}, in {request.width}×{request.height}")
         batches: list[int] = []
+        if left is not None:
+            _check_same_video(request, *left)
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
-            stream = engine.run(
-                request, on_event=on_event, is_cancelled=is_cancelled, **picked(settings, StreamOptions)
-            )
+            controls = {"on_event": on_event, "is_cancelled": is_cancelled, **picked(settings, StreamOptions)}
+            stream = engine.run(request, **controls) if left is None else engine.resume(left[0], **controls)
             batches.append(stream.window_batch)
             return stream
 
@@ -66,14 +72,33 @@ def generate(options: argparse.Namespace) -> int:
         return _write(engine, open_stream, outputs, expected, quiet=writing.quiet)
 
 
+def _left_session(writing: WriteOptions, ranks: Ranks | None) -> tuple[Path, Session] | None:
+    """The session that a run of this command has left, where it is to be gone on with; the same on every rank."""
+    from miga_engine.cli.render import session_beside
+    from miga_engine.runtime.session import load_session
+
+    path = Path(writing.session) if writing.session else session_beside(writing.output)
+    is_there = writing.goes_on and path is not None and path.exists()
+    if ranks is not None:
+        is_there = ranks.agree(is_there)
+    return (path, load_session(path)) if is_there and path is not None else None
+
+
+def _check_same_video(request: Request, path: Path, session: Session) -> None:
+    """OutputError unless the session is of this very request."""
+    if json.loads(json.dumps(request.to_record())) != session.request:
+        raise OutputError(
+            f"cannot go on with {path}: it is the session file of another run; go on with that (miga resume {path}), "
+            "or name another output"
+        )
+
+
 def resume(options: argparse.Namespace) -> int:
     """The command: what the session leaves open comes from the flags."""
     from miga_engine.cli.render import Outputs
     from miga_engine.runtime.ranks import Ranks
     from miga_engine.runtime.session import load_session
     from miga_engine.runtime.session_info import video_of_session
-    from miga_engine.video.outputs import suffixes_of
-    from miga_engine.video.paths import check_output
 
     settings = vars(options)
     writing = WriteOptions(**picked(settings, WriteOptions))
@@ -82,15 +107,7 @@ def resume(options: argparse.Namespace) -> int:
     video = settings.get("output") or video_of_session(path, session)
     with Ranks.from_environment(settings.get("device")) as ranks:
         engine = _engine_of_session(path, session, settings, ranks)
-        every = writing.checkpoint_every
-        outputs = Outputs(
-            str(video),
-            events=check_output(writing.events, suffixes_of("events"), overwrite=True) if writing.events else None,
-            session=path,
-            checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
-            keeps_session=every is not None or session.state.numbers["keeps_extension"],
-            overwrite=writing.overwrite,
-        )
+        outputs = Outputs.of_session(writing, video, path, session)
 
         def open_stream(on_event: Callable[[Event], None] | None, is_cancelled: Callable[[], bool] | None) -> Stream:
             return engine.resume(

@@ -1,4 +1,4 @@
-"""The `miga` command: generate, resume, replay, serve, estimate, eval, convert, info."""
+"""The `miga` command: generate, resume, replay, batch, serve, estimate, eval, convert, info."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from miga_engine._version import __version__
-from miga_engine.cli import gap, generate, info, measure, serve
+from miga_engine.cli import batch, gap, generate, info, measure, serve
 from miga_engine.cli.config_file import FLAG_NAMES, FLAGS_ALONE
 from miga_engine.cli.settings import PLACES
 from miga_engine.cli.terminal import say
 from miga_engine.cli.write_options import WriteOptions
 from miga_engine.config import DTYPES, NUM_FRAMES, LoadOptions, MigaConfig, StreamOptions
 from miga_engine.errors import ConfigError, MigaError
+from miga_engine.integrations.batch.settings import BatchOptions
 from miga_engine.integrations.server.settings import ServeOptions
 from miga_engine.options import add_flags
 from miga_engine.request import Request
@@ -138,6 +139,18 @@ def _build_parser() -> argparse.ArgumentParser:
     serving.set_defaults(run=serve.serve)
     add_flags(serving, ServeOptions)
     add_flags(serving, LoadOptions)
+
+    batching = commands.add_parser(
+        "batch", help="make many videos, by several processes or on a Ray cluster", parents=[run],
+        argument_default=argparse.SUPPRESS,
+        description="Make the videos of a file of jobs: .jsonl or .csv with a prompt and any option in each line, .txt "
+        "with a prompt a line, or the manifest.jsonl of another batch. What is there is left out, what was begun is "
+        "gone on with, frame for frame, and a worker that dies is replaced (docs/batch.md).",
+    )  # fmt: skip
+    batching.set_defaults(run=batch.batch)
+    batching.add_argument("jobs", metavar="JOBS", help=".jsonl, .csv, .txt, or a manifest.jsonl")
+    add_flags(batching, BatchOptions)
+    add_flags(batching, StreamOptions)
 
     estimating = commands.add_parser(
         "estimate", help="show what a run will need of memory", parents=[run], argument_default=argparse.SUPPRESS,

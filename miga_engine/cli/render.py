@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import time
@@ -69,6 +70,19 @@ class Outputs:
         keeps = asked.session is not None or asked.checkpoint_every is not None
         preview = check_preview(asked.preview, overwrite=overwrite) if asked.preview else None
         return cls(video, sheet_path, preview, events_path, session_path, every, keeps, overwrite)
+
+    @classmethod
+    def of_session(cls, asked: WriteOptions, video: str | os.PathLike[str], path: Path, session: Session) -> Outputs:
+        """The outputs of a run that goes on from a session file."""
+        every = asked.checkpoint_every
+        return cls(
+            os.fspath(video),
+            events=check_output(asked.events, suffixes_of("events"), overwrite=True) if asked.events else None,
+            session=path,
+            checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
+            keeps_session=every is not None or asked.session is not None or session.state.numbers["keeps_extension"],
+            overwrite=asked.overwrite,
+        )
 
 
 def session_beside(video: str) -> Path | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.config_file import RELEASED_NAMES, read_config, read_value, translated
+from miga_engine.cli.write_options import RECORDS
 from miga_engine.config import NUM_FRAMES, PARTS, LoadOptions, MigaConfig
 from miga_engine.errors import ConfigError
-from miga_engine.options import picked
+from miga_engine.options import Record, picked
 from miga_engine.request import Request
 
 if TYPE_CHECKING:
@@ -20,10 +22,10 @@ PLACES = (*PARTS, "lora", "download", "revision", "cache_dir")
 """Options of loading that say where weights are, beside the model's own, and that a session leaves open."""
 
 
-def read_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the --config file says, overridden by the flags."""
+def read_settings(options: argparse.Namespace, records: Sequence[Record] = RECORDS) -> dict[str, Any]:
+    """What the --config file says, overridden by the flags; options of these records."""
     given = vars(options)
-    settings = read_config(given.pop("config")) if "config" in given else {}
+    settings = read_config(given.pop("config"), records) if "config" in given else {}
     start = "released "
     released = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
     released = {name: read_value(name, value) for name, value in released.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from miga_engine.config import LoadOptions, MigaConfig, StreamOptions
@@ -34,7 +35,19 @@ class WriteOptions(Checked):
         None, "where the session file lies; given, it is kept at the end", shown="beside the video, "
         "NAME.session.safetensors", metavar="FILE",
     )  # fmt: skip
+    auto_resume: bool | None = option(
+        None, "go on with the video where the session file of this very run lies there, as after a restart by a "
+        "scheduler, and begin it where there is none", shown="under torchrun with --max-restarts",
+    )  # fmt: skip
     quiet: bool = option(False, "no progress bar", flags=("-q",))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a session file that lies there is gone on with."""
+        if self.auto_resume is not None:
+            return self.auto_resume
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "")
+        return restarts.isdigit() and int(restarts) > 0
 
 
 RECORDS = (LoadOptions, Request, MigaConfig, StreamOptions, WriteOptions)

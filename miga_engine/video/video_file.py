@@ -25,6 +25,11 @@ from miga_engine.video.sink import identity, too_short
 
 _ITU709, _LIMITED_RANGE = 1, 1  # FFmpeg's numbers for the colour tags
 _HEADER_BYTES = 2**26  # more than the metadata of the longest timeline
+MUXERS = {
+    ".mp4": ("mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}),
+    ".mkv": ("matroska", {"cluster_time_limit": "1000", "flush_packets": "1"}),  # ms
+}
+"""FFmpeg's format and its options for files that play while they grow, by suffix."""
 _CLUSTER = b"\x1f\x43\xb6\x75\x83\xe7\x81\x00"  # of Matroska, at time 0, without a frame
 
 
@@ -110,10 +115,7 @@ class VideoFileSink(FileSink):
         return b"".join(b"\0\0\0\1" + unit for unit in _units(packet)) if self._is_mp4 else packet
 
     def _open(self) -> None:
-        if self._is_mp4:
-            kind, muxer = "mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
-        else:
-            kind, muxer = "matroska", {"cluster_time_limit": "1000", "flush_packets": "1"}  # ms
+        kind, muxer = MUXERS[".mp4" if self._is_mp4 else ".mkv"]
         if self._old is None:
             self._create()
             assert self._file is not None
@@ -122,7 +124,7 @@ class VideoFileSink(FileSink):
         else:
             self._create_beside()
         self._container = self._av.open(self._file, "w", format=kind, options=muxer)
-        self._container.metadata.update(_container_metadata(self._metadata))
+        self._container.metadata.update(container_metadata(self._metadata))
         self._stream = self._container.add_stream("libx264" if self._is_mp4 else "ffv1", rate=self._fps)
         self._configure(self._stream.codec_context)
         self._container.start_encoding()  # for the header, which names the encoder's parameters
@@ -257,7 +259,7 @@ def _units(packet: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _container_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+def container_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     if not metadata:
         return {}
     prompt = metadata.get("prompt", "")

@@ -1,0 +1,1 @@
+"""Many videos, by processes of this machine or on a Ray cluster: `miga batch`."""
