@@ -35,7 +35,7 @@ from miga_engine.integrations.batch.store import Store, store_of
 from miga_engine.video.joining import join
 from miga_engine.video.reading import read_metadata, read_video
 
-ASKED: dict[str, Any] = {"num_frames": 30, "fps": 6, "height": 32, "width": 48, "num_inference_steps": 10, **METHOD}
+ASKED: dict[str, Any] = {"num_frames": 30, "fps": 6, "height": 32, "width": 48, "num_inference_steps": 8, **METHOD}
 assert {**{name: OPTIONS[name] for name in ("fps", "height", "width", "num_inference_steps")}} == {
     name: ASKED[name] for name in ("fps", "height", "width", "num_inference_steps")
 }
