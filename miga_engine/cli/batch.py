@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from miga_engine.cli.settings import read_settings, video_options
 from miga_engine.cli.terminal import Screen, say
 from miga_engine.config import LoadOptions, MigaConfig, StreamOptions
-from miga_engine.errors import ConfigError, MigaError
+from miga_engine.errors import ConfigError, DeviceError, MigaError
 from miga_engine.integrations.batch.settings import BatchOptions
 from miga_engine.options import picked
 from miga_engine.request import Request
@@ -139,6 +137,7 @@ def _run(
     """Have jobs made into a store; what came of them, and the signals that stopped it."""
     from tqdm import tqdm
 
+    from miga_engine.cli.render import interruptible
     from miga_engine.integrations.batch.local import Task
     from miga_engine.integrations.batch.running import Outcome, run
 
@@ -147,7 +146,7 @@ def _run(
     loading = {name: value for name, value in picked(settings, LoadOptions).items() if name != "device"}
     task = Task(loading, store, asked.container, asked.save_every, asked.overwrite)
     num_made = 0
-    with _stoppable() as signals, _pool(task, len(jobs), settings, asked) as pool:
+    with interruptible() as signals, _pool(task, len(jobs), settings, asked) as pool:
         total = sum(job.num_frames for job in jobs)
         bar: Any = tqdm(total=total, unit="frame", disable=True if asked.quiet else None, file=Screen())
 
@@ -172,16 +171,20 @@ def _pool(task: Task, num_jobs: int, settings: Mapping[str, Any], asked: BatchOp
     """Workers of this machine, or of a cluster; no more than there are jobs."""
     import torch
 
+    from miga_engine.device import resolve_device
     from miga_engine.engine import Engine
     from miga_engine.handover import SharedEngine, packed
     from miga_engine.integrations.batch.local import LocalPool
 
     device = settings.get("device")
+    is_for_gpus = device is not None and device != "cpu"
     if asked.ray is not None:
         from miga_engine.integrations.batch.ray_pool import RayPool, cluster, num_of
 
         with cluster(asked.ray) as ray:
             num_gpus = 0 if device == "cpu" else num_of(ray, "GPU")
+            if is_for_gpus and not num_gpus:
+                raise DeviceError(f"the cluster at {asked.ray!r} has no GPU for device {device!r}: leave --device out")
             weights = None if num_gpus else packed(Engine.from_pretrained(**task.loading, device="cpu"))
             count = min(num_jobs, asked.workers or num_gpus or max(1, num_of(ray, "CPU")))
             pool = RayPool(ray, task, count, weights, num_gpus=min(num_gpus, 1))
@@ -189,32 +192,17 @@ def _pool(task: Task, num_jobs: int, settings: Mapping[str, Any], asked: BatchOp
             with contextlib.closing(pool):
                 yield pool
         return
-    here = torch.cuda.device_count() if device != "cpu" else 0
-    devices = [device] if device not in (None, "cuda") else [f"cuda:{i}" for i in range(here)] or ["cpu"]
+    if is_for_gpus:
+        resolve_device(device)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if device in (None, "cuda") else 0)]
+    devices = gpus or [device or "cpu"]
     on_cpu = devices == ["cpu"]
-    engine = SharedEngine(Engine.from_pretrained(**task.loading, device="cpu")) if on_cpu else None
-    count = min(num_jobs, asked.workers or (1 if on_cpu else len(devices)))
-    with contextlib.closing(LocalPool(task, count, engine, devices)) as local:
-        yield local
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Numbers of the signals that came; a second Ctrl-C raises KeyboardInterrupt at once."""
-    from miga_engine.cli.render import stop_signals
-
-    caught: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, remember) for number in stop_signals()}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    count = min(num_jobs, asked.workers or len(devices))
+    with contextlib.ExitStack() as stack:
+        engine = SharedEngine(Engine.from_pretrained(**task.loading, device="cpu")) if on_cpu else None
+        if engine is not None:
+            stack.callback(engine.close)
+        yield stack.enter_context(contextlib.closing(LocalPool(task, count, engine, devices)))
 
 
 def _verify(
@@ -263,9 +251,10 @@ def _dry_run(jobs: Sequence[Job], settings: Mapping[str, Any]) -> int:
     loading, needs, lines = picked(settings, LoadOptions), dict[str, Any](), []
     for job in jobs:
         options = {name: value for name, value in job.options.items() if name not in (*_OF_STREAM, "seed")}
-        key = repr(sorted((name, repr(value)) for name, value in options.items() if name != "num_frames"))
+        kinds = sorted((name, repr(value)) for name, value in options.items() if name != "num_frames")
+        key = f"{len(job.prompt)} {kinds}"
         if key not in needs:
-            needs[key] = [Engine.estimate(**{**loading, "device": device}, prompt="any", **options)
+            needs[key] = [Engine.estimate(**{**loading, "device": device}, prompt=job.prompt, **options)
                           for device in ("cpu", "cuda")]  # fmt: skip
         on_cpu, on_gpu = needs[key]
         lines.append((job.name, f"{job.num_frames}", amount(on_cpu.host_total), amount(on_gpu.device_total)))

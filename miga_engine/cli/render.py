@@ -112,7 +112,7 @@ def _render(open_stream: OpenStream, outputs: Outputs, *, model: Mapping[str, An
     first_frame_after: float | None = None
     failure: MigaError | None = None
     with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(_interruptible())
+        interrupted = stack.enter_context(interruptible())
         bar = stack.enter_context(tqdm(unit="frame", disable=True if quiet else None, file=Screen()))
         log = EventLog(outputs.events)
         stack.callback(log.close)
@@ -235,7 +235,7 @@ def stop_signals() -> list[int]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[list[int]]:
     """Numbers of the signals that came; a second Ctrl-C raises KeyboardInterrupt at once."""
     caught: list[int] = []
 

@@ -193,7 +193,7 @@ def test_the_command_that_is_said_goes_on(parts, tmp_path, monkeypatch, capsys) 
     named = [str(flag).replace(f"{parts}/", "") for flag in flags(parts, ":0.30000000000000004")]
     assert miga(*generate("wan2.1-t2v-Q8_0.gguf", whole, *named)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(render, "_interruptible", lambda: contextlib.nullcontext(_Late([signal.SIGINT])))
+        patch.setattr(render, "interruptible", lambda: contextlib.nullcontext(_Late([signal.SIGINT])))
         assert miga(*generate("wan2.1-t2v-Q8_0.gguf", video, *named)) == 130
     command = capsys.readouterr().err.partition("miga: to go on from frame ")[2].partition(": miga ")[2]
     command = command.splitlines()[0]

@@ -180,7 +180,7 @@ def test_older_pictures_are_replaced_by_consent_alone(model, tmp_path, monkeypat
     older.parent.mkdir()
     older.write_bytes(b"an older picture")
     with monkeypatch.context() as patch:
-        patch.setattr(render, "_interruptible", lambda: contextlib.nullcontext([signal.SIGINT]))
+        patch.setattr(render, "interruptible", lambda: contextlib.nullcontext([signal.SIGINT]))
         assert miga(*_generate(model, f"{older.parent}/", "--overwrite")) == 130
     told = capsys.readouterr().err
     command = told[told.index("to go on from frame 0: miga ") :].splitlines()[0].split()[7:]
