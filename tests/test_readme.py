@@ -60,6 +60,7 @@ SHORTER_SHELL = {
     "--video kite.mp4": "--video kite.mp4 --num-frames 61",
     "--window-batch 4": "--window-batch 4 --zigzag-width 2 --guidance-frames 1 --stride 2",
     "miga serve": "miga serve --port 0",
+    "miga batch jobs.jsonl": "miga batch jobs.jsonl --num-inference-steps 8 --stage2-steps 2 --judge-step 2",
     "torchrun --nproc-per-node 2": "torchrun --standalone --nproc-per-node 2",
     '-m miga_engine generate "…"': '-m miga_engine generate "…" --num-frames 9 --num-inference-steps 8 '
     "--zigzag-width 2 --stage2-steps 2 --judge-step 2",
@@ -209,6 +210,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "scratch"
     folder.mkdir()
     (folder / "run.yaml").write_text("prompt: a kite\nnum_frames: 9\n")
+    (folder / "jobs.jsonl").write_text('{"prompt": "a kite", "num_frames": 9}\n')
     (folder / "picture.png").write_bytes(encode_png(np.full((80, 60, 3), 90, np.uint8), ""))
     for size in ("1.3B", "14B"):
         (folder / f"Wan2.1-T2V-{size}").symlink_to(model)

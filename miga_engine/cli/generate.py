@@ -42,7 +42,12 @@ def generate(options: argparse.Namespace) -> int:
         is_writer, left = ranks is None or ranks.rank == 0, _left_session(writing, ranks)
         outputs = None
         if is_writer:
-            outputs = Outputs.check(writing) if left is None else Outputs.of_session(writing, writing.output, *left)
+            keeps = writing.session is not None
+            outputs = (
+                Outputs.check(writing)
+                if left is None
+                else Outputs.of_session(writing, writing.output, *left, keeps=keeps)
+            )
         asked = video_options(settings)
         estimate = _estimate_memory(settings, prompt, asked)
         _refuse_the_impossible(estimate)

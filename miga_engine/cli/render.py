@@ -72,15 +72,17 @@ class Outputs:
         return cls(video, sheet_path, preview, events_path, session_path, every, keeps, overwrite)
 
     @classmethod
-    def of_session(cls, asked: WriteOptions, video: str | os.PathLike[str], path: Path, session: Session) -> Outputs:
-        """The outputs of a run that goes on from a session file."""
+    def of_session(
+        cls, asked: WriteOptions, video: str | os.PathLike[str], path: Path, session: Session, *, keeps: bool = False
+    ) -> Outputs:
+        """The outputs of a run that goes on from a session file, which it keeps where that is asked for anyhow."""
         every = asked.checkpoint_every
         return cls(
             os.fspath(video),
             events=check_output(asked.events, suffixes_of("events"), overwrite=True) if asked.events else None,
             session=path,
             checkpoint_every=CHECKPOINT_EVERY if every is None else every or None,
-            keeps_session=every is not None or asked.session is not None or session.state.numbers["keeps_extension"],
+            keeps_session=keeps or every is not None or session.state.numbers["keeps_extension"],
             overwrite=asked.overwrite,
         )
 

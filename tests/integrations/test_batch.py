@@ -82,7 +82,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def test_a_job_is_made_and_gone_on_with_wherever_it_was_left(engine: Engine, store: Store, tmp_path: Path) -> None:
     job = _job(tmp_path, prompt={"0": "a red balloon", "12": "a blue kite"}, seed=2)
     expected = _alone(engine, job)
-    for num_asked in (25, 0):
+    for num_asked in (20, 0):
         asked = itertools.count()
         told = list(_maker(engine, store).make(job, lambda asked=asked, most=num_asked: next(asked) > most))
         assert told[-1] == {"stopped": True}
