@@ -43,7 +43,7 @@ NOTHING_HELD_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
             [
                 *FEW_STEPS,
                 "--num-inference-steps",
-                "7",
+                "6",
                 "--no-self-reflection",
                 "--height",
                 "128",

@@ -307,7 +307,7 @@ def test_the_judge_of_latents_sees_what_was_planted(engine: Engine) -> None:
     tiny = engine.preset
     few = dataclasses.replace(tiny.miga, zigzag_width=2, stage2_steps=2)  # a queue that fits one window
     engine.preset = dataclasses.replace(
-        tiny, sampling=dataclasses.replace(tiny.sampling, num_inference_steps=12), miga=few
+        tiny, sampling=dataclasses.replace(tiny.sampling, num_inference_steps=10), miga=few
     )
     try:
         judgements = judge.judge_run(engine, 0, [5, 7], num_points=1)
