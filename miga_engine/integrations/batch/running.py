@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from miga_engine.errors import DeviceError
 from miga_engine.integrations.batch.jobs import Job
 from miga_engine.integrations.batch.local import Pool
 from miga_engine.integrations.batch.making import Report
@@ -78,13 +77,3 @@ def run(
             if "num_frames_out" not in report:
                 end(worker, report)
         on_frames(sum(frames.values()))
-
-
-def check_same_model(made: dict[str, Any], here: dict[str, Any]) -> None:
-    """DeviceError where a manifest's video is of other weights."""
-    for part in ("transformer", "VAE"):
-        if made.get(part) != here[part]:
-            raise DeviceError(
-                f"{made.get('video')} was made with other weights of the {part} ({made.get(part)}) than are here "
-                f"({here[part]}): name the model that it was made with"
-            )
