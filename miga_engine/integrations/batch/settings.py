@@ -36,8 +36,8 @@ class BatchOptions(Checked):
         "CPUs one each", least=1, most=_MOST, group="batch",
     )  # fmt: skip
     ray: str | None = option(
-        None, "have the workers on a Ray cluster: auto, local (one of this machine for this run), HOST:PORT, "
-        "ray://HOST:10001", group="batch", metavar="ADDRESS",
+        None, "have the workers on a Ray cluster of which this machine is a part: auto, HOST:PORT; or local, one "
+        "for this run", group="batch", metavar="ADDRESS",
     )  # fmt: skip
     retries: int = option(2, "how often a video that failed, or whose worker died, is gone on with", most=_MOST,
                           group="batch")  # fmt: skip
