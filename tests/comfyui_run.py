@@ -189,7 +189,8 @@ def check_examples(server: Server, folder: Path, report: Report) -> None:
 
 def check_interruption(server: Server, folder: Path, report: Report) -> None:
     """An endless video is interrupted at moments before and behind its first frame, and gone on with."""
-    theirs = by_command(folder, "resume", "--num-frames", "161")
+    num_frames = 321  # more than are made before the last interruption, and what is in the queue then
+    theirs = by_command(folder, "resume", "--num-frames", str(num_frames))
     for number, seconds in enumerate((1.0, 3.0, 12.0), 1):
         prompt_id = server.begin(comfyui_workflows.read("endless"))
         time.sleep(seconds)
@@ -205,7 +206,7 @@ def check_interruption(server: Server, folder: Path, report: Report) -> None:
         if number == 1:
             continue  # nothing is in its file: it was interrupted before the first frame
         graph = comfyui_workflows.read("resume")
-        graph["2"]["inputs"]["session"] = session
+        graph["2"]["inputs"] |= {"session": session, "num_frames": num_frames}
         ours = digest(read_video(server.path(server.run(graph), "2")))
         report("resumed and `miga generate`", f"{ours} and {theirs}", ours == theirs)
 

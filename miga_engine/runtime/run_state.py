@@ -94,6 +94,7 @@ class _Check:
         self.head = _whole(numbers, "head", -_MOST_FRAMES, _MOST_FRAMES)
         self.tail = _whole(numbers, "tail", self.head, self.head + layout.capacity)
         self.has_parted = numbers.get("has_parted")
+        self._check_end()  # before what follows from it
         self.num_passes = _whole(numbers, "num_passes", 0, _MOST_FRAMES)
         self.num_changes = _whole(numbers, "num_changes", 0, num_changes)
         _whole(numbers, "num_ticks", 0, _MOST_TICKS)
@@ -147,12 +148,18 @@ class _Check:
         ):
             self._equal(name, behind[name], np.array(expected, np.int64))
 
+    @property
+    def _is_ending(self) -> bool:
+        return self.stage in (FLUSH, DONE)
+
+    def _check_end(self) -> None:
+        """A run that the end had not begun to shape has not come to the end that is asked for now."""
+        if (self._is_ending or self.layout.has_parted(self.head)) and not self.has_parted:
+            raise SessionError("the saved run has gone past the end that is asked for now: give a larger --num-frames")
+
     def _parting(self) -> None:
         """A run is at its end only where there is one, and where it has come there."""
-        end = self.layout.end
-        is_ending = self.stage in (FLUSH, DONE)
-        if (is_ending or self.layout.has_parted(self.head)) and not self.has_parted:
-            raise SessionError("the saved run has gone past the end that is asked for now: give a larger --num-frames")
+        end, is_ending = self.layout.end, self._is_ending
         if self.has_parted and not (is_ending or self.layout.has_parted(self.head)):
             raise _unfit("has_parted", True)
         if is_ending and end is None:

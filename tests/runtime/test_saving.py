@@ -191,3 +191,24 @@ def test_a_closed_stream_is_not_saved(engine, tmp_path) -> None:
     assert list(stream) == []
     with pytest.raises(SessionError, match="the stream is closed"):
         stream.save(tmp_path / "run.safetensors")
+
+
+@pytest.mark.slow
+def test_an_endless_run_ends_where_it_still_can_and_says_where_it_cannot(engine, tmp_path) -> None:
+    """What has been made beyond the frames that are out decides: of a length that is too short it says that."""
+    path = tmp_path / "run.safetensors"
+    with engine.stream("a red balloon", None, **OPTIONS) as stream:
+        frames = torch.cat([next(stream).frames for _ in range(12)])
+        stream.save(path)
+    refused = []
+    for num_frames in range(len(frames), len(frames) + 80):
+        try:
+            resumed = engine.resume(path, num_frames=num_frames)
+            break
+        except SessionError as error:
+            refused.append(str(error))
+    said = f"{path} cannot be gone on with: the saved run has gone past the end that is asked for now: "
+    assert set(refused) == {f"{said}give a larger --num-frames"}
+    assert len(refused) > 20
+    whole = frames_of(engine.stream("a red balloon", num_frames, **OPTIONS))
+    assert torch.equal(torch.cat([frames, frames_of(resumed)]), whole)
