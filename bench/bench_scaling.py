@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import result_files
 import torch
@@ -34,9 +35,8 @@ SHARE_OF_FULL = 0.8
 PROMPT = "a red balloon over snowy hills at dawn"
 
 
-@torch.inference_mode()
-def work(rank: int, count: int, folder: Path) -> None:
-    """One rank's ticks; rank 0 prints the mean seconds of a pass and the digest of the queue."""
+def join_group(rank: int, count: int, folder: Path) -> torch.device:
+    """Begin as one of so many processes that meet in the folder: on a processor, or a GPU, of its own."""
     is_cuda = torch.cuda.is_available()
     torch.set_num_threads(1)
     if not is_cuda and hasattr(os, "sched_setaffinity"):
@@ -47,6 +47,27 @@ def work(rank: int, count: int, folder: Path) -> None:
         torch.cuda.set_device(device)  # what NCCL and kernels without a device of their own take
     meeting = f"file://{folder}/meet"
     dist.init_process_group("nccl" if is_cuda else "gloo", init_method=meeting, rank=rank, world_size=count)
+    return device
+
+
+def told_by(count: int, command: Callable[[int, str], list[str]]) -> list[Any]:
+    """What so many processes at a time print, each that prints one JSON value; `command` of a number and a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = [
+            subprocess.Popen(command(i, folder), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                             text=True)
+            for i in range(count)
+        ]  # fmt: skip
+        outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"one of {count} processes failed: its error is above")
+    return [json.loads(output) for output in outputs if output]
+
+
+@torch.inference_mode()
+def work(rank: int, count: int, folder: Path) -> None:
+    """One rank's ticks; rank 0 prints the mean seconds of a pass and the digest of the queue."""
+    device = join_group(rank, count, folder)
     ranks = Ranks()
     engine = Engine.from_pretrained("tiny", device, ranks=ranks if count > 1 else None)
     request = engine.resolve(PROMPT, num_frames=None)
@@ -60,7 +81,7 @@ def work(rank: int, count: int, folder: Path) -> None:
         dist.barrier()
         start = time.perf_counter()
         run_windows(windows, **options)
-        if is_cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((len(windows), time.perf_counter() - start))
 
@@ -77,17 +98,12 @@ def work(rank: int, count: int, folder: Path) -> None:
 
 def measured(count: int) -> dict[str, float | str]:
     """What rank 0 of `count` printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [sys.executable, __file__, "--folder", folder, str(count)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen([*arguments, "--rank", str(rank)], env=environment, stdout=subprocess.PIPE, text=True)
-            for rank in range(count)
-        ]
-        outputs = [process.communicate()[0] for process in ranks]
-    if any(process.returncode for process in ranks):
-        raise SystemExit(f"a rank of {count} failed: its error is above")
-    return json.loads(outputs[0])
+
+    def command(rank: int, folder: str) -> list[str]:
+        return [sys.executable, __file__, "--folder", folder, str(count), "--rank", str(rank)]
+
+    (told,) = told_by(count, command)
+    return dict(told)
 
 
 def main() -> None:

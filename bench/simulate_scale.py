@@ -1,6 +1,6 @@
 """What more ranks and more machines would bring, simulated: `python bench/simulate_scale.py [--table]`.
 
-A pass is simulated as it is run: its windows are dealt out by `runtime.ranks.Ranks.share` itself, each rank computes
+A pass is simulated as it is run: its windows are dealt out by `runtime.ranks.share_of` itself, each rank computes
 its own one after the other, then all outputs are broadcast, rank by rank and branch by branch, and every rank updates
 all of the queue. What a window, an update and a broadcast take is measured apart: windows of the embedded model by as
 many processes as there are ranks, which know nothing of each other, and broadcasts of two sizes. Then whole passes of
@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import bench_scaling
@@ -33,7 +29,7 @@ from miga_engine import Engine
 from miga_engine.presets import PRESETS
 from miga_engine.runtime.denoise import Window
 from miga_engine.runtime.layout import RunLayout
-from miga_engine.runtime.ranks import Ranks
+from miga_engine.runtime.ranks import share_of
 
 SIZES = (2**14, 2**22)
 """Bytes of the broadcasts that are measured."""
@@ -68,10 +64,7 @@ class Pass(NamedTuple):
 
 def pass_seconds(one: Pass, num_ranks: int, costs: Costs) -> tuple[float, int]:
     """Seconds of a pass and the bytes that are broadcast in it."""
-    shares = [
-        Ranks.share(SimpleNamespace(rank=rank, count=num_ranks), len(one.commits))  # type: ignore[arg-type]
-        for rank in range(num_ranks)
-    ]
+    shares = [share_of(len(one.commits), rank, num_ranks) for rank in range(num_ranks)]
     computing = max(len(share) for share in shares) * costs.window
     if num_ranks == 1:
         return computing + costs.rest, 0
@@ -111,10 +104,7 @@ def advance_seconds(layout: RunLayout, num_ranks: int, costs: Costs) -> tuple[fl
 @torch.inference_mode()
 def windows_alone(number: int, count: int, folder: Path) -> None:
     """One of `count` processes that compute the same passes and know nothing of each other; prints its means."""
-    torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[number % len(cores)]})
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=count)
+    bench_scaling.join_group(number, count, folder)
     engine = Engine.from_pretrained("tiny", "cpu")
     run = engine.start(engine.resolve(bench_scaling.PROMPT, num_frames=None))
     while run.stage != "stage1":
@@ -152,10 +142,7 @@ def windows_alone(number: int, count: int, folder: Path) -> None:
 
 def broadcasts(number: int, count: int, folder: Path) -> None:
     """One of `count` ranks that broadcast in turn; rank 0 prints seconds a broadcast by size."""
-    torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[number % len(cores)]})
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=count)
+    bench_scaling.join_group(number, count, folder)
     seconds = []
     for size in SIZES:
         data, times = torch.zeros(size, dtype=torch.uint8), []
@@ -171,19 +158,14 @@ def broadcasts(number: int, count: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _processes(task: str, count: int) -> Any:
-    """What the first of `count` processes of a task prints."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--task", task, "--count", str(count), "--folder", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = [
-            subprocess.Popen([*command, "--number", str(i)], env=environment, stdout=subprocess.PIPE, text=True)
-            for i in range(count)
-        ]
-        told = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise SystemExit(f"a process of {task} failed: its error is above")
-    return [json.loads(text) for text in told if text]
+def _processes(task: str, count: int) -> list[Any]:
+    """What `count` processes of a task print."""
+
+    def command(number: int, folder: str) -> list[str]:
+        words = [sys.executable, __file__, "--task", task, "--count", str(count), "--folder", folder]
+        return [*words, "--number", str(number)]
+
+    return bench_scaling.told_by(count, command)
 
 
 def measured_costs(count: int) -> tuple[Costs, list[Pass]]:

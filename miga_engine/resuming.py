@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -107,6 +108,11 @@ def request_and_state(
     if request.num_frames is not None and request.num_frames < out:
         raise SessionError(f"the session {path} has {out} frames already: give --num-frames of at least {out}")
     return request, state
+
+
+def is_of(request: Request, session: Session) -> bool:
+    """Whether a session is of this very video, a resolved request."""
+    return bool(json.loads(json.dumps(request.to_record())) == session.request)
 
 
 def replayed(

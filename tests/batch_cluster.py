@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from places import ROOT
+from torch import Tensor
 
 from miga_engine import Engine
+from miga_engine.integrations.batch.jobs import read_jobs
 
 PROMPTS = ("a red kite over green hills at noon", "a yellow balloon over snowy hills at dawn",
            "a white plane over a desert at dusk", "a blue kite over an ocean at night")  # fmt: skip
@@ -35,12 +37,10 @@ def jobs_of(count: int, num_frames: int) -> list[dict[str, Any]]:
     return [{"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, **options} for i in range(count)]
 
 
-def hash_alone(engine: Engine, job: dict[str, Any]) -> str:
-    """The hash of the job's frames as the engine makes them alone."""
-    options = {name: value for name, value in job.items() if name not in ("prompt", "stage2_steps", "judge_step")}
-    method = {name: job[name] for name in ("stage2_steps", "judge_step")}
+def hash_of(frames: Tensor) -> str:
+    """The hash of frames uint8 `[n,H,W,3]`, as docs/batch.md has it."""
     known = b""
-    for frame in engine.generate(job["prompt"], miga=method, **options).frames.numpy():
+    for frame in frames.numpy():
         known = hashlib.blake2b(known + frame.tobytes(), digest_size=16).digest()
     return known.hex()
 
@@ -86,22 +86,22 @@ def run(num_jobs: int, num_kills: int, num_frames: int, seed: int, seconds: floa
         print(said.strip(), f"; {killed} kills, a node removed: {is_removed}", flush=True)
         wrong = [] if batch.returncode == 0 else [f"the command ended with {batch.returncode}"]
         wrong += [] if killed >= num_kills and is_removed else [f"{killed} kills, a node removed: {is_removed}"]
-        return wrong + _faults(folder / "out", jobs)
+        return wrong + _faults(folder / "out", folder / "jobs.jsonl")
 
 
-def _faults(out: Path, jobs: list[dict[str, Any]]) -> list[str]:
-    engine = Engine.from_pretrained("tiny", "cpu")
+def _faults(out: Path, path: Path) -> list[str]:
+    engine, jobs = Engine.from_pretrained("tiny", "cpu"), read_jobs(path, {}, [])
     records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     wrong = []
-    if [(record["prompt"], record["seed"]) for record in records] != [(job["prompt"], job["seed"]) for job in jobs]:
+    if [record["name"] for record in records] != [job.name for job in jobs]:
         wrong.append("the manifest does not have every job once, in order")
     for job, record in zip(jobs, records, strict=False):
-        if record["made"]["frames"] != hash_alone(engine, job):
+        if record["made"]["frames"] != hash_of(engine.generate(job.prompt, **job.options).frames):
             wrong.append(f"{record['name']} has other frames than it has alone")
     there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     if there != {record["made"]["video"] for record in records} | {"manifest.jsonl"}:
         wrong.append(f"other files lie there: {sorted(there)}")
-    hosts = sum(record["made"]["parts"] > 1 for record in records)
+    hosts = sum(record["made"]["attempts"] > 1 for record in records)
     print(f"{len(records)} videos, {hosts} of them made in parts", flush=True)
     return wrong
 

@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo  # before anything of torch is replaced: it keeps tables of it
-from pretended_device import CudaTensor, Devices, Event, Graph, OnDevice, OnMachine, Stream, leaves, machines, mapped
+from pretended_device import CudaTensor, Devices, Event, Graph, OnDevice, OnMachine, Stream, machines
 from torch import Tensor
+from trees import leaves, mapped
 
 from miga_engine.ops import _registry, frame_attention_reference
 from miga_engine.ops.frame_attention import dispatch, probe

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from trees import leaves
 
 _ROOT = f"{Path(__file__).parents[1]}/"
+_NOTHING: dict[Any, Any] = {}
 _PRODUCT = (f"{_ROOT}miga_engine/", f"{_ROOT}kernels/")
 
 
@@ -373,35 +375,6 @@ class Devices:
         self.waits[f"{what} | {_where()}"] += 1
         if self.capturing is not None:
             self.report("a capture forbids", what)
-
-
-def leaves(tree: Any) -> list[Any]:
-    """What lies in lists, tuples and dictionaries."""
-    found: list[Any] = []
-    _gather(tree, found)
-    return found
-
-
-def _gather(tree: Any, found: list[Any]) -> None:
-    for part in tree if isinstance(tree, _SEQUENCES) else tree.values() if isinstance(tree, dict) else (tree,):
-        if isinstance(part, _TREES):
-            _gather(part, found)
-        else:
-            found.append(part)
-
-
-_NOTHING: dict[Any, Any] = {}
-_SEQUENCES = (list, tuple)
-_TREES = (list, tuple, dict)
-
-
-def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """The same with every leaf changed."""
-    if isinstance(tree, _SEQUENCES) and not isinstance(tree, torch.Size):
-        return type(tree)([mapped(change, part) for part in tree])
-    if isinstance(tree, dict):
-        return {name: mapped(change, part) for name, part in tree.items()}
-    return change(tree)
 
 
 def _where() -> str:

@@ -65,13 +65,10 @@ def _check(jobs: Sequence[Job], settings: Mapping[str, Any]) -> None:
     shapes = Engine.from_pretrained(**loading)
     for job in [part for whole in jobs for part in whole.parts()]:
         try:
-            shapes.resolve(job.prompt, **{name: job.options[name] for name in job.options if name not in _OF_STREAM})
-            StreamOptions(**picked(job.options, StreamOptions))
+            shapes.resolve(job.prompt, **job.of_video())
+            StreamOptions(**job.of_stream())
         except MigaError as error:
             raise ConfigError(f"{job.place}: {error}") from None
-
-
-_OF_STREAM = tuple(picked(dict.fromkeys(StreamOptions.__dataclass_fields__), StreamOptions))
 
 
 def _make(jobs: Sequence[Job], store: Store, settings: Mapping[str, Any], asked: BatchOptions) -> int:
@@ -250,7 +247,7 @@ def _dry_run(jobs: Sequence[Job], settings: Mapping[str, Any]) -> int:
 
     loading, needs, lines = picked(settings, LoadOptions), dict[str, Any](), []
     for job in jobs:
-        options = {name: value for name, value in job.options.items() if name not in (*_OF_STREAM, "seed")}
+        options = {name: value for name, value in job.of_video().items() if name != "seed"}
         kinds = sorted((name, repr(value)) for name, value in options.items() if name != "num_frames")
         key = f"{len(job.prompt)} {kinds}"
         if key not in needs:

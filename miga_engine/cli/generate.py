@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +90,9 @@ def _left_session(writing: WriteOptions, ranks: Ranks | None) -> tuple[Path, Ses
 
 def _check_same_video(request: Request, path: Path, session: Session) -> None:
     """OutputError unless the session is of this very request."""
-    if json.loads(json.dumps(request.to_record())) != session.request:
+    from miga_engine.resuming import is_of
+
+    if not is_of(request, session):
         raise OutputError(
             f"cannot go on with {path}: it is the session file of another run; go on with that (miga resume {path}), "
             "or name another output"

@@ -27,6 +27,11 @@ if dist.is_available():
 Answer = TypeVar("Answer")
 
 
+def share_of(num_batches: int, rank: int, count: int) -> range:
+    """The neighbouring batches that one of `count` ranks computes; shares differ by one at most."""
+    return range(num_batches * rank // count, num_batches * (rank + 1) // count)
+
+
 class Ranks:
     """The process group of a run (torch.distributed, initialised by the caller: NCCL for CUDA, gloo for CPUs)."""
 
@@ -57,8 +62,7 @@ class Ranks:
 
     def share(self, num_batches: int, rank: int | None = None) -> range:
         """The neighbouring batches that a rank (this one, if None) computes; shares differ by one at most."""
-        rank = self.rank if rank is None else rank
-        return range(num_batches * rank // self.count, num_batches * (rank + 1) // self.count)
+        return share_of(num_batches, self.rank if rank is None else rank, self.count)
 
     def exchange(self, outputs: Tensor, bounds: list[int]) -> None:
         """Make every rank's outputs known to all, in place.

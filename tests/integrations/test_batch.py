@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -17,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import batch_cluster
 import numpy as np
 import pytest
 import torch
+from batch_cluster import hash_of
 from places import ROOT
 from served import METHOD, OPTIONS
 
@@ -52,13 +53,6 @@ def _job(folder: Path, **job: Any) -> Job:
     return one
 
 
-def _hash(frames: torch.Tensor) -> str:
-    known = b""
-    for frame in frames.numpy():
-        known = hashlib.blake2b(known + frame.tobytes(), digest_size=16).digest()
-    return known.hex()
-
-
 def _alone(engine: Engine, job: Job) -> torch.Tensor:
     return engine.generate(job.prompt, **job.options).frames
 
@@ -89,15 +83,15 @@ def test_a_job_is_made_and_gone_on_with_wherever_it_was_left(engine: Engine, sto
     *told, end = _maker(engine, store).make(job, lambda: False)
     assert all(set(report) == {"num_frames_out"} for report in told)
     made = end["made"]
-    assert (made["frames"], made["num_frames"], made["parts"] > 1) == (_hash(expected), 30, True)
+    assert (made["frames"], made["num_frames"], made["attempts"] > 1) == (hash_of(expected), 30, True)
     assert made["drift"] is not None
     assert store.names() >= {video_of(job, "mkv"), session_of(job)}
     with store.workplace([made["video"]]) as folder:
         assert torch.equal(torch.from_numpy(read_video(folder / made["video"])), expected)
         assert read_metadata(folder / made["video"])["seed"] == 2
     (again,) = _maker(engine, store).make(job, lambda: False)  # finished, and nobody had heard of it
-    assert {**again["made"], "parts": 0, "seconds": 0, "finished": ""} == {
-        **made, "parts": 0, "seconds": 0, "finished": ""
+    assert {**again["made"], "attempts": 0, "seconds": 0, "finished": ""} == {
+        **made, "attempts": 0, "seconds": 0, "finished": ""
     }  # fmt: skip
 
 
@@ -109,7 +103,7 @@ def test_a_session_of_another_video_is_not_gone_on_with(engine: Engine, tmp_path
     assert report["kind"] == "OutputError"
     assert report["error"].startswith("x.session.safetensors is of another video than line 1 of ")
     *_, end = _maker(engine, store, overwrite=True).make(other, lambda: False)
-    assert end["made"]["frames"] == _hash(_alone(engine, other))
+    assert end["made"]["frames"] == hash_of(_alone(engine, other))
 
 
 def test_a_video_of_somebody_else_is_left_alone(engine: Engine, tmp_path: Path) -> None:
@@ -160,7 +154,7 @@ def test_segments_are_joined_once_all_are_there(engine: Engine, store: Store, tm
         {"first_frame": 0, "seed": 0}, {"first_frame": 14, "seed": job.parts()[1].options["seed"]}
     ]  # fmt: skip
     if container == "mkv":
-        assert [_hash(torch.from_numpy(frames)) for frames in cut] == record["segments"]
+        assert [hash_of(torch.from_numpy(frames)) for frames in cut] == record["segments"]
         assert torch.equal(torch.from_numpy(cut[1]), _alone(engine, job.parts()[1]))
 
 
@@ -299,8 +293,8 @@ def test_a_batch_loses_workers_is_interrupted_and_goes_on(
     records = _records(out)
     assert [record["name"] for record in records] == [job.name for job in jobs[:3]]
     for job, record in zip(jobs, records, strict=False):
-        assert record["made"]["frames"] == _hash(_alone(engine, job))
-    assert max(record["made"]["parts"] for record in records) > 1
+        assert record["made"]["frames"] == hash_of(_alone(engine, job))
+    assert max(record["made"]["attempts"] for record in records) > 1
     there = {entry.name for entry in out.iterdir()}
     assert {name for name in there if "session" not in name} == {".lock", NAME, *(video_of(job, "mp4") for job in jobs)}
     assert all(name.startswith(jobs[3].name) for name in there if "session" in name)
@@ -346,6 +340,4 @@ def test_a_dry_run_shows_what_each_needs(model: Path, tmp_path: Path, capsys: py
 @pytest.mark.slow
 def test_a_cluster_loses_a_worker_and_a_node() -> None:
     pytest.importorskip("ray", reason="ray is not installed")
-    import batch_cluster
-
     assert batch_cluster.run(4, 1, 37, seed=0, seconds=1.0) == []

@@ -67,6 +67,14 @@ class Job:
     def num_frames(self) -> int:
         return int(self.options["num_frames"])
 
+    def of_stream(self) -> dict[str, Any]:
+        """Those of its options that say how frames leave."""
+        return picked(self.options, StreamOptions)
+
+    def of_video(self) -> dict[str, Any]:
+        """Those that say what they show: of `Engine.resolve`."""
+        return {name: value for name, value in self.options.items() if name not in fields(StreamOptions)}
+
     def parts(self) -> list[Job]:
         """The jobs of its segments, in order; of one alone the job itself.
 

@@ -10,7 +10,7 @@ import queue
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -63,7 +63,6 @@ class _Worker:
     connection: Connection
     is_ready: bool = False
     is_busy: bool = False
-    told: list[Report] = field(default_factory=list)
 
 
 class LocalPool:

@@ -16,12 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from miga_engine._version import __version__
-from miga_engine.config import StreamOptions
 from miga_engine.engine import Engine
 from miga_engine.errors import MigaError, OutputError
 from miga_engine.integrations.batch.jobs import Job
 from miga_engine.integrations.batch.store import Store
-from miga_engine.options import picked
+from miga_engine.resuming import is_of
 from miga_engine.runtime.session import SUFFIX, load_session, locked, previous_path, remove_session
 from miga_engine.runtime.stream import Event, Stream
 from miga_engine.video.encoder_thread import EncoderThread
@@ -102,13 +101,11 @@ class Maker:
     def _open(
         self, job: Job, session: Path, on_event: Callable[[Event], None], is_cancelled: Callable[[], bool]
     ) -> Stream:
-        options = picked(job.options, StreamOptions)
-        asked = {name: value for name, value in job.options.items() if name not in options}
-        options |= {"on_event": on_event, "is_cancelled": is_cancelled}
-        request = self._engine.resolve(job.prompt, **asked)
+        options = {**job.of_stream(), "on_event": on_event, "is_cancelled": is_cancelled}
+        request = self._engine.resolve(job.prompt, **job.of_video())
         if not os.path.lexists(session):
             return self._engine.run(request, **options)
-        if json.loads(json.dumps(request.to_record())) != load_session(session).request:
+        if not is_of(request, load_session(session)):
             if self._overwrite:
                 remove_session(session)
                 return self._engine.run(request, **options)
@@ -130,7 +127,7 @@ class Maker:
             "fps": request.fps,
             "seconds": round(tally.seconds(), 3),
             "drift": tally.drift,
-            "parts": tally.parts,
+            "attempts": tally.attempts,
             "host": socket.gethostname(),
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **self._engine.made_of(),
@@ -140,14 +137,14 @@ class Maker:
 
 
 class Tally:
-    """An output that counts: a hash of all frames, seconds and parts, which go into session files and on with them.
+    """An output that counts: a hash of all frames, seconds and attempts, which go into session files and on with them.
 
     The hash of n frames is that of the hash of n − 1, 16 bytes, none before the first, and then the frame, rows of RGB:
     BLAKE2b of 16 bytes.
     """
 
     def __init__(self) -> None:
-        self.frames_hash, self.parts = "", 1
+        self.frames_hash, self.attempts = "", 1
         self.drift: float | None = None
         """Of the last chunk: by how much colours have moved since the prompt began, as a share of their range."""
         self._seconds, self._begun = 0.0, time.monotonic()
@@ -156,8 +153,8 @@ class Tally:
         """Write into a sink what the stream gives, and go on from what its session has counted."""
         self._sink = sink
         left = {} if stream.output is None else stream.output[0]
-        if left.get("parts"):
-            self.frames_hash, self.parts = left["frames"], int(left["parts"]) + 1
+        if left.get("attempts"):
+            self.frames_hash, self.attempts = left["frames"], int(left["attempts"]) + 1
             self.drift, self._seconds = json.loads(left["drift"]), float(left["seconds"])
 
     def add(self, frames: Tensor) -> None:
@@ -169,12 +166,12 @@ class Tally:
             self.frames_hash = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def seconds(self) -> float:
-        """Of all parts, up to now."""
+        """Of all attempts, up to now."""
         return self._seconds + time.monotonic() - self._begun
 
     def checkpoint(self) -> tuple[dict[str, Any], Tensor]:
         """That of the sink, and what was counted."""
         position, frames = self._sink.checkpoint()
-        counted = {"frames": self.frames_hash, "seconds": repr(self.seconds()), "parts": str(self.parts),
+        counted = {"frames": self.frames_hash, "seconds": repr(self.seconds()), "attempts": str(self.attempts),
                    "drift": json.dumps(self.drift)}  # fmt: skip
         return {**position, **counted}, frames

@@ -109,12 +109,10 @@ class RayPool:
     def __init__(self, ray: Any, task: Task, count: int, weights: Packed | None, *, num_gpus: int) -> None:
         self._ray, self._task = ray, task
         resources = {"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}
-        kind = ray.remote(concurrency_groups={"control": 1}, max_restarts=0, **resources)(_with_control(ray))
-        self._kind = kind
+        self._kind = ray.remote(concurrency_groups={"control": 1}, max_restarts=0, **resources)(_with_control(ray))
         token = secrets.token_hex(8)
         task.store.mark(token)
-        self._weights = None if weights is None else ray.put(weights)
-        self._arguments = (task, self._weights, __version__, token)
+        self._arguments = (task, None if weights is None else ray.put(weights), __version__, token)
         self._has_begun = self._is_stopping = self._has_said = False
         self._begun_at = time.monotonic()
         self._actors = [self._start() for _ in range(count)]

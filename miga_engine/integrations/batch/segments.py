@@ -71,5 +71,5 @@ class Segments:
             "num_frames": job.num_frames,
             "seconds": round(sum(part["seconds"] for part in made), 3),
             "drift": max(drifts, default=None),
-            "parts": sum(part["parts"] for part in made),
+            "attempts": sum(part["attempts"] for part in made),
         }
